@@ -1,0 +1,130 @@
+"""The run's append-only record: one typed record a line, written so that a crash at any instant loses at most the line in flight.
+
+Several processes append to one ledger: each line is one `write` to a file opened with O_APPEND, under a file lock, so lines
+never interleave. A torn last line (the machine died mid-write) is tolerated on reading, cut off before the next append, and
+reported as a warning record; a torn line anywhere else is damage and is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from bascule.errors import CheckFailed, LedgerError
+from bascule.records import ADAPTER, SCHEMA_VERSION, AnyRecord, Record, Warned
+
+R = TypeVar("R", bound=Record)
+
+
+class Ledger:
+    """Append and read one `ledger.jsonl`. `attempt` and `pool` are stamped on records that do not carry their own."""
+
+    def __init__(self, path: Path, *, attempt: int = 0, pool: str | None = None, strict: bool = False) -> None:
+        self.path = path
+        self.attempt = attempt
+        self.pool = pool
+        self.strict = strict
+
+    def append(self, *records: Record) -> None:
+        """Write records durably enough to survive this process's death (flushed to the kernel, under a lock).
+
+        A `Warned` record is also printed to stderr; with `strict` it raises CheckFailed after it has been written.
+        """
+        stamped = [self._stamp(record) for record in records]
+        text = "".join(record.model_dump_json() + "\n" for record in stamped)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            repaired = _cut_torn_tail(handle)
+            if repaired:
+                note = self._stamp(Warned(what="torn ledger line", detail=f"{repaired} bytes of an unfinished last line were cut off"))
+                text = note.model_dump_json() + "\n" + text
+            os.write(handle, text.encode())
+        finally:
+            os.close(handle)
+        self._speak([record for record in stamped if isinstance(record, Warned)])
+
+    def warn(self, what: str, detail: str, *, step: int | None = None) -> None:
+        """Record a fallback, truncation, dropped sample or fresh start. Never silent (issue part 1)."""
+        self.append(Warned(what=what, detail=detail, step=step))
+
+    def read(self) -> list[AnyRecord]:
+        """All records in order. A missing ledger is empty; a torn last line is left out (see `torn`)."""
+        return read_ledger(self.path)
+
+    def _stamp(self, record: R) -> R:
+        changes: dict[str, object] = {}
+        if record.attempt == 0 and self.attempt:
+            changes["attempt"] = self.attempt
+        if record.pool is None and self.pool is not None:
+            changes["pool"] = self.pool
+        return record.model_copy(update=changes) if changes else record
+
+    def _speak(self, warnings: list[Warned]) -> None:
+        for warning in warnings:
+            print(f"WARN {warning.what}: {warning.detail}", file=sys.stderr, flush=True)
+        if warnings and self.strict:
+            raise CheckFailed(f"--strict: {warnings[0].what}: {warnings[0].detail}")
+
+
+def read_ledger(path: Path) -> list[AnyRecord]:
+    """Parse a ledger. Raises LedgerError for damage before the last line or records of a newer bascule."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = data.split(b"\n")
+    lines.pop()  # after the final newline: empty, or a torn tail that never got its newline
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line]
+
+
+def of_kind(records: Iterable[AnyRecord], kind: type[R]) -> list[R]:
+    return [record for record in records if isinstance(record, kind)]
+
+
+def last(records: Iterable[AnyRecord], kind: type[R]) -> R | None:
+    found = of_kind(records, kind)
+    return found[-1] if found else None
+
+
+def _parse(line: bytes, path: Path, number: int) -> AnyRecord:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LedgerError(f"{path}, line {number}, is damaged ({error}). Move the run folder aside; lines before it are intact.") from None
+    version = value.get("schema_version", 0) if isinstance(value, dict) else 0
+    if version > SCHEMA_VERSION:
+        raise LedgerError(
+            f"{path}, line {number}, was written by a newer bascule (schema {version}; this one reads up to {SCHEMA_VERSION}). "
+            "Update bascule, or use another run folder."
+        )
+    try:
+        return ADAPTER.validate_python(value)
+    except ValidationError as error:
+        raise LedgerError(f"{path}, line {number}, is not a record of bascule: {error.errors()[0]['msg']}.") from None
+
+
+def _cut_torn_tail(handle: int) -> int:
+    """Cut bytes after the last newline, if any. Returns how many were cut."""
+    size = os.lseek(handle, 0, os.SEEK_END)
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return 0
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        block = os.pread(handle, end - start, start)
+        cut = block.rfind(b"\n")
+        if cut >= 0:
+            end = start + cut + 1
+            break
+        end = start
+    os.ftruncate(handle, end)
+    return size - end

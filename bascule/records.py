@@ -1,0 +1,291 @@
+"""The run's records: what one room tells another, and what the ledger stores. No torch.
+
+Every record is frozen, versioned, and stands alone: time, attempt and pool are in each line. Names may grow, meanings stay.
+Units stand in the names (`_s`, `_bytes`, `_j`, `_ratio`). Statistics that cannot be worked out are None, never NaN.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+SCHEMA_VERSION = 1
+
+Role = Literal["train", "infer"]
+VerdictWord = Literal["fit", "unfit", "unproven"]
+Attribution = Literal[
+    "data", "optimisation", "transient chip fault", "persistent chip fault", "software", "link", "capacity", "unknown"
+]
+SnapshotState = Literal["saved", "verified", "certified", "rejected"]
+
+
+class Record(BaseModel):
+    """Base of all records. `time_s` is Unix time; `attempt` counts launches of the run from 1 (0: outside a run)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    schema_version: int = SCHEMA_VERSION
+    time_s: float = Field(default_factory=time.time)
+    attempt: int = 0
+    pool: str | None = None
+
+
+class RunStarted(Record):
+    kind: Literal["run_started"] = "run_started"
+    name: str
+    version: str
+    machine: str
+
+
+class RunResumed(Record):
+    kind: Literal["run_resumed"] = "run_resumed"
+    from_step: int
+    reason: str
+
+
+class RunFinished(Record):
+    kind: Literal["run_finished"] = "run_finished"
+    final_weights_sha256: str
+    steps: int
+    wall_s: float
+
+
+class RunStopped(Record):
+    """The run ended early. The same command resumes it unless `final`."""
+
+    kind: Literal["run_stopped"] = "run_stopped"
+    reason: str
+    exit_code: int
+    final: bool = False
+
+
+class RecipeResolved(Record):
+    kind: Literal["recipe_resolved"] = "recipe_resolved"
+    recipe_sha256: str
+    recipe: dict[str, Any]
+
+
+class OptionPriced(Record):
+    """What the plan expects of one pool. `basis` says what the figures rest on (datasheet, measured, assumed)."""
+
+    kind: Literal["option_priced"] = "option_priced"
+    accelerator: str
+    parameters: int
+    memory_bytes: float
+    memory_available_bytes: float | None
+    fits: Literal["fits", "tight", "does not fit", "unknown"]
+    train_s: float | None
+    train_s_low: float | None = None
+    train_s_high: float | None = None
+    energy_j: float | None = None
+    cost: float | None = None
+    cost_unit: str | None = None
+    basis: str
+
+
+class Evidence(Record):
+    """One check's measured answer about one chip. `outcome`: `pass`, `fail`, `error` (the chip failed by exception, crash or
+    hang), `skipped` (could not be asked; `detail` says why). `measured` against `bound`, and `reproduce`: a command."""
+
+    kind: Literal["evidence"] = "evidence"
+    check: str
+    family: str
+    roles: tuple[Role, ...]
+    outcome: Literal["pass", "fail", "error", "skipped"]
+    measured: dict[str, float | int | str | None] = Field(default_factory=dict)
+    bound: str
+    detail: str = ""
+    reproduce: str = ""
+    seconds: float = 0.0
+
+
+class Verdict(Record):
+    kind: Literal["verdict"] = "verdict"
+    role: Role
+    verdict: VerdictWord
+    reasons: tuple[str, ...]
+    accelerator: str
+    chip: str
+    driver: str
+    simulated: bool
+
+
+class Placement(Record):
+    """Role to pool. `reasons` says for each role why this pool and not the one preferred before it."""
+
+    kind: Literal["placement"] = "placement"
+    train: str
+    infer: str
+    reasons: dict[str, str]
+
+
+class StepStats(Record):
+    """One optimizer step that was committed. Losses are nats per token; `seconds` is the whole step."""
+
+    kind: Literal["step_stats"] = "step_stats"
+    step: int
+    phase: str
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    reward: float | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class Judgement(Record):
+    """May this step commit? Stored when it may not, and for every audited step."""
+
+    kind: Literal["judgement"] = "judgement"
+    step: int
+    commit: bool
+    reason: str
+
+
+class Alarm(Record):
+    kind: Literal["alarm"] = "alarm"
+    step: int
+    sentinel: str
+    measured: float | None
+    bound: float | None
+    detail: str
+
+
+class Replay(BaseModel):
+    """One recomputation of a suspicious step. `agrees`: with the step as first computed, within `bound`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    where: str
+    agrees: bool
+    error: float | None
+    bound: float | None
+    detail: str = ""
+
+
+class Incident(Record):
+    """Alarm, replays, attribution, action. `folder` (relative to the run) holds everything needed to replay it."""
+
+    kind: Literal["incident"] = "incident"
+    incident_id: str
+    step: int
+    sentinel: str
+    attribution: Attribution
+    action: str
+    evidence: str
+    replays: tuple[Replay, ...] = ()
+    folder: str = ""
+
+
+class SnapshotEvent(Record):
+    kind: Literal["snapshot"] = "snapshot"
+    step: int
+    state: SnapshotState
+    path: str
+    sha256: str
+    reason: str = ""
+
+
+class PoolCondemned(Record):
+    kind: Literal["pool_condemned"] = "pool_condemned"
+    role: Role
+    incident_id: str | None
+    reason: str
+
+
+class PoolReadmitted(Record):
+    kind: Literal["pool_readmitted"] = "pool_readmitted"
+    role: Role
+    reason: str
+
+
+class Migration(Record):
+    """Training moved (or went back on the same pool). Corrupt or uncertain steps are left behind and counted."""
+
+    kind: Literal["migration"] = "migration"
+    from_pool: str
+    to_pool: str
+    failed_at_step: int
+    resumed_from_step: int
+    steps_recomputed: int
+    seconds_lost: float
+    snapshot: str
+
+
+class Continuation(Record):
+    """Recorded good steps replayed on the new pool. Not verified means the run does not continue there."""
+
+    kind: Literal["continuation"] = "continuation"
+    verified: bool
+    steps: tuple[int, ...]
+    max_error: float | None
+    bound: float | None
+    detail: str
+
+
+class WeightsSynced(Record):
+    kind: Literal["weights_synced"] = "weights_synced"
+    version: int
+    sha256: str
+    size_bytes: int
+    seconds: float
+
+
+class Mismatch(Record):
+    """Trainer against rollout engine, log-probabilities of the same sampled tokens (inference.md 5.1). `pool` is the engine's."""
+
+    kind: Literal["mismatch"] = "mismatch"
+    step: int
+    mean_abs: float
+    max_abs: float
+    k1_kl: float
+    k3_kl: float
+    chi2: float
+    effective_sample_ratio: float
+    capped_ratio: float
+    tokens: int
+
+
+class Evaluation(Record):
+    """Held-out problems, exact verifier. `after` names the phase; `extra` holds further figures (by task, lengths)."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    after: str
+    step: int
+    n: int
+    samples: int
+    pass_at_1: float
+    pass_at_8: float | None
+    greedy: float
+    truncated_ratio: float
+    seconds: float
+    extra: dict[str, float] = Field(default_factory=dict)
+
+
+class Warned(Record):
+    """Any fallback, truncation, dropped sample or fresh start. `what` is a short stable word, `detail` the sentence."""
+
+    kind: Literal["warning"] = "warning"
+    what: str
+    detail: str
+    step: int | None = None
+
+
+class Telemetry(Record):
+    kind: Literal["telemetry"] = "telemetry"
+    power_w: float | None = None
+    temperature_c: float | None = None
+    memory_used_bytes: float | None = None
+    energy_j: float | None = None
+
+
+AnyRecord = Annotated[
+    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
+    | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
+    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry,
+    Field(discriminator="kind"),
+]  # fmt: skip
+
+ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
