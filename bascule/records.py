@@ -7,6 +7,7 @@ Units stand in the names (`_s`, `_bytes`, `_j`, `_ratio`). Statistics that canno
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -289,3 +290,48 @@ AnyRecord = Annotated[
 ]  # fmt: skip
 
 ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What the trainer asks of the rollout engine: `group_size` samples of every prompt. Spoken by train, infer and place.
+
+    The reply is a pure function of the request and of the weights it names, so asking again is exact. Sample `g` of prompt `p`
+    has the global index `first_index + p * group_size + g`; its random numbers depend on (seed, purpose, step, that index)
+    and its position alone. With `weights_version` set, the engine answers with exactly that version or with an error.
+    """
+
+    step: int
+    prompts: list[list[int]]
+    group_size: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    purpose: str = "rollout"
+    first_index: int = 0
+    weights_version: int | None = None
+    weights_path: str | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation. `tokens` ends with the end-of-sequence token when `finish` is `stop`; `logprobs[t]` is the
+    log-probability of `tokens[t]` under softmax(logits / temperature) before any top-k, top-p or min-p cut (greedy: T=1)."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RolloutReply:
+    """Completions in the order of the global index (all samples of prompt 0, then of prompt 1, ...)."""
+
+    completions: list[Completion]
+    weights_version: int | None
+    pool: str | None
+    seconds: float
