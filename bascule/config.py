@@ -347,3 +347,8 @@ def _allowed_at(location: tuple[int | str, ...]) -> list[str]:
 def environment(name: str, default: str | None = None) -> str | None:
     """Read one environment variable. Every read in the package passes here, so that a grep finds them all."""
     return os.environ.get(name, default)
+
+
+def whole_environment() -> dict[str, str]:
+    """A copy of the environment, to hand on to a child process."""
+    return dict(os.environ)

@@ -83,7 +83,7 @@ def read_ledger(path: Path) -> list[AnyRecord]:
         return []
     lines = data.split(b"\n")
     lines.pop()  # after the final newline: empty, or a torn tail that never got its newline
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line]
+    return [parse_line(line, path, number) for number, line in enumerate(lines, start=1) if line]
 
 
 def of_kind(records: Iterable[AnyRecord], kind: type[R]) -> list[R]:
@@ -95,7 +95,8 @@ def last(records: Iterable[AnyRecord], kind: type[R]) -> R | None:
     return found[-1] if found else None
 
 
-def _parse(line: bytes, path: Path, number: int) -> AnyRecord:
+def parse_line(line: bytes, path: Path, number: int = 0) -> AnyRecord:
+    """One line of a ledger as a record. `number` is the line's, for the error."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:

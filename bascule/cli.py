@@ -1,0 +1,182 @@
+"""The command line: `bascule VERB ...`. Knows the verbs, their words and the exit codes; the work is done in bascule/stages.
+
+No torch here, nor in anything imported for `--help`: a stage's module is imported when its verb is called.
+
+Exit codes: 0 ok · 1 our own fault · 2 usage or recipe · 3 a check failed · 4 the guard stopped the run · 5 device fault and no
+pool left · 6 out of memory · 75 preempted, run me again · 130/143 ended by SIGINT/SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from bascule.errors import EXIT_SIGINT, BasculeError, OutOfMemory, UsageError
+
+EXIT_CODES = """exit codes:
+  0 ok · 1 our own fault · 2 usage or recipe · 3 a check failed (qualify, an eval gate, --strict) · 4 the guard stopped the run
+  5 device fault and no pool left · 6 out of memory · 75 preempted: run the same command again · 130/143 SIGINT/SIGTERM"""
+
+Parser = argparse.ArgumentParser
+
+
+def _recipe(parser: Parser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="the recipe; see runs/ for commented examples")
+    _recipe_options(parser)
+
+
+def _recipe_options(parser: Parser) -> None:
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
+                        help="override one setting, e.g. --set train.steps=20 (repeatable; TOML values)")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", default="out", help="where run folders live (default: out)")
+    parser.add_argument("--name", help="name of the run folder (default: the recipe's name)")
+
+
+def _run_folder(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder, e.g. out/demo")
+
+
+def _run(parser: Parser) -> None:
+    _recipe(parser)
+    parser.add_argument("--strict", action="store_true", help="every fallback, truncation or dropped sample is an error")
+
+
+def _demo(parser: Parser) -> None:
+    _recipe_options(parser)
+    parser.add_argument("--strict", action="store_true", help="every fallback, truncation or dropped sample is an error")
+
+
+def _plan(parser: Parser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="price this recipe's own pools")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="override one setting of the recipe")
+    parser.add_argument("--model", metavar="MODEL", help="a preset or family name (deepseek-v3), a config.json, or a TOML table")
+    parser.add_argument("--train", metavar="SPEC", help='what to train on, e.g. "2048 x H800, 14.8T tokens"')
+    parser.add_argument("--versus", metavar="SPEC", action="append", default=[], help='an alternative, e.g. "6144 x Ascend 910C" (repeatable)')
+    parser.add_argument("--serve", metavar="SPEC", help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms"')
+    parser.add_argument("--chips", metavar="FILE.toml", help="your own chips, by the catalogue's column names")
+
+
+def _qualify(parser: Parser) -> None:
+    parser.add_argument("accelerators", nargs="+", metavar="POOL", help="accelerators to examine: cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]")
+    parser.add_argument("--preset", default="nano", help="model whose operators and shapes are examined (default: nano)")
+    parser.add_argument("--check", action="append", default=[], metavar="NAME", help="only this check or family (repeatable)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the checks' inputs (default: 0)")
+    parser.add_argument("--full", action="store_true", help="the long battery; the default is the quick one")
+    parser.add_argument("--time-limit", type=float, default=180.0, metavar="S", help="seconds per pool (default: 180)")
+    parser.add_argument("--out", metavar="DIR", default="out/qualify", help="where evidence and reproducers are written")
+
+
+def _evaluate(parser: Parser) -> None:
+    _run_folder(parser)
+    parser.add_argument("--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)")
+    parser.add_argument("--eval-seed", type=int, help="draw the held-out problems with another seed")
+    parser.add_argument("--problems", type=int, help="how many held-out problems (default: the recipe's)")
+
+
+def _serve(parser: Parser) -> None:
+    _run_folder(parser)
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port (default: 8000; 0 picks a free one)")
+    parser.add_argument("--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)")
+
+
+def _chat(parser: Parser) -> None:
+    _run_folder(parser)
+    parser.add_argument("message", nargs="?", help="one question; without it, an interactive chat")
+    parser.add_argument("--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _report(parser: Parser) -> None:
+    _run_folder(parser)
+
+
+def _replay(parser: Parser) -> None:
+    parser.add_argument("incident", metavar="INCIDENT", help="an incident folder, e.g. out/demo/incidents/0001-checksum-step-303")
+    parser.add_argument("--on", metavar="ACCELERATOR", default="cpu", help="accelerator to replay the step on (default: cpu)")
+
+
+def _blame(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="PyTorch Flight Recorder dumps, one file a rank (pickle or JSON)")
+
+
+def _drill(parser: Parser) -> None:
+    _recipe(parser)
+    parser.add_argument("--plant", metavar="PROFILE", default="ascend-r2", help="fault profile planted on the preferred pool")
+
+
+def _doctor(parser: Parser) -> None:
+    del parser
+
+
+# One line a verb: name, what it does, how its words are read, an example. The module bascule/stages/<name>.py does it.
+VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
+    ("run", "plan, qualify, place, train, evaluate and report one recipe; run again to resume", _run, "bascule run runs/demo.toml"),
+    ("demo", "the demonstration: the shipped recipe runs/demo.toml, start to finish", _demo, "bascule demo"),
+    ("plan", "what would it cost: memory, time, energy, money, failures, and the price of a preference", _plan, "bascule plan runs/demo.toml"),
+    ("qualify", "examine accelerators and say fit, unfit or unproven for training and for inference", _qualify, "bascule qualify cpu sim:backward-wrong"),
+    ("evaluate", "held-out problems with exact verifiers: pass@1, pass@8, greedy", _evaluate, "bascule evaluate out/demo"),
+    ("serve", "an OpenAI-compatible server and a chat page for a finished run", _serve, "bascule serve out/demo --port 8000"),
+    ("chat", "talk to a finished run's model in the terminal", _chat, 'bascule chat out/demo "7+8-3=?"'),
+    ("report", "write report.html and say what happened in a run", _report, "bascule report out/demo"),
+    ("drill", "run a recipe with planted faults and check the guard against the ground truth", _drill, "bascule drill runs/tiny.toml --plant ascend-r2"),
+    ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-... --on cpu"),
+    ("blame", "name the guilty ranks from PyTorch Flight Recorder dumps", _blame, "bascule blame dumps/"),
+    ("doctor", "what this machine can run, and what is missing", _doctor, "bascule doctor"),
+)  # fmt: skip
+
+
+def build_parser() -> Parser:
+    parser = argparse.ArgumentParser(
+        prog="bascule",
+        description="Train and serve a DeepSeek-style reasoning model on accelerators that may not be up to it.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bascule {version('bascule')}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, what, arguments, example in VERBS:
+        verb = verbs.add_parser(
+            name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        arguments(verb)
+        verb.add_argument("--json", action="store_true", help="one JSON object on stdout; logs go to stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Answers go to stdout, progress and warnings to stderr. Returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        stage = importlib.import_module(f"bascule.stages.{arguments.verb}")
+        answer = stage.main(arguments)
+    except BasculeError as error:
+        return _refuse(error, error.exit_code, as_json=arguments.json)
+    except MemoryError as error:
+        return _refuse(OutOfMemory(f"Host memory is exhausted: {error}."), OutOfMemory.exit_code, as_json=arguments.json)
+    except OSError as error:
+        wrapped = UsageError(f"{error.strerror or error}: {error.filename or 'no file named'}. Nothing already written is lost; mend it and run the same command again.")
+        return _refuse(wrapped, wrapped.exit_code, as_json=arguments.json)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
+        return EXIT_SIGINT
+    print(json.dumps(answer.data, indent=1) if arguments.json else answer.text)
+    return int(answer.exit_code)
+
+
+def _refuse(error: BasculeError, exit_code: int, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code}}))
+    print(f"bascule: {error}", file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
