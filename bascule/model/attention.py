@@ -1,0 +1,197 @@
+"""Two attentions: grouped-query (GQA) and multi-head latent (MLA, DeepSeek-V2 section 2.1).
+
+Masks. Training batches are right-padded and need no mask: a causal row never sees the padding behind it. A key mask [B, T]
+(true = real token) makes padding invisible wherever it lies; the diagonal stays open, so a padded row attends to itself
+instead of to nothing (a softmax over nothing is NaN).
+
+With a cache, a call whose cache is empty attends among its own tokens; a later call reads the cache. MLA then works
+*absorbed*: the key half of `kv_b_proj` is folded into the query and the value half is applied after the average, so a step reads
+C+R numbers a token instead of 2*H*head size.
+
+Letters: B rows, T tokens, S cached slots, D hidden, H query heads, K key-value heads, G = H/K, E head size; MLA: N nope size,
+R rotary size, V value size, C latent size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bascule.config import ModelConfig
+from bascule.model.cache import Context
+from bascule.model.layers import RMSNorm, rotate_halves, rotate_neighbours
+
+LATENT_NORM_EPS = 1e-6
+"""transformers fixes this for `q_a_layernorm` and `kv_a_layernorm`, whatever `rms_norm_eps` says."""
+
+
+def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive causal bias [B, 1, T, T] that hides the keys where `mask_BT` is false, except from themselves."""
+    tokens = mask_BT.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask_BT.device).tril()
+    itself = torch.eye(tokens, dtype=torch.bool, device=mask_BT.device)
+    seen = (causal & mask_BT.bool()[:, None, None, :]) | itself
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, float("-inf")
+    )
+
+
+def cached_bias(positions_BT: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """Additive bias [B, T, 1, S]: a token at position p sees the slots 0..p of its row."""
+    hidden = torch.arange(slots, device=positions_BT.device) > positions_BT[:, :, None, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
+        hidden, float("-inf")
+    )
+
+
+def _scores(q_BMA: Tensor, keys_BSA: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """q @ keys^T plus the bias of [B, T, 1, S], where M runs over T then over `heads`."""
+    if bias is None:
+        return torch.bmm(q_BMA, keys_BSA.transpose(1, 2))
+    bias = bias.expand(-1, -1, heads, -1).reshape(q_BMA.shape[0], -1, keys_BSA.shape[1])
+    return torch.baddbmm(bias, q_BMA, keys_BSA.transpose(1, 2))
+
+
+class GroupedQueryAttention(nn.Module):
+    """GQA with Llama's rotary pairing; `qk_norm` norms queries and keys per head before turning (Qwen3)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads = (
+            layer,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.size, bias = config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.size, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(self.size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        q_BTHE = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.size))
+        k_BTKE = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.size))
+        v_BTKE = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.size))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        q_BTHE = rotate_halves(q_BTHE, context.cos_BT1R, context.sin_BT1R)
+        k_BTKE = rotate_halves(k_BTKE, context.cos_BT1R, context.sin_BT1R)
+        if context.cache is not None:
+            context.cache.write(self.layer, k_BTKE, v_BTKE)
+        if context.read:
+            out_BTD = self._attend_cached(q_BTHE, context)
+        else:
+            out = F.scaled_dot_product_attention(
+                q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2), attn_mask=context.bias,
+                is_causal=context.bias is None, enable_gqa=self.heads != self.kv_heads,
+            )  # fmt: skip
+            out_BTD = out.transpose(1, 2).flatten(2)
+        result: Tensor = self.o_proj(out_BTD)
+        return result
+
+    def _attend_cached(self, q_BTHE: Tensor, context: Context) -> Tensor:
+        """The heads of a group become more queries of their key-value head, so keys are never repeated in memory."""
+        assert context.cache is not None
+        batch, tokens = q_BTHE.shape[:2]
+        group = self.heads // self.kv_heads
+        keys_BSKE, values_BSKE = context.cache.read(self.layer)
+        q = (q_BTHE * self.size**-0.5).view(batch, tokens, self.kv_heads, group, self.size)
+        q = q.permute(0, 2, 1, 3, 4).reshape(batch, self.kv_heads, tokens * group, self.size)
+        scores = q @ keys_BSKE.permute(0, 2, 3, 1)
+        if context.bias is not None:
+            scores = scores + context.bias.expand(-1, -1, group, -1).flatten(1, 2).unsqueeze(1)
+        out = scores.softmax(-1) @ values_BSKE.transpose(1, 2)
+        out = out.view(batch, self.kv_heads, tokens, group, self.size).permute(0, 2, 1, 3, 4)
+        return out.reshape(batch, tokens, self.heads * self.size)
+
+
+class LatentAttention(nn.Module):
+    """MLA. Weights carry DeepSeek-V3's names and layouts: `kv_b_proj` rows run over heads, nope then value in each."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads = layer, config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value, self.latent = config.v_head_dim, config.kv_lora_rank
+        self.scale = (self.nope + self.rope) ** -0.5
+        hidden, bias = config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(
+                config.q_lora_rank, self.heads * (self.nope + self.rope), bias=False
+            )
+        self.low_rank_queries = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        q = (
+            self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+            if self.low_rank_queries
+            else self.q_proj(x_BTD)
+        )
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rope], -1)
+        latent_BTC = self.kv_a_layernorm(latent)
+        # The shared key turns together with the queries: one rotation over H+1 heads instead of two.
+        turned = rotate_neighbours(
+            torch.cat([q_rope, k_rope.unsqueeze(2)], 2), context.cos_BT1R, context.sin_BT1R
+        )
+        q_rope, k_rope_BT1R = turned.split([self.heads, 1], 2)
+        if context.cache is not None:
+            context.cache.write(self.layer, torch.cat([latent_BTC, k_rope_BT1R.squeeze(2)], -1))
+        if context.read:
+            out_BTD = self._attend_absorbed(q_nope, q_rope, context)
+        else:
+            out_BTD = self._attend_expanded(q_nope, q_rope, latent_BTC, k_rope_BT1R, context)
+        result: Tensor = self.o_proj(out_BTD)
+        return result
+
+    def _attend_expanded(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent_BTC: Tensor,
+        k_rope_BT1R: Tensor,
+        context: Context,
+    ) -> Tensor:
+        k_nope, v = (
+            self.kv_b_proj(latent_BTC)
+            .unflatten(-1, (self.heads, -1))
+            .split([self.nope, self.value], -1)
+        )
+        q = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
+        k = torch.cat([k_nope, k_rope_BT1R.expand(-1, -1, self.heads, -1)], -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v.transpose(1, 2),
+            attn_mask=context.bias,
+            is_causal=context.bias is None,
+            scale=self.scale,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, context: Context) -> Tensor:
+        assert context.cache is not None
+        batch, tokens = q_nope.shape[:2]
+        (cached_BSA,) = context.cache.read(self.layer)
+        w_key, w_value = self.kv_b_proj.weight.view(self.heads, -1, self.latent).split(
+            [self.nope, self.value], 1
+        )
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_key).transpose(0, 1)
+        q = torch.cat([q_latent, q_rope.flatten(0, 1)], -1) * self.scale
+        q_BMA = q.view(batch, tokens * self.heads, -1)
+        probs_BMS = _scores(q_BMA, cached_BSA, context.bias, self.heads).softmax(-1)
+        mean_BMC = torch.bmm(probs_BMS, cached_BSA[..., : self.latent])
+        mean = mean_BMC.view(batch * tokens, self.heads, self.latent).transpose(0, 1)
+        out = torch.bmm(mean, w_value.transpose(1, 2)).transpose(0, 1)
+        return out.reshape(batch, tokens, self.heads * self.value)

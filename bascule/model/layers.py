@@ -1,0 +1,101 @@
+"""The small parts every decoder block is made of: RMS norm, rotary tables, the SwiGLU feed-forward.
+
+Letters in names: B batch rows, T tokens of this call, D hidden size, F feed-forward size, P positions, R rotary width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain (Zhang & Sennrich 2019). Statistics are taken in fp32 by the kernel."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Tables for rotary position embedding, fp32, one row per position.
+
+    `pairing` says which two numbers turn together: "neighbours" (x0,x1),(x2,x3).. is what DeepSeek's weights are trained
+    for (`rope_interleave: true`); "halves" (x0,x[R/2]).. is Llama's and Qwen's. Both are `x*cos + swap(x)*sin` once the
+    signs sit in the sine table, so a rotation costs four operations.
+    """
+
+    cos_PR: Tensor
+    sin_PR: Tensor
+
+    def __init__(
+        self, size: int, positions: int, theta: float, pairing: Literal["neighbours", "halves"]
+    ) -> None:
+        super().__init__()
+        self.size, self.positions, self.theta, self.pairing = size, positions, theta, pairing
+        cos, sin = self._tables()
+        self.register_buffer("cos_PR", cos, persistent=False)
+        self.register_buffer("sin_PR", sin, persistent=False)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        frequency = 1.0 / self.theta ** (
+            torch.arange(0, self.size, 2, dtype=torch.int64).float() / self.size
+        )
+        angle = torch.outer(torch.arange(self.positions).float(), frequency)
+        cos, sin = angle.cos(), angle.sin()
+        if self.pairing == "halves":
+            return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Rotary:
+        """Move with the model but stay fp32: in bf16 neighbouring positions above 256 become equal."""
+        cos, sin = self.cos_PR, self.sin_PR
+        super()._apply(fn, recurse)
+        self.cos_PR = _same_dtype(self.cos_PR, cos)
+        self.sin_PR = _same_dtype(self.sin_PR, sin)
+        return self
+
+    def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of shape [B, T, 1, R]; the 1 stands for heads."""
+        return self.cos_PR[positions_BT].unsqueeze(2), self.sin_PR[positions_BT].unsqueeze(2)
+
+    def prefix(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions 0..length-1, shape [1, length, 1, R], without a gather."""
+        return self.cos_PR[None, :length, None], self.sin_PR[None, :length, None]
+
+
+def _same_dtype(moved: Tensor, before: Tensor) -> Tensor:
+    """`before` on the device of `moved`, for buffers that a `.to(bfloat16)` must not round."""
+    return moved if moved.dtype == before.dtype else before.to(moved.device)
+
+
+def rotate_neighbours(x_BTHR: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
+    swapped = x_BTHR.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x_BTHR * cos_BT1R, swapped, sin_BT1R).to(x_BTHR.dtype)
+
+
+def rotate_halves(x_BTHR: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
+    swapped = x_BTHR.roll(x_BTHR.shape[-1] // 2, -1)
+    return torch.addcmul(x_BTHR * cos_BT1R, swapped, sin_BT1R).to(x_BTHR.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
