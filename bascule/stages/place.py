@@ -1,0 +1,34 @@
+"""Give each role a pool: verdicts and the owner's preference in, a placement out."""
+
+from __future__ import annotations
+
+from bascule.config import Recipe
+from bascule.ledger import Ledger, last, of_kind
+from bascule.place.placement import place
+from bascule.records import AnyRecord, Placement, PoolCondemned, PoolReadmitted, Role, Verdict
+from bascule.stages.answer import say
+
+
+def place_roles(recipe: Recipe, ledger: Ledger) -> Placement:
+    """Return the run's present placement; make and record one where there is none, or where a condemnation overtook it."""
+    records = ledger.read()
+    wanted = place(
+        of_kind(records, Verdict), order=recipe.order, condemned=condemned_pools(records), required=recipe.qualify.required
+    )
+    present = last(records, Placement)
+    if present and (present.train, present.infer) == (wanted.train, wanted.infer):
+        return present
+    ledger.append(wanted)
+    say(f"train on {wanted.train} ({wanted.reasons.get('train', '')}); infer on {wanted.infer} ({wanted.reasons.get('infer', '')})")
+    return wanted
+
+
+def condemned_pools(records: list[AnyRecord]) -> frozenset[tuple[str, Role]]:
+    """(pool, role) pairs condemned and not readmitted since."""
+    found: set[tuple[str, Role]] = set()
+    for record in records:
+        if isinstance(record, PoolCondemned) and record.pool:
+            found.add((record.pool, record.role))
+        elif isinstance(record, PoolReadmitted) and record.pool:
+            found.discard((record.pool, record.role))
+    return frozenset(found)

@@ -1,0 +1,161 @@
+"""`bascule run`: one recipe from plan to report. The supervisor: owns the ledger's decisions, imports no torch, can be killed at any instant.
+
+Each stage reads what earlier ones left in the run folder and appends what it found, so the same command resumes a run that
+was cut off, and a finished run says so and changes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+from bascule.config import Recipe, load_recipe
+from bascule.errors import EXIT_SIGINT, BasculeError, Preempted, RecipeError, UsageError
+from bascule.folder import RunFolder, write_json_atomic
+from bascule.ledger import Ledger, last, read_ledger
+from bascule.records import AnyRecord, RecipeResolved, RunFinished, RunResumed, RunStarted, RunStopped, StepStats
+from bascule.report.story import summary
+from bascule.stages import place, plan, qualify, report, train
+from bascule.stages.answer import Answer, say
+
+
+def main(arguments: Namespace) -> Answer:
+    overrides = list(arguments.overrides) + ([f'name="{arguments.name}"'] if arguments.name else [])
+    if arguments.strict:
+        overrides.append("strict=true")
+    recipe = load_recipe(Path(arguments.recipe), overrides)
+    return run(recipe, RunFolder(Path(arguments.out) / recipe.name))
+
+
+def run(recipe: Recipe, folder: RunFolder) -> Answer:
+    """Carry the run as far as it goes. Raises the error that ended it, after recording it."""
+    with _sole_supervisor(folder), _signals() as stop:
+        records = read_ledger(folder.ledger)
+        refuse_changed_recipe(recipe, folder)
+        if last(records, RunFinished):
+            return _finished(folder, "was already finished; nothing was done")
+        attempt = 1 + max((record.attempt for record in records), default=0)
+        ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
+        _open_run(recipe, folder, ledger, records)
+        try:
+            plan.plan_run(recipe, ledger)
+            qualify.qualify_pools(recipe, folder, ledger)
+            place.place_roles(recipe, ledger)
+            train.train(recipe, folder, ledger, should_stop=stop.asked)
+        except BasculeError as error:
+            ledger.append(RunStopped(reason=str(error), exit_code=stop.exit_code(error)))
+            report.write(folder)
+            if stop.interrupted and isinstance(error, Preempted):
+                raise KeyboardInterrupt from None
+            raise
+        report.write(folder)
+        return _finished(folder, "is finished")
+
+
+def refuse_changed_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """A half-finished run continues only under the recipe it began with. Raises RecipeError naming the settings that differ."""
+    if not folder.recipe.exists():
+        return
+    old = json.loads(folder.recipe.read_text(encoding="utf-8"))
+    changed = list(_differences(old, json.loads(recipe.model_dump_json()), ""))
+    if changed:
+        raise RecipeError(
+            f"The run folder {folder.root} was begun with another recipe; changed: {'; '.join(changed[:5])}. "
+            "Restore these settings to resume it, or give the new run its own folder with --name."
+        )
+
+
+def _differences(old: object, new: object, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            # `strict` says how warnings are taken, not what is computed: it may change between attempts.
+            if not (path == "" and name == "strict"):
+                yield from _differences(old.get(name), new.get(name), f"{path}{name}.")
+    elif old != new:
+        yield f"{path.rstrip('.')} was {json.dumps(old)}, now {json.dumps(new)}"
+
+
+def _open_run(recipe: Recipe, folder: RunFolder, ledger: Ledger, records: list[AnyRecord]) -> None:
+    folder.create()
+    resolved = json.loads(recipe.model_dump_json())
+    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+    if not folder.recipe.exists():
+        write_json_atomic(folder.recipe, resolved)
+    if not records:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        ledger.append(RunStarted(name=recipe.name, version=version("bascule"), machine=machine))
+        ledger.append(RecipeResolved(recipe_sha256=digest, recipe=resolved))
+        say(f"run {recipe.name} begins in {folder.root}")
+        return
+    steps = last(records, StepStats)
+    ledger.append(RunResumed(from_step=steps.step if steps else 0, reason="the same command was given again"))
+    say(f"run {recipe.name} resumes in {folder.root} (attempt {ledger.attempt})")
+
+
+def _finished(folder: RunFolder, how: str) -> Answer:
+    data = summary(read_ledger(folder.ledger))
+    text = f"{data['headline']}\nThe run {how}. Report: {folder.report}\nTalk to the model: bascule chat {folder.root}"
+    return Answer(text=text, data=data)
+
+
+@contextmanager
+def _sole_supervisor(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder's lock. The kernel drops it when the process dies, so a killed run never leaves a stale lock."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with open(folder.root / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"The run folder {folder.root} is in use by process {file.read().strip() or 'unknown'}. "
+                "Wait for it, stop it (SIGTERM snapshots first), or give this run another --name."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+class _Stop:
+    """Whether someone asked the run to stop, and how. SIGTERM preempts (75); Ctrl-C snapshots too, then ends with 130."""
+
+    def __init__(self) -> None:
+        self.terminated = False
+        self.interrupted = False
+        self.asked_s: float | None = None
+
+    def asked(self) -> bool:
+        return self.terminated or self.interrupted
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.asked_s = self.asked_s or time.time()
+        self.terminated |= number == signal.SIGTERM
+        self.interrupted |= number == signal.SIGINT
+        say("asked to stop: the step in progress is finished and a snapshot taken first")
+
+    def exit_code(self, error: BasculeError) -> int:
+        return EXIT_SIGINT if self.interrupted and isinstance(error, Preempted) else error.exit_code
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    old = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
