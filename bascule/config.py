@@ -344,6 +344,11 @@ def _allowed_at(location: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
+def package_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file that ships inside the package (profiles, plan data). It is ours, so a mistake in it is a crash."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def environment(name: str, default: str | None = None) -> str | None:
     """Read one environment variable. Every read in the package passes here, so that a grep finds them all."""
     return os.environ.get(name, default)

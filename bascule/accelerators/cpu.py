@@ -1,0 +1,74 @@
+"""The CPU: always there, the referee of last resort, and the base of simulated chips in tests."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from bascule.accelerators.base import Accelerator, ChipInfo, MemoryUse
+
+PROCESS_STATUS = Path("/proc/self/status")
+PROCESS_CLEAR = Path("/proc/self/clear_refs")
+
+
+class CpuAccelerator(Accelerator):
+    """Memory figures are the process's resident set, which is what runs out on a CPU; Linux tells them, other systems do not."""
+
+    collective_backend = "gloo"
+
+    def __init__(self, name: str = "cpu") -> None:
+        self.name = name
+        self.device = torch.device("cpu")
+
+    def info(self) -> ChipInfo:
+        return ChipInfo(
+            vendor=platform.machine(),
+            name=_model_name(),
+            driver=f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+            memory_bytes=_total_bytes(),
+            simulated=False,
+            base=None,
+        )
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: CPU kernels have finished when they return."""
+
+    def memory(self) -> MemoryUse:
+        return MemoryUse(_status_bytes("VmRSS"), _status_bytes("VmHWM"), _total_bytes())
+
+    def reset_peak_memory(self) -> None:
+        """Ask Linux to restart VmHWM at the present size; where it refuses, the peak stays that of the process's life."""
+        try:
+            PROCESS_CLEAR.write_text("5")
+        except OSError:
+            return
+
+    def empty_cache(self) -> None:
+        """The CPU allocator keeps no cache of its own."""
+
+
+def _status_bytes(field: str) -> int | None:
+    if not PROCESS_STATUS.exists():
+        return None
+    for line in PROCESS_STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _total_bytes() -> int | None:
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _model_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

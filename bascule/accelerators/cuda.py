@@ -1,0 +1,65 @@
+"""NVIDIA chips through `torch.cuda` (AMD's ROCm builds of PyTorch answer to the same name)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from bascule.accelerators.base import ChipInfo
+from bascule.accelerators.generic import GenericAccelerator, device_index
+from bascule.config import environment
+from bascule.errors import AcceleratorUnavailable
+
+
+class CudaAccelerator(GenericAccelerator):
+    collective_backend = "nccl"
+
+    def info(self) -> ChipInfo:
+        properties = torch.cuda.get_device_properties(self.device)
+        return ChipInfo(
+            vendor="AMD" if torch.version.hip else "NVIDIA",
+            name=properties.name,
+            driver=f"torch {torch.__version__}, runtime {torch.version.hip or torch.version.cuda}",
+            memory_bytes=properties.total_memory,
+            simulated=False,
+            base=None,
+        )
+
+    def prepare(self, threads: int) -> None:
+        """cuBLAS is bit-reproducible only with a fixed workspace, and reads this variable when its handle is made: call early."""
+        super().prepare(threads)
+        if environment("CUBLAS_WORKSPACE_CONFIG") is None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+
+    def telemetry(self) -> dict[str, float]:
+        """Watts and degrees from NVML, when the `nvidia-ml-py` package and the driver's library are there."""
+        if importlib.util.find_spec("pynvml") is None:
+            return {}
+        import pynvml  # the import waits for here: it is an optional package
+
+        try:
+            return {
+                "power_w": torch.cuda.power_draw(self.device) / 1000.0,
+                "temperature_c": float(torch.cuda.temperature(self.device)),
+            }
+        except (RuntimeError, pynvml.NVMLError):
+            return {}
+
+
+def open_cuda(name: str) -> CudaAccelerator:
+    """Open `cuda` or `cuda:N`. Raises AcceleratorUnavailable saying what is missing."""
+    if not torch.cuda.is_available():
+        built = "this PyTorch is built for it, but finds no driver or chip" if torch.version.cuda or torch.version.hip else "this PyTorch is built without it"
+        raise AcceleratorUnavailable(
+            f"'{name}' cannot be opened: {built} (torch {torch.__version__}). Install a CUDA build of PyTorch and the NVIDIA driver, or name another pool, for instance 'cuda|cpu'."
+        )
+    try:
+        index = device_index(name, torch.cuda.device_count())
+    except ValueError as error:
+        raise AcceleratorUnavailable(f"'{name}' cannot be opened: {error}.") from None
+    return CudaAccelerator(name, torch.device("cuda", index))
