@@ -84,6 +84,8 @@ class OptionPriced(Record):
     cost: float | None = None
     cost_unit: str | None = None
     basis: str
+    memory_components_bytes: dict[str, float] = Field(default_factory=dict)
+    train_components_s: dict[str, float] = Field(default_factory=dict)
 
 
 class Evidence(Record):

@@ -1,0 +1,150 @@
+"""Chips: what a datasheet or a paper says of each, with its source. Peaks are dense; bandwidths are one direction per chip.
+
+The file `data/chips.csv` holds only figures for which a source was read; an empty cell means nobody printed it. `basis` is
+`datasheet`, or `assumed` where a figure was taken over from a sibling (the note says which). A user's own chips come from TOML
+tables with the same names, and figures that `qualify` measured replace the datasheet's (`with_measured`).
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from bascule.errors import RecipeError, nearest
+
+Basis = Literal["datasheet", "measured on this machine", "assumed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One kind of chip. TFLOPS are dense peaks; `*_gbs` GB/s in one direction per chip; `power_all_in_w` includes its share of
+    host and network; `price_usd_h` per chip-hour, with `price_note` for date and kind. None: not published."""
+
+    name: str
+    vendor: str = "unknown"
+    year: int | None = None
+    status: str = ""
+    bf16_tflops: float | None = None
+    fp8_tflops: float | None = None
+    fp4_tflops: float | None = None
+    int8_tops: float | None = None
+    memory_gb: float | None = None
+    memory_tbs: float | None = None
+    scaleup_gbs: float | None = None
+    scaleup_p2p_gbs: float | None = None
+    scaleup_chips: int | None = None
+    scaleout_gbit_s: float | None = None
+    tdp_w: float | None = None
+    power_all_in_w: float | None = None
+    price_usd_h: float | None = None
+    price_note: str = ""
+    gemm_bf16_tflops: float | None = None
+    basis: Basis = "datasheet"
+    source: str = ""
+    note: str = ""
+
+    def peak_tflops(self, precision: str) -> float | None:
+        """Dense peak at a precision class (`bf16`, `fp8`, `fp4`, `int8`); a chip without it computes at the next wider one."""
+        for column in PRECISION_COLUMNS[precision]:
+            value: float | None = getattr(self, column)
+            if value:
+                return value
+        return None
+
+
+PRECISION_COLUMNS = {
+    "bf16": ("bf16_tflops",),
+    "fp8": ("fp8_tflops", "bf16_tflops"),
+    "fp4": ("fp4_tflops", "fp8_tflops", "bf16_tflops"),
+    "int8": ("int8_tops", "fp8_tflops", "bf16_tflops"),
+}
+
+_FLOATS = {f.name for f in fields(Chip) if f.type.startswith("float")}
+_INTS = {f.name for f in fields(Chip) if f.type.startswith("int")}
+
+
+@functools.cache
+def chips() -> dict[str, Chip]:
+    """All chips of the shipped file, by name."""
+    with (
+        resources.files("bascule.plan").joinpath("data/chips.csv").open(encoding="utf-8") as handle
+    ):
+        return {row["name"]: _from_row(row) for row in csv.DictReader(handle)}
+
+
+def _from_row(row: Mapping[str, str]) -> Chip:
+    values: dict[str, Any] = {}
+    for key, text in row.items():
+        if text != "":
+            values[key] = (
+                float(text) if key in _FLOATS else int(float(text)) if key in _INTS else text
+            )
+    return Chip(**values)
+
+
+# Words people and papers use for the rows of chips.csv. Compared without case, spaces, hyphens and brackets.
+ALIASES = {
+    "a100": "A100-80 SXM", "a100-80gb": "A100-80 SXM", "a100-80": "A100-80 SXM", "a100-40gb": "A100-40 SXM", "a100-40": "A100-40 SXM",
+    "a800": "A800-80 SXM", "h100": "H100 SXM", "h800": "H800 SXM", "h20": "H20-96", "h200": "H200 SXM", "b200": "B200 SXM",
+    "b300": "B300 SXM", "gb200": "GB200", "gb300": "GB300", "rubin": "Rubin", "mi250x": "MI250X (2 GCD)", "910c": "Ascend 910C",
+    "910b": "Ascend 910B", "ascend910b": "Ascend 910B", "ascend910c": "Ascend 910C", "950dt": "Ascend 950DT", "950pr": "Ascend 950PR",
+    "ironwood": "TPU7x Ironwood", "tpuv7": "TPU7x Ironwood", "trillium": "TPU v6e Trillium", "tpuv6e": "TPU v6e Trillium",
+    "trn1": "Trainium1", "trn2": "Trainium2", "trn3": "Trainium3", "s5000": "MTT S5000", "s4000": "MTT S4000",
+    "ppu": "PPU (T-Head)", "h100-96gb-500w(meta)": "H100-96 500W", "atlas900a2": "Ascend 910B",
+    "ascend(a3,typenotprinted)": "Ascend 910C",
+}  # fmt: skip
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def find_chip(name: str, extra: Mapping[str, Chip] | None = None) -> Chip:
+    """Look a chip up by name or alias; `extra` (a user's own chips) comes first. Raises RecipeError with the nearest name."""
+    known = {**chips(), **(extra or {})}
+    keys = {_key(alias): target for alias, target in ALIASES.items()} | {
+        _key(chip): chip for chip in known
+    }
+    if _key(name) in keys:
+        return known[keys[_key(name)]]
+    words = {**{alias: alias for alias in ALIASES}, **{chip.lower(): chip for chip in known}}
+    hint = nearest(name.lower(), words)
+    raise RecipeError(
+        f"'{name}' is not a chip the planner knows; known: {', '.join(sorted(known))}.{hint}"
+    )
+
+
+def chips_from_toml(path: Path) -> dict[str, Chip]:
+    """A user's own chips: one table per chip, keys as in `Chip`. Raises RecipeError naming a wrong key or value."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"The chip file '{path}' cannot be read ({error}).") from None
+    allowed = [f.name for f in fields(Chip) if f.name != "name"]
+    result = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise RecipeError(
+                f"{path}: '{name}' is a value outside a table; write [\"chip name\"] above the figures."
+            )
+        for key, value in table.items():
+            if key not in allowed:
+                raise RecipeError(
+                    f"{path}: [{name}] {key}: unknown key; allowed: {', '.join(allowed)}.{nearest(key, allowed)}"
+                )
+            if key in _FLOATS | _INTS and (not isinstance(value, (int, float)) or value <= 0):
+                raise RecipeError(f"{path}: [{name}] {key}={value!r} must be a number above 0.")
+        result[name] = Chip(name=name, **table)
+    return result
+
+
+def with_measured(chip: Chip, measured: Mapping[str, float]) -> Chip:
+    """Put figures that `qualify` measured in place of the datasheet's. Keys as in `Chip`; others are ignored."""
+    found = {key: value for key, value in measured.items() if key in _FLOATS}
+    return replace(chip, **found, basis="measured on this machine") if found else chip  # type: ignore[arg-type]

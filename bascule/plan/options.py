@@ -1,0 +1,246 @@
+"""What a recipe would cost on each of its own pools, before anything is booked: memory by component, training time, money.
+
+Small models on one box are bound by launches and narrow matrices, not by a datasheet's peak, so each figure says what it rests
+on: `measured on this machine` (qualify's figures, or a matmul probe of this CPU), `datasheet`, or `assumed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from bascule.config import PoolConfig, Recipe
+from bascule.errors import RecipeError
+from bascule.plan.architecture import Shape, from_config
+from bascule.plan.catalogue import find_chip
+from bascule.plan.probe import host_memory_bytes, measure_cpu
+from bascule.records import OptionPriced
+
+Measured = Mapping[str, Mapping[str, float | str]]
+
+# Shares and costs of small eager-mode models, from our own prototype's runs on one CPU thread (0.46 M to 6 M parameters):
+# matmul work reached 0.2 to 0.5 of the probe's rate, a training step issues about 400 operations a layer, a decoding step 60.
+MATMUL_SHARE = 0.35
+OPERATIONS_PER_LAYER_STEP, OPERATIONS_PER_LAYER_DECODE = 400, 60
+LAUNCH_S = {"cpu": 8e-6, "cuda": 8e-6, "npu": 16e-6}
+TYPICAL_LENGTH_SHARE = 0.4  # mean sequence over max_position_embeddings in the demo's corpus
+TYPICAL_COMPLETION_SHARE = 0.4  # mean completion over the cap
+SPREAD = 2.0  # low = x / SPREAD, high = x * SPREAD where nothing was measured for this model
+PROCESS_BYTES = 450e6  # interpreter and libraries of one trainer process
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a pool is taken to compute. `spread` is the factor to the interval's ends."""
+
+    flops_per_s: float
+    launch_s: float
+    basis: str
+    spread: float = SPREAD
+
+
+def price_pools(
+    recipe: Recipe, available: Mapping[str, float | None], measured: Measured | None = None
+) -> list[OptionPriced]:
+    """Price every pool of the recipe, preferred first.
+
+    `available`: memory in bytes a pool offers (None: unknown; the host's own for CPU pools). `measured`: per pool any of
+    `accelerator` (the name that opened), `chip` (as its driver names it), `matmul_flops_per_s`, `sft_step_s`, `grpo_step_s`,
+    `train_peak_bytes`, `power_w`; they replace the planner's own.
+    """
+    return [
+        _price(
+            recipe, name, recipe.pools[name], available.get(name), (measured or {}).get(name, {})
+        )
+        for name in recipe.order
+    ]
+
+
+def _price(
+    recipe: Recipe,
+    name: str,
+    pool: PoolConfig,
+    memory: float | None,
+    seen: Mapping[str, float | str],
+) -> OptionPriced:
+    shape = from_config(recipe.model)
+    family = device_family(str(seen.get("accelerator", pool.accelerator)), memory)
+    if memory is None and family == "cpu":
+        memory = host_memory_bytes()
+    rate = _rate(shape, family, seen)
+    seconds = training_seconds(recipe, shape, rate, seen)
+    components = memory_components(recipe, shape)
+    needed = float(seen.get("train_peak_bytes", sum(components.values())))
+    total = sum(seconds.values())
+    hours = total * pool.chips / 3600
+    spread = 1.25 if {"sft_step_s", "grpo_step_s"} <= set(seen) else rate.spread
+    return OptionPriced(
+        pool=name,
+        accelerator=pool.accelerator,
+        parameters=shape.parameters,
+        memory_bytes=needed,
+        memory_available_bytes=memory,
+        fits=fits(needed, memory),
+        train_s=total,
+        train_s_low=total / spread,
+        train_s_high=total * spread * (1.5 if pool.accelerator.startswith("sim:") else 1.0),
+        energy_j=float(seen["power_w"]) * total if "power_w" in seen else None,
+        cost=hours * pool.price_per_hour if pool.price_per_hour is not None else None,
+        cost_unit=pool.price_unit if pool.price_per_hour is not None else None,
+        basis=_basis(rate, seen, pool),
+        memory_components_bytes=components,
+        train_components_s=seconds,
+    )
+
+
+def device_family(accelerator: str, memory: float | None) -> str:
+    """`cpu`, `cuda` or `npu` for a pool's accelerator name; a simulated chip counts as its base.
+
+    Of `a|b` the first is taken, unless the memory offered is unknown or the host's own: then the pool opened on the CPU.
+    """
+    words = [
+        word.partition("@")[2] or "cpu" if word.startswith("sim:") else word
+        for word in accelerator.split("|")
+    ]
+    families = [word.partition(":")[0] for word in words]
+    host = memory is None or memory == host_memory_bytes()
+    return "cpu" if len(families) > 1 and host and "cpu" in families else families[0]
+
+
+Fits = Literal["fits", "tight", "does not fit", "unknown"]
+
+
+def fits(needed: float, available: float | None) -> Fits:
+    """`tight` above 85 % of what is there: fragmentation and collective buffers live in the rest."""
+    if available is None:
+        return "unknown"
+    return (
+        "does not fit" if needed > available else "tight" if needed > 0.85 * available else "fits"
+    )
+
+
+def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
+    """Bytes of a trainer in fp32 on one device: weights, two gradients (computed and proposed), optimizer, activations."""
+    p = shape.parameters
+    length = recipe.model.max_position_embeddings
+    grpo = "grpo" in recipe.train.phases
+    sequences = max(
+        recipe.sft.batch_sequences if "sft" in recipe.train.phases else 0,
+        recipe.grpo.prompts * recipe.grpo.group_size // recipe.grpo.updates_per_rollout
+        if grpo
+        else 0,
+    )
+    return {
+        "weights": 4.0 * p,
+        "gradients": 8.0 * p,
+        "optimizer": 8.0 * p,
+        "activations": 4.0 * sequences * length * activation_elements(shape, length),
+        "logits": 4.0 * 3 * sequences * length * shape.vocab,
+        "process": PROCESS_BYTES,
+    }
+
+
+def activation_elements(shape: Shape, length: int) -> float:
+    """Elements kept for the backward pass per token, all layers, no recomputation, scores materialised (eager fp32)."""
+    inner = shape.ffn if not shape.moe else shape.topk * shape.moe_ffn + shape.shared_ffn
+    width = shape.head_dim if shape.latent is None else shape.latent.v
+    per_layer = 8 * shape.hidden + 4 * shape.heads * width + 4 * inner + 2 * shape.heads * length
+    return float(shape.layers * per_layer)
+
+
+def training_seconds(
+    recipe: Recipe, shape: Shape, rate: Rate, seen: Mapping[str, float | str]
+) -> dict[str, float]:
+    """Seconds of each phase of the recipe, GRPO split into rollouts and updates; measured step times win."""
+    length = TYPICAL_LENGTH_SHARE * recipe.model.max_position_embeddings
+    result: dict[str, float] = {}
+    for phase, steps in recipe.phase_steps().items():
+        if f"{phase}_step_s" in seen:
+            result[phase] = steps * float(seen[f"{phase}_step_s"])
+        elif phase == "sft":
+            result["sft"] = steps * _step_seconds(shape, rate, recipe.sft.batch_sequences, length)
+        else:
+            g = recipe.grpo
+            samples = g.prompts * g.group_size
+            tokens = TYPICAL_COMPLETION_SHARE * g.max_completion_tokens
+            result["grpo rollouts"] = (
+                steps
+                / g.updates_per_rollout
+                * _rollout_seconds(shape, rate, samples, tokens, g.max_completion_tokens)
+            )
+            result["grpo updates"] = steps * _step_seconds(
+                shape, rate, samples // g.updates_per_rollout, length
+            )
+    return result
+
+
+def _step_seconds(shape: Shape, rate: Rate, sequences: int, length: float) -> float:
+    work = sequences * length * shape.train_flops(int(length)) / rate.flops_per_s
+    return work + OPERATIONS_PER_LAYER_STEP * (shape.layers + 1) * rate.launch_s
+
+
+def _rollout_seconds(shape: Shape, rate: Rate, samples: int, tokens: float, cap: int) -> float:
+    """One batched rollout: every decoding step costs its launches until the longest sequence ends near the cap."""
+    launches = cap * OPERATIONS_PER_LAYER_DECODE * (shape.layers + 1) * rate.launch_s
+    return launches + samples * tokens * shape.train_flops(int(tokens)) / 3 / rate.flops_per_s
+
+
+def _rate(shape: Shape, family: str, seen: Mapping[str, float | str]) -> Rate:
+    launch = LAUNCH_S.get(family, LAUNCH_S["npu"])
+    if "matmul_flops_per_s" in seen:
+        return Rate(
+            MATMUL_SHARE * float(seen["matmul_flops_per_s"]),
+            launch,
+            "measured on this machine (qualify's matrix products)",
+            1.6,
+        )
+    if family == "cpu":
+        speed = measure_cpu()
+        wide = shape.hidden >= 512
+        return Rate(
+            MATMUL_SHARE * (speed.warm_flops_per_s if wide else speed.cold_flops_per_s),
+            launch,
+            "unknown chip: no catalogue row describes this CPU; measured on this machine by a quick numpy matmul probe",
+        )
+    if "chip" in seen:
+        return _datasheet_rate(str(seen["chip"]), launch)
+    return Rate(
+        1e12,
+        launch,
+        f"assumed: no figure for this {family} chip yet; 1 TFLOPS effective, launches of {launch * 1e6:.0f} us",
+        4.0,
+    )
+
+
+def _datasheet_rate(chip: str, launch: float) -> Rate:
+    try:
+        peak = find_chip(chip).bf16_tflops
+    except RecipeError:
+        peak = None
+    if peak is None:
+        return Rate(
+            1e12, launch, f"assumed: '{chip}' is not in the catalogue; 1 TFLOPS effective", 4.0
+        )
+    return Rate(
+        0.02 * peak * 1e12,
+        launch,
+        f"datasheet of {chip}; small matrices taken to reach 2 % of its bf16 peak",
+        3.0,
+    )
+
+
+def _basis(rate: Rate, seen: Mapping[str, float | str], pool: PoolConfig) -> str:
+    steps = [key for key in ("sft_step_s", "grpo_step_s") if key in seen]
+    words = [
+        "time: measured on this machine (step times)" if len(steps) == 2 else f"time: {rate.basis}"
+    ]
+    words.append(
+        "memory: measured on this machine"
+        if "train_peak_bytes" in seen
+        else "memory: counted from the architecture, activations assumed eager fp32"
+    )
+    words.append("80 % interval")
+    if pool.accelerator.startswith("sim:"):
+        words.append("simulated chip: its base's speed, faults up to 1.5x")
+    return "; ".join(words)

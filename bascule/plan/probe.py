@@ -1,0 +1,49 @@
+"""A quick look at this machine's own speed, so that a CPU (which no datasheet row covers) can be planned honestly."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MachineSpeed:
+    """fp32 matrix products of this machine. `cold_flops_per_s` uses the small widths that tiny models have."""
+
+    warm_flops_per_s: float
+    cold_flops_per_s: float
+    memory_bytes: int | None
+
+
+@functools.cache
+def measure_cpu(budget_s: float = 0.15) -> MachineSpeed:
+    """Time two matrix sizes with numpy, best of several within the budget; cached for the process."""
+    return MachineSpeed(
+        warm_flops_per_s=_matmul_rate(512, 512, budget_s / 2),
+        cold_flops_per_s=_matmul_rate(256, 96, budget_s / 2),
+        memory_bytes=host_memory_bytes(),
+    )
+
+
+def _matmul_rate(rows: int, width: int, budget_s: float) -> float:
+    a = np.ones((rows, width), dtype=np.float32)
+    b = np.ones((width, width), dtype=np.float32)
+    a @ b
+    best, end = float("inf"), time.perf_counter() + budget_s
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * rows * width * width / best
+
+
+def host_memory_bytes() -> int | None:
+    """Physical memory, or None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
