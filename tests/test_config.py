@@ -1,0 +1,72 @@
+"""The recipe is checked once, and every refusal says the path, the value, what is allowed and the nearest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bascule.config import PRESETS, ModelConfig, load_recipe, read_resolved
+from bascule.errors import RecipeError
+
+MINIMAL = '[pools.here]\naccelerator = "cpu"\n'
+
+
+def recipe_file(tmp_path: Path, text: str = MINIMAL) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_file_name_is_the_default_name_and_overrides_win(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ["train.steps=20", "pools.here.accelerator=sim:clean"])
+    assert (recipe.name, recipe.train.steps, recipe.pools["here"].accelerator) == ("mine", 20, "sim:clean")
+    assert recipe.phase_steps() == {"sft": 20, "grpo": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MINIMAL + "[sft]\nstep = 3\n", ["sft.step", "unknown key", "Did you mean 'steps'?"]),
+        (MINIMAL + "[sft]\nsteps = -3\n", ["sft.steps", "greater than or equal to 0", "-3"]),
+        (MINIMAL + "[sft]\nlearning_rate = '3 GiB'\n", ["sft.learning_rate", "'3 GiB'"]),
+        (MINIMAL + "[model]\npreset = 'nanu'\n", ["model", "'nanu' is not a preset", "Did you mean 'nano'?"]),
+        (MINIMAL + "[model]\nnum_experts_per_tok = 9\n", ["num_experts_per_tok=9", "exceeds"]),
+        ("prefer = ['ther']\n" + MINIMAL, ["'ther' is not a pool", "here"]),
+        (MINIMAL + "[pools.other]\nprice_per_hour = 3.0\n", ["pools.other.accelerator", "required"]),
+        ("seed = 1\n", ["pools", "required"]),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_path_value_and_way_out(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(recipe_file(tmp_path, text))
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(recipe_file(tmp_path, "x ="))
+
+
+def test_a_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path))
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    assert read_resolved(tmp_path / "recipe.json") == recipe
+
+
+def test_sections_are_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(recipe_file(tmp_path)).seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_keep_the_fast_attention_path(preset: str) -> None:
+    model = ModelConfig(preset=preset)
+    if preset != "v3":  # DeepSeek-V3's own shape is what it is: 128 + 64 against 128
+        assert model.qk_nope_head_dim + model.qk_rope_head_dim == model.v_head_dim
+    if preset == "mini":
+        assert (model.kv_lora_rank, model.qk_rope_head_dim) == (512, 64)
+        assert model.num_attention_heads & (model.num_attention_heads - 1) == 0
