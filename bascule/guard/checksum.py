@@ -1,0 +1,261 @@
+"""Is every matrix product of this step right? Checked against a checksum that costs O(n^2), on the chip, with one wait a step.
+
+For C = A B and a fixed vector r, `C r` must equal `A (B r)` up to rounding. `Checksums` is a dispatch mode: every mm, addmm,
+bmm and baddbmm below it is checked, so the forward product and both backward products of a linear layer are covered without
+the model knowing. r has random signs and sizes: a vector of ones would not see swapped columns, nor rows that sum to zero by
+construction. The bound per row comes from numerics.checksum_bound (feasibility.md 6: 0 false alarms in 655,422 checks).
+
+Not covered: anything that is not a matrix product (norms, softmax, fused attention, the optimizer): audits and the replays
+at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
+does not share that fault.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bascule import draws, numerics
+
+aten = torch.ops.aten
+
+# What each operator multiplies: positions of A and B among the arguments, and of the added term, if any.
+_PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
+    aten.mm.default: (0, 1, None),
+    aten.bmm.default: (0, 1, None),
+    aten.addmm.default: (1, 2, 0),
+    aten.baddbmm.default: (1, 2, 0),
+}
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One product that is wrong. `ratio` is the largest row's error over its bound (inf: not finite where it must be).
+
+    `op_index` counts checked products of the step from 0; `name` is the parameter that took part, `""` when none did
+    (activations with activations); `shape` is (m, k, n).
+    """
+
+    op_index: int
+    op: str
+    name: str
+    direction: str
+    shape: tuple[int, int, int]
+    ratio: float
+
+    def __str__(self) -> str:
+        m, k, n = self.shape
+        where = f" of {self.name}" if self.name else ""
+        return f"{self.op} #{self.op_index}{where} ({self.direction}, {m}x{k}x{n}): {self.ratio:.3g} times its bound"
+
+
+@dataclass(frozen=True)
+class Product:
+    """The tensors of one wrong product, on the CPU: enough to reproduce it. `addend` None for plain products."""
+
+    violation: Violation
+    left: Tensor
+    right: Tensor
+    addend: Tensor | None
+    output: Tensor
+
+
+@dataclass
+class _Check:
+    op: str
+    shape: tuple[int, int, int]
+    node: Any
+    storages: tuple[int, int]
+    ratio: Tensor
+
+
+@dataclass
+class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
+    """Enter inside the accelerator's session, around forward and backward; call `violations()` after leaving.
+
+    `only`: check a product only when `only(op_index)` says so (budgeted sampling). `keep`: keep the tensors of the first
+    wrong product; costs one wait per product, so only replays ask for it.
+    """
+
+    names: Mapping[int, str] = field(default_factory=dict)
+    only: Callable[[int], bool] | None = None
+    keep: bool = False
+    kept: Product | None = None
+    _checks: dict[int, _Check] = field(default_factory=dict)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            index, self._count = self._count, self._count + 1
+            if self.only is None or self.only(index):
+                self._check(index, func, args, kwargs or {}, output)
+        return output
+
+    @property
+    def products_seen(self) -> int:
+        return self._count
+
+    @property
+    def products_checked(self) -> int:
+        return len(self._checks)
+
+    def violations(self) -> list[Violation]:
+        """All wrong products in the order they ran. Waits for the chip once."""
+        if not self._checks:
+            return []
+        ratios = torch.stack([check.ratio for check in self._checks.values()]).tolist()
+        pairs = zip(self._checks.items(), ratios, strict=True)
+        return [
+            self._violation(index, check, ratio)
+            for (index, check), ratio in pairs
+            if not ratio <= 1.0
+        ]
+
+    def worst_ratio(self) -> float:
+        """The largest error over its bound of all products of the step: how much room the bound had."""
+        return max((float(check.ratio) for check in self._checks.values()), default=0.0)
+
+    def _check(
+        self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        left_at, right_at, addend_at = _PRODUCTS[func]
+        left, right = args[left_at], args[right_at]
+        if not output.is_floating_point() or output.numel() == 0 or left.numel() == 0:
+            return
+        addend = None if addend_at is None else _scaled(args[addend_at], kwargs.get("beta", 1))
+        ratio = product_ratio(left, right, output, addend, alpha=kwargs.get("alpha", 1))
+        shape = (left.shape[-2], left.shape[-1], right.shape[-1])
+        storages = (left.untyped_storage().data_ptr(), right.untyped_storage().data_ptr())
+        check = _Check(
+            func.overloadpacket.__name__, shape, torch._C._current_autograd_node(), storages, ratio
+        )
+        self._checks[index] = check
+        if self.keep and self.kept is None and not float(ratio) <= 1.0:
+            tensors = [x.detach().cpu().clone() for x in (left, right, output)]
+            kept_addend = None if addend is None else addend.detach().cpu().clone()
+            violation = self._violation(index, check, float(ratio))
+            self.kept = Product(violation, tensors[0], tensors[1], kept_addend, tensors[2])
+
+    def _violation(self, index: int, check: _Check, ratio: float) -> Violation:
+        name, direction = self._describe(check)
+        return Violation(
+            index, check.op, name, direction, check.shape, math.inf if math.isnan(ratio) else ratio
+        )
+
+    def _describe(self, check: _Check) -> tuple[str, str]:
+        """(parameter name, "forward" | "backward to the input" | "backward to the weight")."""
+        touched = next((self.names[at] for at in check.storages if at in self.names), "")
+        if check.node is None:
+            return touched, "forward"
+        if touched:
+            return touched, "backward to the input"
+        behind = self._parameter_behind(check.node)
+        return behind, "backward to the weight" if behind else "backward"
+
+    def _parameter_behind(self, node: Any, depth: int = 3) -> str:
+        """Name of the parameter that this autograd node feeds within a few view nodes, or an empty string."""
+        for following, _ in node.next_functions:
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                if variable.dim() < 2:  # a bias: its gradient is a sum, not a product
+                    continue
+                return self.names.get(variable.untyped_storage().data_ptr(), "")
+            if (
+                following is not None
+                and depth
+                and following.name().startswith(
+                    ("TBackward", "Transpose", "View", "Select", "Unbind", "Unsafe")
+                )
+            ):
+                found = self._parameter_behind(following, depth - 1)
+                if found:
+                    return found
+        return ""
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """Storage address -> parameter name, for naming what a violation hit. Tied parameters keep their first name."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        names.setdefault(parameter.untyped_storage().data_ptr(), name)
+    return names
+
+
+@torch.no_grad()
+def product_ratio(
+    left: Tensor, right: Tensor, output: Tensor, addend: Tensor | None = None, *, alpha: float = 1
+) -> Tensor:
+    """Largest checksum error over its bound, a scalar on the chip. left (..., m, k), right (..., k, n), output (..., m, n).
+
+    Rows whose expected checksum is not finite are passed over: then an input was already bad, and the operator that made it
+    bad is the one to name. NaN in the result means that the chip made something non-finite of finite inputs.
+    """
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    a, b, c = left.to(dtype), right.to(dtype), output.to(dtype)
+    probe = _probe(c.shape[-1], dtype, c.device)
+    expected = _times_vector(a, _times_vector(b, probe))
+    if alpha != 1:
+        expected = expected * alpha
+    if addend is not None:
+        expected = expected + _times_vector(addend.to(dtype).expand(c.shape), probe)
+    norm = torch.linalg.vector_norm(b, dim=(-2, -1)) * abs(alpha)
+    half = output.dtype in (torch.float16, torch.bfloat16)
+    output_norms = torch.linalg.vector_norm(c, dim=-1) if half else None
+    bound = numerics.checksum_bound(
+        _row_norms(a), norm, a.shape[-1], c.shape[-1], output_norms, output.dtype
+    )
+    if addend is not None:
+        bound = bound + expected.abs() * (
+            numerics.tolerance(dtype).unit * math.sqrt(c.shape[-1]) * numerics.CHECKSUM_MARGIN
+        )
+    ratio = (_times_vector(c, probe) - expected).abs_().div_(bound)
+    worst: Tensor = torch.where(torch.isfinite(expected), ratio, 0.0).amax()
+    return worst
+
+
+def _times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """matrix (..., m, k) times vector (..., k). No bmm here: a checked product must not check itself, nor count as one."""
+    if matrix.dim() == 2:
+        return torch.mv(matrix, vector)
+    return (matrix * vector.unsqueeze(-2)).sum(-1)
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    """2-norms of the rows. For a transposed view (the weight's gradient) squares and a product are 3 times faster on CPU."""
+    if matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.shape[1] > 1:
+        return torch.mv(
+            matrix.square(), torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        ).sqrt_()
+    return torch.linalg.vector_norm(matrix, dim=-1)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+@functools.lru_cache(maxsize=256)
+def _probe(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The checksum vector r: sizes in (0.5, 1.5), random signs, RMS close to 1; the same in every process."""
+    numbers = draws.uniform(draws.key(0, "guard.checksum", columns), (columns,))
+    sizes = torch.from_numpy(numbers) + 0.5
+    signs = torch.from_numpy(
+        draws.uniform(draws.key(1, "guard.checksum", columns), (columns,)) < 0.5
+    )
+    return torch.where(signs, -sizes, sizes).to(device=device, dtype=dtype)
