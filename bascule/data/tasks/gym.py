@@ -1,0 +1,105 @@
+"""reasoning-gym behind bascule's tasks: its generators make the problems, its scorers judge the answers.
+
+Its questions are long sentences that never change within a family; a character-level model would spend most of its prompt on
+them, so each task asks the same problem in a short form of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from bascule import draws
+from bascule.data import chat
+from bascule.data.tasks.base import Options, Problem
+from bascule.errors import RecipeError, nearest
+
+Entry = dict[str, Any]
+
+# A family can be smaller than what was asked for. Give up on finding new problems after this many draws per problem wanted.
+_DRAWS_PER_PROBLEM = 3
+
+
+def distinct(
+    name: str,
+    seed: int,
+    count: int,
+    settings: Mapping[str, Any],
+    convert: Callable[[Entry], Problem | None],
+) -> list[Problem]:
+    """Draw entries of dataset `name` until `count` problems with distinct keys are found or the family seems used up."""
+    found: dict[str, Problem] = {}
+    for entry in _entries(name, seed, _DRAWS_PER_PROBLEM * count + 64, settings):
+        if len(found) >= count:
+            break
+        problem = convert(entry)
+        if problem is not None:
+            found.setdefault(problem.key, problem)
+    return list(found.values())
+
+
+def _entries(name: str, seed: int, size: int, settings: Mapping[str, Any]) -> Iterator[Entry]:
+    # reasoning-gym draws item i from Random(seed + i): neighbouring seeds would share almost all items, hence the hash.
+    gym_seed = draws.key(seed, f"gym.{name}") >> 1
+    try:
+        dataset = reasoning_gym.create_dataset(name, seed=gym_seed, size=size, **settings)
+    except AssertionError as error:
+        raise RecipeError(
+            f"Task '{name}' refuses the options {dict(settings)}: {error}. Change data.tasks.options."
+        ) from None
+    for index in range(size):
+        yield dataset[index]
+
+
+@functools.cache
+def _scorer(name: str) -> Any:
+    return reasoning_gym.create_dataset(name, seed=0, size=1)
+
+
+def score(name: str, answer: str, problem: Problem) -> float:
+    """reasoning-gym's own score of `answer`: 1.0 only when it is right (partial credit below 1 exists)."""
+    return float(
+        _scorer(name).score_answer(
+            answer, {"answer": problem.answer, "metadata": dict(problem.metadata)}
+        )
+    )
+
+
+def verify(name: str, problem: Problem, completion_text: str) -> float:
+    """Exact reward: the format must be right and reasoning-gym must say 1.0."""
+    parsed = chat.parse_strict(completion_text)
+    if parsed is None or not parsed[1].isascii():
+        return 0.0
+    return 1.0 if score(name, parsed[1], problem) == 1.0 else 0.0
+
+
+def settings(
+    name: str, options: Options, defaults: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[Entry, Entry]:
+    """Split `options` into (reasoning-gym's settings, the task's own), defaults filled in.
+
+    Raises RecipeError for a key that neither has, or a value whose type differs from the default's.
+    """
+    gym_fields = {field.name for field in fields(DATASETS[name][1])} - {"seed", "size"}
+    allowed = sorted(gym_fields | set(own))
+    for key in options:
+        if key not in allowed:
+            raise RecipeError(
+                f"Task '{name}' has no option '{key}'; allowed: {', '.join(allowed)}.{nearest(key, allowed)}"
+            )
+    merged = {**defaults, **own, **options}
+    for key, default in {**defaults, **own}.items():
+        if not isinstance(merged[key], _accepted(default)):
+            raise RecipeError(
+                f"Task '{name}': option {key}={merged[key]!r} must be {_accepted(default)[-1].__name__}."
+            )
+    return {key: merged[key] for key in merged if key not in own}, {key: merged[key] for key in own}
+
+
+def _accepted(default: Any) -> tuple[type, ...]:
+    return (int, float) if isinstance(default, float) else (type(default),)

@@ -1,0 +1,43 @@
+"""Tasks by name: the built-in ones, or a user's own as `package.module:object`."""
+
+from __future__ import annotations
+
+import importlib
+
+from bascule.data.tasks.base import Problem, Task
+from bascule.errors import RecipeError, nearest
+
+BUILT_IN = ("chain_sum", "countdown", "gcd", "letter_counting")
+"""Each is the module of that name beside this file; its object is called `task`."""
+
+
+def get(name: str) -> Task:
+    """The task of that name. Raises RecipeError when there is none, or when what is there is not a Task."""
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in BUILT_IN:
+            raise RecipeError(
+                f"There is no task '{name}'; built in: {', '.join(BUILT_IN)}; your own is written package.module:task."
+                f"{nearest(name, BUILT_IN)}"
+            )
+        module_name, attribute = f"bascule.data.tasks.{name}", "task"
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"Task '{name}': {error}. Install the package or run where it can be imported."
+        ) from None
+    except AttributeError:
+        raise RecipeError(
+            f"Task '{name}': module '{module_name}' has no object '{attribute}'."
+        ) from None
+    if not isinstance(found, Task):
+        raise RecipeError(
+            f"Task '{name}' is a {type(found).__name__} without name, problems, verify and trace (see bascule.data.tasks.base.Task)."
+        )
+    return found
+
+
+def verify(problem: Problem, completion_text: str) -> float:
+    """Reward of one completion, by the problem's own task."""
+    return get(problem.task).verify(problem, completion_text)
