@@ -5,14 +5,23 @@ On disk the experts lie one by one (`mlp.experts.3.gate_proj.weight`), in memory
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bascule import draws
 from bascule.config import ModelConfig
+from bascule.errors import ModelFolderError
+from bascule.folder import write_atomic, write_json_atomic
+from bascule.model import hf_config
 from bascule.model.transformer import Transformer
 
 
@@ -58,3 +67,155 @@ def fingerprint_state(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def save_hf(
+    model: Transformer,
+    config: ModelConfig,
+    folder: Path,
+    tokenizer_files: Iterable[Path] | None = None,
+    *,
+    special_ids: Mapping[str, int] | None = None,
+    untied: bool = False,
+) -> None:
+    """Write `folder` in Hugging Face layout: config.json, generation_config.json, model.safetensors, tokenizer files copied.
+
+    `special_ids`: bos_token_id, eos_token_id, pad_token_id. `untied` writes the head as a tensor of its own although it is
+    tied: engines that know DeepSeek-V3 only with a separate head then load the model too. Each file is replaced in one rename.
+    Raises ModelFolderError when no family of ours covers the configuration.
+    """
+    ids = dict(special_ids or {})
+    if untied:
+        config = config.model_copy(update={"tie_word_embeddings": False})
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    described = hf_config.to_hf(config, dtype=dtype, special_ids=ids)
+    tensors = dict(_to_disk(model, config))
+    write_atomic(
+        folder / "model.safetensors",
+        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+    )
+    for source in tokenizer_files or ():
+        write_atomic(folder / source.name, functools.partial(_copy, source))
+    write_json_atomic(
+        folder / "generation_config.json", {"do_sample": True, "temperature": 1.0, **ids}
+    )
+    write_json_atomic(folder / "config.json", described)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.write_bytes(source.read_bytes())
+
+
+def _to_disk(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for disk_name, index in _disk_parts(name, tensor.shape):
+            yield (
+                disk_name,
+                tensor[index].detach().cpu().clone(memory_format=torch.contiguous_format),
+            )
+
+
+def _disk_parts(name: str, shape: torch.Size) -> Iterator[tuple[str, Any]]:
+    """The files' names for one of our tensors, each with the index of its part: one for all but the stacked experts."""
+    prefix, dot, leaf = name.rpartition(".experts.")
+    if not dot:
+        yield name, ...
+        return
+    size = shape[1] // 2
+    for expert in range(shape[0]):
+        if leaf == "gate_up_proj":
+            yield f"{prefix}.experts.{expert}.gate_proj.weight", (expert, slice(0, size))
+            yield f"{prefix}.experts.{expert}.up_proj.weight", (expert, slice(size, None))
+        else:
+            yield f"{prefix}.experts.{expert}.down_proj.weight", (expert,)
+
+
+def load_hf(
+    folder: Path, device: torch.device | str | None = None
+) -> tuple[Transformer, ModelConfig]:
+    """Read a Hugging Face folder of one of our families; the model keeps the file's dtype and is on `device` (default CPU).
+
+    Every tensor must be there with the right shape, and none may be left over. Raises ModelFolderError.
+    """
+    folder = Path(folder)
+    raw = hf_config.read_hf(folder)
+    tensors = _read_tensors(folder)
+    config = hf_config.from_hf(raw, source=str(folder))
+    model = Transformer(config).to(_dtype_of(tensors, folder))
+    _fill(model, tensors, folder)
+    return (model if device is None else model.to(device)), config
+
+
+@torch.no_grad()
+def _fill(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy every tensor into its place; complain about all that is missing, left over or misshapen at once."""
+    wrong, used = [], set()
+    for name, target in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            used.add(name)
+            continue
+        for disk_name, index in _disk_parts(name, target.shape):
+            part, found = target[index], tensors.get(disk_name)
+            used.add(disk_name)
+            if found is None:
+                wrong.append(f"{disk_name} is missing")
+            elif found.shape != part.shape:
+                wrong.append(
+                    f"{disk_name} has shape {list(found.shape)}, config.json means {list(part.shape)}"
+                )
+            else:
+                part.copy_(found)
+    wrong += [f"{name} is not part of the model" for name in sorted(tensors.keys() - used)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ModelFolderError(
+            f"'{folder}' does not hold the {hf_config.family(model.config)} model its config.json describes: "
+            f"{'; '.join(wrong[:3])}{more}. Copy or export the folder again."
+        )
+
+
+def _dtype_of(tensors: Mapping[str, Tensor], folder: Path) -> torch.dtype:
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None or not embedding.dtype.is_floating_point:
+        raise ModelFolderError(
+            f"'{folder}' has no floating-point tensor 'model.embed_tokens.weight'; every family of ours has one. "
+            "Give a folder with a causal language model in float32, bfloat16 or float16."
+        )
+    return embedding.dtype
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards its index names, on the CPU."""
+    found: dict[str, Tensor] = {}
+    for path in _shards(folder):
+        try:
+            found |= load_file(path)
+        except FileNotFoundError:
+            raise ModelFolderError(
+                f"'{folder}' names the weight file '{path.name}' and lacks it. Copy the folder again."
+            ) from None
+        except SafetensorError as error:
+            raise ModelFolderError(
+                f"The weight file '{path}' is torn or is no safetensors file ({error}). Copy it again and compare the sizes."
+            ) from None
+    return found
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelFolderError(
+            f"'{folder}' was to be read as a model; it has neither model.safetensors nor model.safetensors.index.json. "
+            "Other weight formats are not read: convert with transformers' save_pretrained."
+        )
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFolderError(
+            f"'{index}' is damaged ({error!r}). Copy the folder again."
+        ) from None
+    return [folder / name for name in sorted(set(names))]
