@@ -8,10 +8,12 @@
     │   └── ModelFolderError              a Hugging Face folder cannot be read as one of our families
     ├── CheckFailed                   3   a check said no: doctor, qualify, an evaluation gate, --strict
     ├── GuardStopped                  4   the guard stopped the run and nothing can be moved
+    │   └── RollbackNeeded                the chip erred once; go back to the last certified snapshot on the same pool
     ├── DeviceFault                   5   a chip failed and no pool is left
     │   ├── AcceleratorUnavailable        the accelerator asked for cannot be opened here
     │   ├── OperatorMissing               the chip lacks an operator the model needs
     │   ├── ChipCondemned                 the guard condemned this chip; carries the incident's id
+    │   ├── NonFiniteLogits               an engine's chip computed NaN or infinity where probabilities were asked
     │   └── NoPoolLeft                    the policy has no pool to go to
     ├── OutOfMemory                   6   host or device memory is exhausted
     └── Preempted                    75   stopped on request after a snapshot; run the same command again
@@ -63,6 +65,15 @@ class GuardStopped(BasculeError):
     exit_code = 4
 
 
+class RollbackNeeded(GuardStopped):
+    """A confirmed transient fault: steps since the last certified snapshot may be corrupt. The supervisor starts the same
+    loop on the same pool from there; the proof lies in `incidents/<incident_id>/`."""
+
+    def __init__(self, message: str, *, incident_id: str) -> None:
+        super().__init__(message)
+        self.incident_id = incident_id
+
+
 class DeviceFault(BasculeError):
     exit_code = 5
 
@@ -81,6 +92,10 @@ class ChipCondemned(DeviceFault):
     def __init__(self, message: str, *, incident_id: str) -> None:
         super().__init__(message)
         self.incident_id = incident_id
+
+
+class NonFiniteLogits(DeviceFault):
+    pass
 
 
 class NoPoolLeft(DeviceFault):

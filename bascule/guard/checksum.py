@@ -240,9 +240,10 @@ def _times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
 def _row_norms(matrix: Tensor) -> Tensor:
     """2-norms of the rows. For a transposed view (the weight's gradient) squares and a product are 3 times faster on CPU."""
     if matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.shape[1] > 1:
-        return torch.mv(
+        norms: Tensor = torch.mv(
             matrix.square(), torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
         ).sqrt_()
+        return norms
     return torch.linalg.vector_norm(matrix, dim=-1)
 
 
