@@ -13,6 +13,9 @@
     │   ├── AcceleratorUnavailable        the accelerator asked for cannot be opened here
     │   ├── OperatorMissing               the chip lacks an operator the model needs
     │   ├── ChipCondemned                 the guard condemned this chip; carries the incident's id
+    │   ├── RollbackNeeded                a chip fault was confirmed but not condemned: back to the last certified snapshot
+    │   ├── ContinuationRefused           the new pool does not reproduce a recorded good step
+    │   ├── RolloutFailed                 the rollout engine's chip failed while the trainer's own is in order
     │   ├── NonFiniteLogits               an engine's chip computed NaN or infinity where probabilities were asked
     │   └── NoPoolLeft                    the policy has no pool to go to
     ├── OutOfMemory                   6   host or device memory is exhausted

@@ -1,0 +1,98 @@
+"""`bascule qualify`: what is this chip fit for. Also the run's qualification stage: every pool, before any is placed."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from bascule.config import ModelConfig, Recipe
+from bascule.errors import CheckFailed
+from bascule.folder import RunFolder
+from bascule.ledger import Ledger, of_kind
+from bascule.qualify.battery import BatteryResult, run_battery
+from bascule.records import Evidence, Verdict
+from bascule.stages.answer import Answer, say
+
+MARK = {"pass": "ok  ", "fail": "FAIL", "error": "FAIL", "skipped": "skip"}
+
+
+def main(arguments: Namespace) -> Answer:
+    """Exit 3 when any examined accelerator is unfit for any role."""
+    model = ModelConfig(preset=arguments.preset)
+    results = [
+        run_battery(
+            name,
+            name,
+            model,
+            Path(arguments.out) / _file_name(name),
+            time_limit_s=arguments.time_limit,
+            quick=not arguments.full,
+            seed=arguments.seed,
+            only=arguments.check,
+            on_evidence=_say_evidence,
+        )
+        for name in arguments.accelerators
+    ]
+    unfit = any(verdict.verdict == "unfit" for result in results for verdict in result.verdicts)
+    data = {
+        "pools": {
+            name: {
+                "verdicts": {verdict.role: _plain(verdict) for verdict in result.verdicts},
+                "evidence": [_plain(item) for item in result.evidence],
+                "seconds": result.seconds,
+                "note": result.note,
+            }
+            for name, result in zip(arguments.accelerators, results, strict=True)
+        }
+    }
+    return Answer(text="\n".join(line for result in results for line in _lines(result)), data=data, exit_code=CheckFailed.exit_code if unfit else 0)
+
+
+def qualify_pools(recipe: Recipe, folder: RunFolder, ledger: Ledger, *, check_stop: Callable[[], None] = lambda: None) -> None:
+    """Examine every pool that has no verdict yet in this run; evidence and verdicts go to the ledger as they come."""
+    judged = {verdict.pool for verdict in of_kind(ledger.read(), Verdict)}
+    for pool in recipe.order:
+        if pool in judged:
+            continue
+        check_stop()
+        name = recipe.pools[pool].accelerator
+        say(f"qualify {pool} ({name})")
+        result = run_battery(
+            pool,
+            name,
+            recipe.model,
+            folder.root / "evidence" / pool,
+            time_limit_s=recipe.qualify.time_limit_s,
+            quick=recipe.qualify.quick,
+            seed=recipe.seed,
+            threads=recipe.threads,
+            fault_log=folder.ground_truth / f"{pool}-qualify.jsonl",
+            on_evidence=lambda item: ledger.append(item),
+            on_progress=lambda question, done, total: check_stop(),
+        )
+        if result.note:
+            ledger.warn("accelerator fallback", f"pool {pool}: {result.note}")
+        ledger.append(*result.verdicts)
+        for line in _lines(result):
+            say(line)
+
+
+def _lines(result: BatteryResult) -> list[str]:
+    simulated = ", simulated" if result.examined.simulated else ""
+    return [
+        f"{verdict.pool} ({result.examined.chip}{simulated}): {verdict.verdict} to {verdict.role}: {'; '.join(verdict.reasons[:3])}"
+        for verdict in result.verdicts
+    ]
+
+
+def _say_evidence(item: Evidence) -> None:
+    say(f"  {MARK[item.outcome]} {item.check} [{', '.join(item.roles)}] {item.detail}")
+
+
+def _plain(record: Evidence | Verdict) -> dict[str, object]:
+    return record.model_dump(exclude={"schema_version", "kind", "attempt"})
+
+
+def _file_name(accelerator: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in accelerator)

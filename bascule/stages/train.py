@@ -1,0 +1,295 @@
+"""The training stage, supervisor's side: start the workers, watch them, read why they ended, decide what is next. No torch.
+
+One launch is a trainer on the pool placed for `train` and a rollout engine on the pool placed for `infer`. A launch ends in
+one of a few ways (`Ending`), read from the trainer's exit code and its ending file, from its silence, or from its death; never
+from log text. What follows from an ending stands in `_react`; where to go next is fallback's and place's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bascule.config import Recipe
+from bascule.errors import (
+    BasculeError,
+    CheckFailed,
+    DeviceFault,
+    GuardStopped,
+    OutOfMemory,
+    Preempted,
+    UsageError,
+)
+from bascule.fallback import migrate
+from bascule.folder import RunFolder
+from bascule.guard import watchdog
+from bascule.ledger import Ledger, last, of_kind
+from bascule.records import Incident, Migration, Placement, PoolCondemned, Role, SnapshotEvent, StepStats
+from bascule.stages import workers
+from bascule.stages.answer import say
+from bascule.stages.place import place_roles
+from bascule.stages.progress import LedgerTail, ProgressLine
+
+POLL_S = 0.1
+DEATHS_ALLOWED = 2  # of one worker on one pool without a new certified snapshot in between
+ENDING_FILE = "trainer.end.json"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a launch ended. `error` is the class name of the worker's error, "Hang" or "Death" where the worker left no word."""
+
+    error: str | None
+    message: str
+    exit_code: int
+    incident_id: str | None = None
+
+
+def train(recipe: Recipe, folder: RunFolder, ledger: Ledger, *, should_stop: Callable[[], bool]) -> None:
+    """Train to the end, over as many launches and pools as it takes. Raises the error that ends the run."""
+    supervisor = Supervisor(recipe, folder, ledger, should_stop)
+    while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
+        supervisor.react(ending)
+
+
+class Supervisor:
+    def __init__(self, recipe: Recipe, folder: RunFolder, ledger: Ledger, should_stop: Callable[[], bool]) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.ledger = ledger
+        self.should_stop = should_stop
+        self.from_certified = False
+        self.deaths: dict[tuple[str, str], int] = {}
+        self.progress = ProgressLine(recipe.total_steps())
+        self.tail = LedgerTail(folder.ledger)
+        self.placement: Placement | None = None
+
+    def launch(self, placement: Placement) -> Ending:
+        """Run one trainer to its end, keeping a rollout engine alive beside it."""
+        self.placement = placement
+        # Unix socket paths are limited to about 100 characters, so the socket cannot live in the run folder.
+        room = Path(tempfile.mkdtemp(prefix="bascule-"))
+        trainer = self._start_trainer(placement.train, room / "s")
+        engine = self._start_engine(placement.infer, room / "s")
+        try:
+            while True:
+                ending = self._trainer_ending(trainer)
+                if ending:
+                    return ending
+                engine = self._keep_engine(engine, room / "s")
+                self._follow()
+                time.sleep(POLL_S)
+        finally:
+            trainer.kill()
+            engine.kill()
+            self._follow()
+            shutil.rmtree(room, ignore_errors=True)
+
+    def react(self, ending: Ending) -> None:
+        """Record what an unfinished launch means, and prepare the next one; raise when there is no next one."""
+        assert self.placement is not None
+        pool = self.placement.train
+        match ending.error:
+            case "Preempted":
+                raise Preempted("Stopped on request; the last finished step is in a snapshot. Run the same command again to go on.")
+            case "ChipCondemned":
+                self._condemn(pool, "train", ending)
+                self._leave(pool, self._failed_step(ending))
+            case "RollbackNeeded":
+                self._leave(pool, self._failed_step(ending))
+            case "ContinuationRefused":
+                self._condemn(pool, "train", ending)
+            case "RolloutFailed":
+                self._condemn(self.placement.infer, "infer", ending)
+            case "OutOfMemory":
+                self._incident("capacity", "watchdog: out of memory", pool, ending)
+                self._condemn(pool, "train", ending)
+                self._leave_or_raise(pool, OutOfMemory(f"Pool {pool} ran out of memory: {ending.message}"))
+            case "OperatorMissing" | "AcceleratorUnavailable":
+                self._incident("software", f"watchdog: {ending.error}", pool, ending)
+                self._condemn(pool, "train", ending)
+                self._leave_or_raise(pool, DeviceFault(ending.message))
+            case "Hang" | "Death":
+                self._after_death(pool, ending)
+            case _:
+                raise _error_of(ending)
+
+    # ---- workers
+
+    def _start_trainer(self, pool: str, socket: Path) -> workers.Worker:
+        for name in ("trainer.json", ENDING_FILE):
+            (self.folder.heartbeats / name).unlink(missing_ok=True)
+        arguments = [
+            "--run", str(self.folder.root), "--attempt", str(self.ledger.attempt), "--pool", pool, "--socket", str(socket),
+            "--start", "certified" if self.from_certified else "newest",
+        ]  # fmt: skip
+        say(f"start the trainer on {pool} ({self.recipe.pools[pool].accelerator})")
+        return workers.start("trainer", arguments, pool=pool, log=self._log("trainer", pool), threads=self.recipe.threads)
+
+    def _start_engine(self, pool: str, socket: Path) -> workers.Worker:
+        (self.folder.heartbeats / "rollout.json").unlink(missing_ok=True)
+        arguments = ["--run", str(self.folder.root), "--pool", pool, "--socket", str(socket), "--threads", str(self.recipe.threads)]
+        return workers.start("rollout", arguments, pool=pool, log=self._log("rollout", pool), threads=self.recipe.threads)
+
+    def _log(self, kind: str, pool: str) -> Path:
+        return self.folder.logs / f"{kind}-{pool}-{self.ledger.attempt}.log"
+
+    def _trainer_ending(self, trainer: workers.Worker) -> Ending | None:
+        """None while the trainer lives and moves."""
+        if self.should_stop():
+            trainer.ask_to_stop()
+            return self._await_stop(trainer)
+        if trainer.returncode is not None:
+            return self._read_ending(trainer)
+        silence = self._silent_s(trainer, "trainer.json")
+        if silence is not None:
+            trainer.kill()
+            return Ending("Hang", f"the trainer on {trainer.pool} made no progress for {silence:.0f} s and was ended", -9)
+        return None
+
+    def _await_stop(self, trainer: workers.Worker) -> Ending:
+        deadline = time.monotonic() + self.recipe.guard.hang_timeout_s
+        while trainer.returncode is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        if trainer.returncode is None:
+            self.ledger.warn("stopped without a snapshot", f"the trainer did not end within {self.recipe.guard.hang_timeout_s:.0f} s of being asked; steps since the last snapshot are computed again")
+            trainer.kill()
+            return Ending("Preempted", "", Preempted.exit_code)
+        ending = self._read_ending(trainer)
+        return ending if ending.error is None else Ending("Preempted", ending.message, Preempted.exit_code)
+
+    def _read_ending(self, trainer: workers.Worker) -> Ending:
+        code = trainer.returncode
+        assert code is not None
+        if code == 0:
+            return Ending(None, "finished", 0)
+        path = self.folder.heartbeats / ENDING_FILE
+        if path.exists():
+            told = json.loads(path.read_text(encoding="utf-8"))
+            return Ending(told["error"], told["message"], code, told.get("incident_id"))
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return Ending("Death", f"the trainer on {trainer.pool} died with {how} and left no word; its log ends:\n{trainer.last_words()}", code)
+
+    def _silent_s(self, worker: workers.Worker, heartbeat: str) -> float | None:
+        """How long a worker has been silent, when that is longer than allowed; else None."""
+        beat = watchdog.read(self.folder.heartbeats / heartbeat)
+        since_s = beat.time_s if beat else worker.started_s
+        allowed_s = self.recipe.guard.hang_timeout_s if beat else self.recipe.guard.start_timeout_s
+        silence = time.time() - max(since_s, worker.started_s)
+        return silence if silence > allowed_s else None
+
+    def _keep_engine(self, engine: workers.Worker, socket: Path) -> workers.Worker:
+        """Restart a dead or silent engine; after repeated deaths its pool loses the role and the next one takes over."""
+        silence = self._silent_s(engine, "rollout.json")
+        if engine.returncode is None and silence is None:
+            return engine
+        why = f"made no progress for {silence:.0f} s" if engine.returncode is None else f"died with exit code {engine.returncode}"
+        engine.kill()
+        self.ledger.warn("rollout engine restarted", f"the engine on {engine.pool} {why}; its log: {engine.log}")
+        if self._count_death("rollout", engine.pool) >= DEATHS_ALLOWED:
+            self._condemn(engine.pool, "infer", Ending("RolloutFailed", f"the rollout engine {why}", 1))
+            self.placement = place_roles(self.recipe, self.ledger)
+        assert self.placement is not None
+        return self._start_engine(self.placement.infer, socket)
+
+    def _follow(self) -> None:
+        for record in self.tail.new():
+            if isinstance(record, StepStats):
+                self.progress.show(record)
+            elif isinstance(record, Incident):
+                say(f"INCIDENT {record.incident_id} on {record.pool}: {record.attribution}; {record.action}")
+            elif isinstance(record, SnapshotEvent) and record.state == "certified":
+                self.deaths.clear()
+            elif record.kind in ("evaluation", "continuation", "alarm"):
+                say(f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}")
+
+    # ---- what follows
+
+    def _condemn(self, pool: str, role: Role, ending: Ending) -> None:
+        self.ledger.append(PoolCondemned(pool=pool, role=role, incident_id=ending.incident_id, reason=ending.message))
+        say(f"{pool} is condemned for the role {role}: {ending.message.splitlines()[0]}")
+
+    def _after_death(self, pool: str, ending: Ending) -> None:
+        """The first death or hang may be bad luck (someone killed it): start again there. A second one condemns the pool."""
+        deaths = self._count_death("trainer", pool)
+        condemn = deaths >= DEATHS_ALLOWED
+        incident = self._incident(
+            "persistent chip fault" if condemn else "unknown", f"watchdog: {str(ending.error).lower()}", pool, ending,
+            action="pool condemned for training" if condemn else "started again on the same pool",
+        )  # fmt: skip
+        if condemn:
+            told = Ending(ending.error, f"{deaths} times in a row, last: {ending.message}", ending.exit_code, incident.incident_id)
+            self._condemn(pool, "train", told)
+            self._leave(pool, incident.step)
+
+    def _count_death(self, kind: str, pool: str) -> int:
+        self.deaths[kind, pool] = self.deaths.get((kind, pool), 0) + 1
+        return self.deaths[kind, pool]
+
+    def _incident(self, attribution: str, sentinel: str, pool: str, ending: Ending, *, action: str = "pool condemned for training") -> Incident:
+        """An incident that the worker could not write itself: it was dead, silent, or out of memory."""
+        number = len(of_kind(self.ledger.read(), Incident)) + 1
+        step = self._last_step() + 1
+        incident = Incident(
+            pool=pool,
+            incident_id=f"{number:04d}-{sentinel.partition(': ')[2].replace(' ', '-')}-step-{step}",
+            step=step,
+            sentinel=sentinel,
+            attribution=attribution,  # type: ignore[arg-type]
+            action=action,
+            evidence=ending.message,
+        )
+        self.ledger.append(incident)
+        return incident
+
+    def _leave_or_raise(self, pool: str, error: BasculeError) -> None:
+        """Go back for the next pool; where there is none, the run ends with what happened, not with the search."""
+        if all(name == pool for name in self.recipe.order):
+            raise error
+        self._leave(pool, self._last_step() + 1)
+
+    def _leave(self, pool: str, failed_step: int) -> None:
+        """Prepare to go on elsewhere (or here again) from the newest certified snapshot; newer ones are rejected."""
+        to_pool = place_roles(self.recipe, self.ledger).train
+        choice = migrate.choose(self.folder.snapshots, self.ledger)
+        reached_s = self._reached(choice.step)
+        self.ledger.append(
+            Migration(
+                pool=to_pool,
+                from_pool=pool,
+                to_pool=to_pool,
+                failed_at_step=failed_step,
+                resumed_from_step=choice.step,
+                steps_recomputed=max(0, failed_step - 1 - choice.step),
+                seconds_lost=max(0.0, time.time() - reached_s),
+                snapshot=choice.path.name,
+            )
+        )
+        say(f"back to step {choice.step} (certified), on {to_pool}; {max(0, failed_step - 1 - choice.step)} steps to compute again")
+        self.from_certified = True
+
+    def _reached(self, step: int) -> float:
+        """When the run first stood at `step`."""
+        times = [record.time_s for record in of_kind(self.ledger.read(), StepStats) if record.step == step]
+        return times[-1] if times else min((record.time_s for record in self.ledger.read()), default=time.time())
+
+    def _last_step(self) -> int:
+        record = last(self.ledger.read(), StepStats)
+        return record.step if record else 0
+
+    def _failed_step(self, ending: Ending) -> int:
+        for incident in reversed(of_kind(self.ledger.read(), Incident)):
+            if incident.incident_id == ending.incident_id:
+                return incident.step
+        return self._last_step() + 1
+
+
+def _error_of(ending: Ending) -> BasculeError:
+    """The error the run ends with, for endings that no other pool would change."""
+    by_code: dict[int, type[BasculeError]] = {2: UsageError, 3: CheckFailed, 4: GuardStopped, 5: DeviceFault, 6: OutOfMemory}
+    return by_code.get(ending.exit_code, BasculeError)(ending.message)
