@@ -1,0 +1,369 @@
+"""Snapshots: everything needed to go on, with hashes, and a state of trust (DESIGN section 2.4).
+
+    snapshots/step-00000120/
+      model.safetensors  optimizer.safetensors  objective.safetensors   tensors by name
+      state.json         step, phase, circumstances, everything that is not a tensor
+      manifest.json      sha256 and size of each file above
+      trust.json         saved | verified | certified | rejected, the reason, the witness; rewritten as trust changes
+
+A snapshot is written under a temporary name, flushed to disk and renamed, so a folder with the right name is whole or was
+damaged later; `verify` tells. No pickle anywhere: a snapshot from a suspect machine must not run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bascule.errors import SnapshotError
+from bascule.folder import sha256_of, write_atomic, write_json_atomic
+from bascule.records import SnapshotState
+from bascule.train.objective import Batch
+from bascule.train.state import Circumstances, StateDict, differences
+from bascule.train.step import Proposal
+
+_RANK: dict[SnapshotState, int] = {"rejected": -1, "saved": 0, "verified": 1, "certified": 2}
+_PARTS = ("model", "optimizer", "objective")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot in memory. `extra` is what the caller gave to `save_snapshot`; `warnings` says what differs here and now."""
+
+    path: Path
+    step: int
+    phase: str
+    model: StateDict
+    optimizer: StateDict
+    objective: StateDict
+    extra: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """`witness` is a path relative to the snapshots folder, with its hash: the recorded good step that follows the snapshot."""
+
+    state: SnapshotState
+    reason: str = ""
+    witness: str | None = None
+    witness_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A recorded good step: its batch, and what a good chip made of it at the snapshot's weights."""
+
+    batch: Batch
+    loss: float
+    grad_norm: float
+    grad_norms: dict[str, float]
+    grads: dict[str, Tensor]
+
+
+def path_of(snapshots: Path, step: int) -> Path:
+    return snapshots / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def save_snapshot(
+    folder: Path,
+    step: int,
+    model: StateDict,
+    optimizer: StateDict,
+    objective: StateDict,
+    extra: Mapping[str, Any],
+    *,
+    phase: str = "",
+) -> Path:
+    """Write one snapshot durably into `folder` and return its path; a snapshot of the same step is replaced.
+
+    `model`, `optimizer` and `objective` are flat states (see state.StateDict); `extra` is JSON.
+    """
+    final = path_of(folder, step)
+    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    states: dict[str, StateDict] = {"model": model, "optimizer": optimizer, "objective": objective}
+    values = {
+        name: _write_tensors(temporary / f"{name}.safetensors", state)
+        for name, state in states.items()
+    }
+    state = {
+        "step": step,
+        "phase": phase,
+        "circumstances": Circumstances.now().to_json(),
+        "values": values,
+        "extra": dict(extra),
+    }
+    write_json_atomic(temporary / "state.json", state)
+    names = [*(f"{part}.safetensors" for part in _PARTS), "state.json"]
+    manifest = {
+        name: {"sha256": sha256_of(temporary / name), "bytes": (temporary / name).stat().st_size}
+        for name in names
+    }
+    write_json_atomic(temporary / "manifest.json", manifest)
+    _write_trust(temporary, Trust("saved"))
+    _sync_folder(temporary)
+    _replace_folder(temporary, final)
+    return final
+
+
+def sha256(path: Path) -> str:
+    """One hash for the snapshot: that of its manifest, which holds the hashes of all files but trust.json."""
+    return sha256_of(path / "manifest.json")
+
+
+def verify(path: Path) -> None:
+    """Read every file back and compare its hash. Raises SnapshotError naming the file that is missing or differs."""
+    manifest = _read_json(path / "manifest.json")
+    for name in (*(f"{part}.safetensors" for part in _PARTS), "state.json"):
+        entry = manifest.get(name)
+        if not isinstance(entry, dict) or "sha256" not in entry:
+            raise SnapshotError(
+                f"The snapshot '{path}' is damaged: its manifest does not name {name}. Use an older snapshot."
+            )
+        try:
+            found = sha256_of(path / name)
+        except OSError as error:
+            raise SnapshotError(
+                f"The snapshot '{path}' is damaged: {name} cannot be read ({error}). Use an older snapshot."
+            ) from None
+        if found != entry["sha256"]:
+            raise SnapshotError(
+                f"The snapshot '{path}' is damaged: {name} has hash {found[:12]}…, its manifest says {str(entry['sha256'])[:12]}…. "
+                "Use an older snapshot."
+            )
+
+
+def load(path: Path) -> Snapshot:
+    """Verify and read a snapshot; tensors on the CPU. Raises SnapshotError."""
+    verify(path)
+    state = _read_json(path / "state.json")
+    parts: dict[str, StateDict] = {
+        part: {**_read_tensors(path / f"{part}.safetensors")[0], **state["values"][part]}
+        for part in _PARTS
+    }
+    return Snapshot(
+        path=path,
+        step=int(state["step"]),
+        phase=str(state["phase"]),
+        extra=state["extra"],
+        warnings=tuple(differences(state["circumstances"], Circumstances.now())),
+        **parts,
+    )
+
+
+def trust(path: Path) -> Trust:
+    """Raises SnapshotError when trust.json is missing or unreadable: an unknown past is not trusted."""
+    value = _read_json(path / "trust.json")
+    if value.get("state") not in _RANK:
+        raise SnapshotError(
+            f"The snapshot '{path}' has an unknown state of trust {value.get('state')!r}; allowed: {', '.join(_RANK)}."
+        )
+    return Trust(**value)
+
+
+def set_trust(
+    path: Path, state: SnapshotState, reason: str = "", *, witness: Path | None = None
+) -> Trust:
+    """Move a snapshot's trust. It may rise, or fall to `rejected`; a rejected snapshot stays rejected (SnapshotError).
+
+    A witness given earlier is kept when none is given now.
+    """
+    before = trust(path)
+    if before.state == "rejected" and state != "rejected":
+        raise SnapshotError(
+            f"The snapshot '{path}' was rejected ({before.reason}) and cannot become {state}. Use an older one."
+        )
+    if state != "rejected" and _RANK[state] < _RANK[before.state]:
+        state = before.state
+    after = Trust(state, reason or before.reason, before.witness, before.witness_sha256)
+    if witness is not None:
+        after = Trust(
+            state, after.reason, os.path.relpath(witness, path.parent), sha256_of(witness)
+        )
+    _write_trust(path, after)
+    return after
+
+
+def all_snapshots(snapshots: Path) -> list[Path]:
+    """Every finished snapshot folder, oldest first, whatever its trust."""
+    return sorted(path for path in snapshots.glob("step-*") if path.is_dir())
+
+
+def newest(snapshots: Path, at_least: SnapshotState = "certified") -> tuple[Path | None, list[str]]:
+    """The newest whole snapshot trusted `at_least` so much, and a sentence for each damaged one that was passed over."""
+    skipped: list[str] = []
+    for path in reversed(all_snapshots(snapshots)):
+        try:
+            if _RANK[trust(path).state] < _RANK[at_least]:
+                continue
+            verify(path)
+        except SnapshotError as error:
+            skipped.append(str(error))
+            continue
+        return path, skipped
+    return None, skipped
+
+
+def reject_after(snapshots: Path, step: int, reason: str) -> list[Path]:
+    """Reject every snapshot later than `step` (a rollback leaves them behind); returns those rejected now."""
+    later = [path for path in all_snapshots(snapshots) if step_of(path) > step]
+    for path in later:
+        _write_trust(path, Trust("rejected", reason))
+    return later
+
+
+def prune(snapshots: Path, keep: int, at_least: SnapshotState = "certified") -> list[Path]:
+    """Delete snapshots older than the newest `keep` trusted ones, and what killed writers left. Returns what was deleted.
+
+    The newest trusted snapshot is never deleted, nor anything newer than the oldest one kept.
+    """
+    trusted = [path for path in all_snapshots(snapshots) if _is_trusted(path, at_least)]
+    kept = trusted[-max(1, keep) :]
+    gone = [path for path in all_snapshots(snapshots) if kept and path < kept[0]]
+    gone += [
+        path for path in snapshots.glob(".step-*") if not path.name.endswith(f"-{os.getpid()}")
+    ]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    return gone
+
+
+def write_witness(path: Path, proposal: Proposal) -> Path:
+    """Record a good step in one safetensors file: batch, loss, gradients and their norms."""
+    tensors = {f"batch/{name}": tensor for name, tensor in proposal.batch.tensors.items()}
+    tensors |= {
+        f"grad/{name}": grad.detach().cpu().contiguous() for name, grad in proposal.grads.items()
+    }
+    header = {
+        "phase": proposal.phase,
+        "step": proposal.step,
+        "loss": proposal.loss,
+        "grad_norm": proposal.grad_norm,
+        "grad_norms": {name: float(grad.norm()) for name, grad in proposal.grads.items()},
+        "notes": proposal.batch.notes,
+    }
+    write_atomic(
+        path,
+        lambda temporary: save_file(tensors, temporary, metadata={"bascule": json.dumps(header)}),
+    )
+    return path
+
+
+def read_witness(path: Path, sha256_expected: str | None = None) -> Witness:
+    """Raises SnapshotError when the file is missing, torn, or not the one whose hash was recorded."""
+    if sha256_expected is not None and path.exists() and sha256_of(path) != sha256_expected:
+        raise SnapshotError(
+            f"The witness '{path}' is not the one its snapshot names (hash differs). Use an older snapshot."
+        )
+    tensors, metadata = _read_tensors(path)
+    header = json.loads(metadata["bascule"])
+    batch = {
+        name.removeprefix("batch/"): t for name, t in tensors.items() if name.startswith("batch/")
+    }
+    return Witness(
+        batch=Batch(header["phase"], header["step"], batch, header["notes"]),
+        loss=header["loss"],
+        grad_norm=header["grad_norm"],
+        grad_norms=header["grad_norms"],
+        grads={
+            name.removeprefix("grad/"): t for name, t in tensors.items() if name.startswith("grad/")
+        },
+    )
+
+
+def _is_trusted(path: Path, at_least: SnapshotState) -> bool:
+    try:
+        return _RANK[trust(path).state] >= _RANK[at_least]
+    except SnapshotError:
+        return False
+
+
+def _write_trust(path: Path, value: Trust) -> None:
+    write_json_atomic(path / "trust.json", vars(value))
+
+
+def _write_tensors(path: Path, state: StateDict) -> dict[str, Any]:
+    """Write the tensors of `state` to `path`, flushed; return the rest, which must be JSON."""
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    save_file(tensors, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise SnapshotError(
+            f"'{path}' cannot be read as safetensors ({error}). Use an older snapshot."
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SnapshotError(
+            f"The snapshot '{path.parent}' is damaged: {path.name} cannot be read ({error}). Use an older snapshot."
+        ) from None
+    if not isinstance(value, dict):
+        raise SnapshotError(
+            f"The snapshot '{path.parent}' is damaged: {path.name} is not a JSON object. Use an older snapshot."
+        )
+    return value
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    try:
+        verify(other)
+        trust(other)
+    except SnapshotError:
+        return False
+    return sha256(one) == sha256(other)
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    """Rename onto `final`. An equal snapshot stays, with the trust it earned; a different one steps aside first, because a
+    folder cannot be renamed onto a full one."""
+    if final.exists() and _same_content(temporary, final):
+        shutil.rmtree(temporary)
+        if trust(final).state == "rejected":
+            _write_trust(final, Trust("saved"))
+    elif final.exists():
+        aside = final.parent / f".{final.name}.old-{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        temporary.rename(final)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(final)
+    _sync_folder(final.parent)

@@ -1,0 +1,105 @@
+"""What a phase asks of a step: which batch, which loss, which optimizer. Shapes: B rows, T positions, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bascule import draws
+from bascule.model.transformer import Output
+from bascule.train.optimizer import SplitOptimizer
+from bascule.train.state import StateDict
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input of one optimizer step, on the CPU. `notes` are figures known before the step (reward, mismatch).
+
+    `tensors` always holds `tokens` (B,T) int64, `targets` (B,T) int64 (the next token) and `mask` (B,T) fp32, 1 where a
+    target counts; a phase may add its own. A batch without tensors is a step with nothing to learn: it commits as a no-op.
+    """
+
+    phase: str
+    step: int
+    tensors: dict[str, Tensor]
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return not self.tensors
+
+
+class Objective(Protocol):
+    """One phase. Steps are numbered over the whole run from 1; the phase owns `first_step` .. `first_step + steps - 1`."""
+
+    phase: str
+    first_step: int
+    steps: int
+    clip_grad_norm: float
+
+    def new_optimizer(self, model: nn.Module) -> SplitOptimizer: ...
+
+    def learning_rate(self, step: int) -> tuple[float, float]:
+        """(factor of the peak rates, the AdamW group's rate that results)."""
+        ...
+
+    def next_batch(self, step: int) -> Batch:
+        """The batch of `step`: a pure function of (seed, step), and in GRPO of the committed weights. Asking twice is free
+        of effects: the second answer is the first."""
+        ...
+
+    def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(scalar loss in nats per token, scalar metrics), on the chip that made `output`."""
+        ...
+
+    def state_dict(self) -> StateDict: ...
+
+    def load_state_dict(self, state: StateDict) -> None: ...
+
+
+def choose(seed: int, purpose: str, start: int, count: int, population: int) -> list[int]:
+    """Items `start .. start+count-1` of an endless stream of shuffled epochs over `population` items."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        epoch, offset = divmod(start + len(chosen), population)
+        order = draws.permutation(draws.key(seed, purpose, epoch), population)
+        chosen.extend(int(i) for i in order[offset : offset + count - len(chosen)])
+    return chosen
+
+
+def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Tensor]:
+    """(prompt ids, completion ids) rows, right-padded to the longest: `tokens`, `targets`, `mask` as in Batch.
+
+    Only completion tokens count. Right padding needs no attention mask: under causal attention no real token sees a pad.
+    """
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    full_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask_BT = np.zeros((len(rows), width), dtype=np.float32)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        full_BT[row, : len(prompt)] = prompt
+        full_BT[row, len(prompt) : end] = completion
+        mask_BT[row, len(prompt) : end] = 1.0
+    return {
+        "tokens": torch.from_numpy(full_BT[:, :-1].copy()),
+        "targets": torch.from_numpy(full_BT[:, 1:].copy()),
+        "mask": torch.from_numpy(mask_BT[:, 1:].copy()),
+    }
+
+
+def spread(rows: Sequence[Sequence[float]], mask_BT: Tensor) -> Tensor:
+    """Per-completion-token numbers, laid out where `mask_BT` is 1 and 0 elsewhere; fp32."""
+    flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
+    return torch.zeros_like(mask_BT).masked_scatter(mask_BT.bool(), flat)
+
+
+def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Log-probability of each target, (B,T) fp32."""
+    logits = logits_BTV.float()
+    picked_BT = logits.gather(-1, targets_BT[..., None])[..., 0]
+    return picked_BT - logits.logsumexp(-1)

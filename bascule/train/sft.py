@@ -1,0 +1,85 @@
+"""Supervised fine-tuning on worked solutions: mean cross-entropy of the completion's tokens, prompts not counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bascule.config import SftConfig
+from bascule.errors import UsageError
+from bascule.model.transformer import Output
+from bascule.train import schedule
+from bascule.train.objective import Batch, choose, collate
+from bascule.train.optimizer import SplitOptimizer
+from bascule.train.state import StateDict
+
+
+class Sft:
+    """`examples` are (prompt ids, completion ids). It keeps no cursor: a batch is a function of (seed, step) alone."""
+
+    phase = "sft"
+
+    def __init__(
+        self,
+        config: SftConfig,
+        examples: Sequence[tuple[list[int], list[int]]],
+        *,
+        seed: int,
+        pad_id: int,
+        first_step: int = 1,
+    ) -> None:
+        if not examples:
+            raise UsageError(
+                "SFT was asked to train on no examples. Add a task that has solver traces, or drop the sft phase."
+            )
+        self.config = config
+        self.examples = examples
+        self.seed = seed
+        self.pad_id = pad_id
+        self.first_step = first_step
+        self.steps = config.steps
+        self.clip_grad_norm = config.clip_grad_norm
+
+    def new_optimizer(self, model: nn.Module) -> SplitOptimizer:
+        return SplitOptimizer(
+            dict(model.named_parameters()),
+            learning_rate=self.config.learning_rate,
+            muon_learning_rate=self.config.muon_learning_rate,
+            muon_momentum=self.config.muon_momentum,
+            weight_decay=self.config.weight_decay,
+        )
+
+    def learning_rate(self, step: int) -> tuple[float, float]:
+        factor = schedule.linear(
+            step - self.first_step,
+            self.config.steps,
+            warmup=self.config.warmup_steps,
+            final=self.config.final_learning_rate_ratio,
+        )
+        return factor, factor * self.config.learning_rate
+
+    def next_batch(self, step: int) -> Batch:
+        size = self.config.batch_sequences
+        start = (step - self.first_step) * size
+        rows = [
+            self.examples[i]
+            for i in choose(self.seed, "sft.order", start, size, len(self.examples))
+        ]
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        return Batch(self.phase, step, collate(rows, self.pad_id))
+
+    def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over all counted tokens of the batch (a long row weighs more than a short one)."""
+        nats_N = F.cross_entropy(
+            output.logits_BTV.flatten(0, 1), tensors["targets"].flatten(), reduction="none"
+        )
+        mask_N = tensors["mask"].flatten()
+        return (nats_N * mask_N).sum() / mask_N.sum(), {}
+
+    def state_dict(self) -> StateDict:
+        return {}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        del state

@@ -1,0 +1,265 @@
+"""One optimizer step as a transaction: propose, be judged, commit or discard (DESIGN section 2.2).
+
+`propose` works out gradients and changes nothing, so there is nothing to undo and asking again is a replay. `commit` clips,
+applies the optimizer and balances the router. The judge is handed in; this room knows it only as the Protocol below.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bascule.accelerators.base import Accelerator, Work
+from bascule.errors import SnapshotError
+from bascule.model.transformer import Output, Transformer
+from bascule.train.objective import Batch, Objective, token_logprobs
+from bascule.train.optimizer import SplitOptimizer
+from bascule.train.state import StateDict
+
+Watch = Callable[[int, str, Transformer], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a step would do. `grads` are the chip's own, unclipped, by parameter name; empty when the batch is empty."""
+
+    step: int
+    phase: str
+    batch: Batch
+    loss: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    grads: dict[str, Tensor]
+    expert_loads: Tensor | None
+    metrics: dict[str, float]
+    learning_rate: float
+    attempt: int = 0
+
+
+class Judge(Protocol):
+    """Decides whether a step may change the weights."""
+
+    def watch(self, step: int, phase: str, model: Transformer) -> AbstractContextManager[None]:
+        """Entered around forward and backward, inside the accelerator's session: it sees what the chip really returned."""
+        ...
+
+    def judge(self, proposal: Proposal, stepper: Stepper) -> bool:
+        """May this step commit? Raises ChipCondemned when the chip is proven guilty."""
+        ...
+
+
+class NoJudge:
+    """Lets everything pass: for loops without a guard."""
+
+    def watch(self, step: int, phase: str, model: Transformer) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def judge(self, proposal: Proposal, stepper: Stepper) -> bool:
+        return True
+
+
+class Stepper:
+    """Owns the model, the optimizer of the present phase, and the count of committed steps.
+
+    `model` must already live on `accelerator`. Call `begin` before the first step of every phase.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        accelerator: Accelerator,
+        *,
+        judge: Judge | None = None,
+        router_bias_speed: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.accelerator = accelerator
+        self.judge: Judge = judge or NoJudge()
+        self.router_bias_speed = router_bias_speed
+        self.step = 0
+        self.objective: Objective | None = None
+        self.optimizer: SplitOptimizer | None = None
+        self._replicas: dict[str, Transformer] = {}
+
+    def begin(self, objective: Objective) -> None:
+        """Start a phase with a fresh optimizer."""
+        self.objective = objective
+        self.optimizer = objective.new_optimizer(self.model)
+
+    def propose(self, batch: Batch, *, attempt: int = 0) -> Proposal:
+        """Gradients of `batch` at the present weights, on this chip, with the judge watching. Changes nothing."""
+        return self._compute(batch, self.model, self.accelerator, attempt, self.judge.watch)
+
+    def recompute(
+        self,
+        batch: Batch,
+        accelerator: Accelerator | None = None,
+        attempt: int = 0,
+        watch: Watch | None = None,
+    ) -> Proposal:
+        """The same step again: here, or on a copy of the present weights on another chip. Changes nothing.
+
+        The judge does not watch unless `watch` is given (it is usually the judge who asks).
+        """
+        if accelerator is None or accelerator is self.accelerator:
+            return self._compute(batch, self.model, self.accelerator, attempt, watch)
+        return self._compute(batch, self._replica(accelerator), accelerator, attempt, watch)
+
+    @torch.no_grad()
+    def commit(self, proposal: Proposal) -> None:
+        """Clip, apply the optimizer, balance the router, count the step. Raises ValueError for a step out of turn."""
+        if proposal.step != self.step + 1:
+            raise ValueError(
+                f"Commit of step {proposal.step} was asked after step {self.step}; only step {self.step + 1} may follow."
+            )
+        objective, optimizer = self._phase(proposal.phase)
+        if proposal.grads:
+            factor, _ = objective.learning_rate(proposal.step)
+            clip = min(1.0, objective.clip_grad_norm / (proposal.grad_norm + 1e-6))
+            with self.accelerator.session(Work("train", proposal.step, proposal.attempt)):
+                optimizer.step(proposal.grads, factor=factor, grad_scale=clip)
+                if proposal.expert_loads is not None and self.router_bias_speed:
+                    self.model.update_router_bias(proposal.expert_loads, self.router_bias_speed)
+        self.step = proposal.step
+
+    def discard(self, proposal: Proposal) -> None:
+        """Drop a proposal. Nothing was changed, so nothing is put back; the gradients are freed."""
+        proposal.grads.clear()
+
+    def skip(self, step: int) -> None:
+        """Count `step` as done without learning from it (a batch that the judge refuses for good)."""
+        if step != self.step + 1:
+            raise ValueError(f"Skip of step {step} was asked after step {self.step}.")
+        self.step = step
+
+    def score(self, tensors: Mapping[str, Tensor], step: int) -> Tensor:
+        """Log-probabilities of `targets` under the present weights, (B,T) on the CPU: GRPO's old policy."""
+        with self.accelerator.session(Work("train", step)), torch.no_grad():
+            placed = self.accelerator.to_device(
+                {"tokens": tensors["tokens"], "targets": tensors["targets"]}
+            )
+            logits_BTV = self.model(placed["tokens"]).logits_BTV
+            return token_logprobs(logits_BTV, placed["targets"]).cpu()
+
+    def model_state(self) -> StateDict:
+        """Parameters and persistent buffers by name, tied weights once; the live tensors, not copies."""
+        persistent = self.model.state_dict(keep_vars=True)
+        names = dict(self.model.named_parameters())
+        return {
+            **names,
+            **{name: b for name, b in self.model.named_buffers() if name in persistent},
+        }
+
+    @torch.no_grad()
+    def load(
+        self,
+        step: int,
+        model: StateDict,
+        optimizer: StateDict,
+        objective_state: StateDict,
+        objective: Objective,
+    ) -> None:
+        """Put everything back as a snapshot had it, bit for bit, on whatever chip this stepper uses."""
+        mine = self.model_state()
+        if set(mine) != set(model):
+            odd = sorted(set(mine) ^ set(model))
+            raise SnapshotError(
+                f"The snapshot holds another model: {len(odd)} names differ, first '{odd[0]}'. Use the recipe that saved it."
+            )
+        for name, tensor in mine.items():
+            if tensor.shape != model[name].shape:
+                raise SnapshotError(
+                    f"The snapshot's '{name}' has shape {tuple(model[name].shape)}, this model's {tuple(tensor.shape)}."
+                )
+            tensor.copy_(model[name])
+        self.begin(objective)
+        self._phase(objective.phase)[1].load_state_dict(optimizer)
+        objective.load_state_dict(objective_state)
+        self.step = step
+
+    def _phase(self, phase: str) -> tuple[Objective, SplitOptimizer]:
+        if self.objective is None or self.optimizer is None or self.objective.phase != phase:
+            raise ValueError(f"A step of phase '{phase}' came before begin() of that phase.")
+        return self.objective, self.optimizer
+
+    def _replica(self, accelerator: Accelerator) -> Transformer:
+        """This model's weights on `accelerator`; the copy is kept, its weights are refreshed at every call."""
+        replica = self._replicas.get(accelerator.name)
+        if replica is None:
+            replica = accelerator.move(copy.deepcopy(self.model))
+            self._replicas[accelerator.name] = replica
+        replica.load_state_dict(self.model.state_dict())
+        return replica
+
+    def _compute(
+        self,
+        batch: Batch,
+        model: Transformer,
+        accelerator: Accelerator,
+        attempt: int,
+        watch: Watch | None,
+    ) -> Proposal:
+        objective, _ = self._phase(batch.phase)
+        _, rate = objective.learning_rate(batch.step)
+        if batch.empty:
+            return Proposal(
+                batch.step,
+                batch.phase,
+                batch,
+                0.0,
+                0.0,
+                0,
+                0.0,
+                {},
+                None,
+                dict(batch.notes),
+                rate,
+                attempt,
+            )
+        watching = watch(batch.step, batch.phase, model) if watch else nullcontext()
+        with accelerator.session(Work("train", batch.step, attempt)), watching:
+            tensors = accelerator.to_device(batch.tensors)
+            found, seconds = accelerator.timed(lambda: _forward_backward(model, objective, tensors))
+        loss, grads, output, metrics = found
+        return Proposal(
+            step=batch.step,
+            phase=batch.phase,
+            batch=batch,
+            loss=loss,
+            grad_norm=metrics.pop("grad_norm"),
+            tokens=int(batch.tensors["mask"].sum()),
+            seconds=seconds,
+            grads=grads,
+            expert_loads=output.expert_loads,
+            metrics={**batch.notes, **metrics},
+            learning_rate=rate,
+            attempt=attempt,
+        )
+
+
+def _forward_backward(
+    model: Transformer, objective: Objective, tensors: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor], Output, dict[str, float]]:
+    """(loss, gradients by name, output, metrics with `grad_norm`). `.grad` fields are left alone: nothing to reset, nothing to leak."""
+    parameters = dict(model.named_parameters())
+    output = model(tensors["tokens"])
+    loss, metrics = objective.loss(output, tensors)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    grads = {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), found, strict=True)
+    }
+    metrics["grad_norm"] = torch.nn.utils.get_total_norm(list(grads.values()))
+    return (
+        float(loss.detach()),
+        grads,
+        output,
+        {name: float(value) for name, value in metrics.items()},
+    )
