@@ -1,0 +1,1 @@
+"""Which pool trains and which infers, the rollout engine in its own process, and the weights' way to it."""
