@@ -123,7 +123,9 @@ class Accelerator(ABC):
     @overload
     def to_device(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
-    def to_device(self, values: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+    def to_device(
+        self, values: torch.Tensor | Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         if isinstance(values, torch.Tensor):
             return values.to(self.device)
         return {name: tensor.to(self.device) for name, tensor in values.items()}

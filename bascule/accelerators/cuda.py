@@ -54,7 +54,11 @@ class CudaAccelerator(GenericAccelerator):
 def open_cuda(name: str) -> CudaAccelerator:
     """Open `cuda` or `cuda:N`. Raises AcceleratorUnavailable saying what is missing."""
     if not torch.cuda.is_available():
-        built = "this PyTorch is built for it, but finds no driver or chip" if torch.version.cuda or torch.version.hip else "this PyTorch is built without it"
+        built = (
+            "this PyTorch is built for it, but finds no driver or chip"
+            if torch.version.cuda or torch.version.hip
+            else "this PyTorch is built without it"
+        )
         raise AcceleratorUnavailable(
             f"'{name}' cannot be opened: {built} (torch {torch.__version__}). Install a CUDA build of PyTorch and the NVIDIA driver, or name another pool, for instance 'cuda|cpu'."
         )

@@ -45,5 +45,7 @@ def device_index(name: str, count: int) -> int:
     if not index.isdigit():
         raise ValueError(f"'{text}' is not a device number; write {kind}:0")
     if int(index) >= count:
-        raise ValueError(f"there {'is' if count == 1 else 'are'} {count} {kind} device{'' if count == 1 else 's'} here, counted from 0")
+        raise ValueError(
+            f"there {'is' if count == 1 else 'are'} {count} {kind} device{'' if count == 1 else 's'} here, counted from 0"
+        )
     return int(index)

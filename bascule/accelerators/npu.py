@@ -3,8 +3,8 @@
 There is no Ascend chip in our CI: there, this path runs against a stand-in private-use device named `npu` (tests/standin).
 
 Trap: once torch_npu is installed and the CANN toolkit is not, `import torch` itself fails, because PyTorch loads such back ends
-by itself (`ImportError: libhccl.so`, wrapped in a RuntimeError). That happens before any line of bascule that needs torch, so the
-sentence for it, `BROKEN_AUTOLOAD`, is for whoever starts Python; TORCH_DEVICE_BACKEND_AUTOLOAD=0 lets the other chips work.
+by itself (`ImportError: libhccl.so`, wrapped in a RuntimeError). That happens before this file can be imported, so the sentence for it
+stands in install.py, which needs no torch; TORCH_DEVICE_BACKEND_AUTOLOAD=0 lets the other chips work.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import importlib.util
 
 import torch
 
+from bascule.accelerators import install
 from bascule.accelerators.base import ChipInfo
 from bascule.accelerators.generic import GenericAccelerator, device_index
 from bascule.errors import AcceleratorUnavailable
-
-INSTALL = "Install the Ascend driver and firmware and the CANN toolkit (source its set_env.sh), then `pip install bascule[npu]`; torch and torch_npu must have the same version number."
-BROKEN_AUTOLOAD = "If `import torch` itself fails with libhccl.so, torch_npu is installed without CANN: source CANN's set_env.sh, uninstall torch-npu, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0."
 
 
 class NpuAccelerator(GenericAccelerator):
@@ -51,7 +49,9 @@ def open_npu(name: str) -> NpuAccelerator:
         _load_torch_npu(name)
     module = torch.get_device_module("npu")
     if not module.is_available():
-        raise AcceleratorUnavailable(f"'{name}' cannot be opened: torch_npu is loaded but finds no Ascend chip. Check `npu-smi info`. {INSTALL}")
+        raise AcceleratorUnavailable(
+            f"'{name}' cannot be opened: torch_npu is loaded but finds no Ascend chip. Check `npu-smi info`. {install.ASCEND}"
+        )
     try:
         index = device_index(name, module.device_count())
     except ValueError as error:
@@ -61,11 +61,15 @@ def open_npu(name: str) -> NpuAccelerator:
 
 def _load_torch_npu(name: str) -> None:
     if importlib.util.find_spec("torch_npu") is None:
-        raise AcceleratorUnavailable(f"'{name}' cannot be opened: the package torch_npu is not installed. {INSTALL}")
+        raise AcceleratorUnavailable(
+            f"'{name}' cannot be opened: the package torch_npu is not installed. {install.ASCEND}"
+        )
     try:
         importlib.import_module("torch_npu")
     except (ImportError, RuntimeError, OSError) as error:
-        raise AcceleratorUnavailable(f"'{name}' cannot be opened: importing torch_npu failed with '{error}'. {INSTALL} {BROKEN_AUTOLOAD}") from error
+        raise AcceleratorUnavailable(
+            f"'{name}' cannot be opened: importing torch_npu failed with '{error}'. {install.ASCEND} {install.AUTOLOAD}"
+        ) from error
 
 
 def _torch_npu_version() -> str:
