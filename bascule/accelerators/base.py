@@ -99,7 +99,7 @@ class Accelerator(ABC):
         """
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision("highest")
 
     def move(self, module: AnyModule) -> AnyModule:

@@ -40,7 +40,7 @@ class CudaAccelerator(GenericAccelerator):
         """Watts and degrees from NVML, when the `nvidia-ml-py` package and the driver's library are there."""
         if importlib.util.find_spec("pynvml") is None:
             return {}
-        import pynvml  # the import waits for here: it is an optional package
+        import pynvml  # type: ignore[import-not-found]  # the import waits for here: it is an optional package
 
         try:
             return {

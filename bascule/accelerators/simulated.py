@@ -162,11 +162,11 @@ class _Session:
         )
 
 
-class _FaultMode(TorchDispatchMode):
+class _FaultMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Strikes the calls that a fault matches; all others pass after one dictionary look-up."""
 
     def __init__(self, session: _Session) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._strikers = [fault for fault in session.acting if fault.on_calls]
         self._matching: dict[Any, list[Fault]] = {}
         self._session = session

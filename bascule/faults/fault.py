@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,12 +22,14 @@ CHUNK = 1024
 # their parts elsewhere; mv and dot stay out, so that a guard's checksum by matrix-vector product does not move the count.
 GROUPS: dict[str, frozenset[str]] = {
     "matmul": frozenset(
-        "mm addmm addmm_ bmm baddbmm baddbmm_ linear matmul einsum _grouped_mm _scaled_mm _addmm_activation".split()
+        {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul", "einsum"}
+        | {"_grouped_mm", "_scaled_mm", "_addmm_activation"}
     ),
     "softmax": frozenset({"_softmax", "softmax", "_safe_softmax"}),
     "attention": frozenset(
-        "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math".split()
+        {"scaled_dot_product_attention", "_scaled_dot_product_attention_math"}
+        | {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"}
+        | {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"}
     ),
     "all_reduce": frozenset(
         {"allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_coalesced"}
@@ -60,7 +62,8 @@ class Call:
         return self.func(*self.args, **self.kwargs)
 
 
-class Touched(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Touched:
     """What a firing did, for the ground-truth log: how many values, the first flat positions of them, anything else to say."""
 
     count: int = 0
