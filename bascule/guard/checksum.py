@@ -244,7 +244,8 @@ def _row_norms(matrix: Tensor) -> Tensor:
             matrix.square(), torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
         ).sqrt_()
         return norms
-    return torch.linalg.vector_norm(matrix, dim=-1)
+    norms = torch.linalg.vector_norm(matrix, dim=-1)
+    return norms
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:
