@@ -26,7 +26,7 @@ def cries(steps: list[Seen]) -> list[tuple[int, str]]:
 def healthy(seed: int, steps: int = 400) -> list[Seen]:
     """Loss falls from 4.8 to 0.4 and gradients shrink, as in the measured nano warm-up, with heavy-tailed noise."""
     rng = np.random.default_rng(seed)
-    noise = rng.standard_t(3, (steps, 2)) * 0.12
+    noise = rng.standard_t(5, (steps, 2)) * 0.15
     return [
         seen(
             i + 1,
