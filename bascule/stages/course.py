@@ -1,0 +1,55 @@
+"""What a recipe's data becomes: tokenizer, problems, worked examples as token ids, and the verifier over token ids.
+
+Shared by the training worker and `bascule evaluate`, so that both measure the same held-out problems in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bascule.config import ModelConfig, Recipe
+from bascule.data import chat, corpus
+from bascule.data.tasks import registry
+from bascule.data.tasks.base import Problem
+from bascule.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Course:
+    tokenizer: Tokenizer
+    model: ModelConfig
+    train: list[Problem]
+    heldout: list[Problem]
+
+    def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
+        return [self.tokenizer.encode(chat.prompt(problem.question)) for problem in problems]
+
+    def verifier(self, problems: Sequence[Problem]) -> Callable[[int, list[int]], float]:
+        """(number of the problem, completion's token ids) to reward."""
+        tasks = [registry.get(problem.task) for problem in problems]
+
+        def verify(number: int, tokens: list[int]) -> float:
+            return tasks[number].verify(problems[number], self.tokenizer.decode(tokens))
+
+        return verify
+
+    def examples(self, seed: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, completion ids with the end token) of every training problem whose solver succeeded."""
+        encode, end = self.tokenizer.encode, [self.tokenizer.eos_id]
+        return [(encode(prompt), encode(trace) + end) for prompt, trace in corpus.sft_examples(self.train, seed)]
+
+
+def course(recipe: Recipe) -> Course:
+    """Draw the recipe's problems. Pure: the same recipe gives the same course on every machine."""
+    tokenizer = Tokenizer()
+    split = corpus.split(recipe.data, recipe.seed)
+    model = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return Course(tokenizer=tokenizer, model=model, train=split.train, heldout=split.heldout)
+
+
+def heldout_only(recipe: Recipe) -> Course:
+    """The course without its training side, for evaluation."""
+    tokenizer = Tokenizer()
+    model = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return Course(tokenizer=tokenizer, model=model, train=[], heldout=corpus.heldout_problems(recipe.data))

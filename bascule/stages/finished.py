@@ -1,0 +1,55 @@
+"""Open a finished run's model on a chip: what evaluate, chat and serve begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bascule.accelerators.base import Accelerator
+from bascule.accelerators.registry import open_accelerator
+from bascule.config import Recipe, read_resolved
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import UsageError
+from bascule.folder import RunFolder
+from bascule.infer.engine import Engine
+from bascule.ledger import Ledger, last, read_ledger
+from bascule.model.weights import load_hf
+from bascule.records import Placement
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A model folder opened for inference. `pool` is None when another accelerator was asked for by name."""
+
+    folder: RunFolder
+    recipe: Recipe
+    tokenizer: Tokenizer
+    accelerator: Accelerator
+    engine: Engine
+    pool: str | None
+
+
+def infer_choice(folder: RunFolder, recipe: Recipe, on: str | None) -> tuple[str, str | None]:
+    """(accelerator's name, pool): `on` if given, else the pool the run placed for `infer`."""
+    if on:
+        return on, None
+    placement = last(read_ledger(folder.ledger), Placement)
+    pool = placement.infer if placement else recipe.order[0]
+    return recipe.pools[pool].accelerator, pool
+
+
+def open_finished(run: str, on: str | None) -> Finished:
+    """Raises UsageError when the run has no model yet."""
+    folder = RunFolder(Path(run))
+    recipe = read_resolved(folder.recipe)
+    if not (folder.model / "config.json").exists():
+        raise UsageError(f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe.")
+    name, pool = infer_choice(folder, recipe, on)
+    accelerator = open_accelerator(name, seed=recipe.seed)
+    accelerator.prepare(recipe.threads)
+    if accelerator.fallback_note:
+        Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
+    tokenizer = Tokenizer.load(folder.model)
+    model, _ = load_hf(folder.model)
+    engine = Engine(accelerator.move(model).eval(), accelerator, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    return Finished(folder, recipe, tokenizer, accelerator, engine, pool)

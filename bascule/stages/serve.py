@@ -1,0 +1,39 @@
+"""`bascule serve`: the OpenAI-compatible server and the chat page for a finished run."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from bascule.config import environment, read_resolved
+from bascule.errors import UsageError
+from bascule.folder import RunFolder
+from bascule.serve.server import run as run_server
+from bascule.stages.answer import Answer
+from bascule.stages.finished import infer_choice
+
+
+def main(arguments: Namespace) -> Answer:
+    folder = RunFolder(Path(arguments.run))
+    recipe = read_resolved(folder.recipe)
+    if not (folder.model / "config.json").exists():
+        raise UsageError(f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe.")
+    accelerator, _ = infer_choice(folder, recipe, arguments.on)
+    run_server(
+        folder,
+        accelerator,
+        host=arguments.host or recipe.serve.host,
+        port=recipe.serve.port if arguments.port is None else arguments.port,
+        api_key=_api_key(arguments.api_key_file),
+    )
+    return Answer(text="The server has ended.", data={"ended": True})
+
+
+def _api_key(file: str | None) -> str | None:
+    """From the file, else from BASCULE_API_KEY, else none. Raises UsageError for an empty file: an open door by mistake."""
+    if file is None:
+        return environment("BASCULE_API_KEY")
+    key = Path(file).read_text(encoding="utf-8").strip()
+    if not key:
+        raise UsageError(f"The key file '{file}' is empty. Put the key on its first line, or leave --api-key-file out.")
+    return key

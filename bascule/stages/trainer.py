@@ -1,0 +1,285 @@
+"""The training worker: one chip, one loop. Joins train, guard, place and fallback; started by stages/train through stages/child.
+
+It leaves with an exit code and, for every error it understands, an ending file that says why in typed words. What it cannot
+understand goes up as a traceback into its log and ends the process with code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bascule.accelerators.registry import open_accelerator
+from bascule.config import read_resolved
+from bascule.data import chat
+from bascule.errors import BasculeError, CheckFailed, OutOfMemory, RolloutFailed
+from bascule.fallback import verify
+from bascule.folder import RunFolder
+from bascule.guard import watchdog
+from bascule.guard.guard import Guard
+from bascule.infer.evaluate import Score, evaluate
+from bascule.infer.sampling import Sampling
+from bascule.ledger import Ledger, last, of_kind
+from bascule.model import weights
+from bascule.model.transformer import Transformer
+from bascule.place import sync
+from bascule.place.client import RolloutClient
+from bascule.records import (
+    Completion,
+    Evaluation,
+    Mismatch,
+    RolloutReply,
+    RolloutRequest,
+    RunFinished,
+    RunStarted,
+    SnapshotEvent,
+    StepStats,
+    WeightsSynced,
+)
+from bascule.stages.course import Course, course
+from bascule.stages.train import ENDING_FILE
+from bascule.train import checkpoint, loop
+from bascule.train.grpo import Grpo
+from bascule.train.objective import Objective
+from bascule.train.sft import Sft
+from bascule.train.state import TrainState
+from bascule.train.step import Judge, NoJudge, Stepper
+
+MISMATCH_FIELDS = ("mean_abs", "max_abs", "k1_kl", "k3_kl", "chi2", "effective_sample_ratio", "capped_ratio")
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Train one run on one pool.")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--pool", required=True)
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--start", choices=["newest", "certified"], default="newest")
+    options = parser.parse_args(arguments)
+    folder = RunFolder(options.run)
+    watchdog.arm_stacks(folder.heartbeats / "trainer.stacks")
+    try:
+        Trainer(folder, options.pool, options.attempt, options.socket).run(options.start)
+    except BasculeError as error:
+        watchdog.write_ending(folder.heartbeats / ENDING_FILE, error)
+        return error.exit_code
+    except torch.OutOfMemoryError as error:
+        watchdog.write_ending(folder.heartbeats / ENDING_FILE, OutOfMemory(f"The chip's memory is exhausted: {error}"))
+        return OutOfMemory.exit_code
+    return 0
+
+
+class Trainer:
+    def __init__(self, folder: RunFolder, pool: str, attempt: int, socket: Path) -> None:
+        self.folder = folder
+        self.pool = pool
+        self.heartbeat = folder.heartbeats / "trainer.json"
+        self._beat(0, "start")
+        self.recipe = read_resolved(folder.recipe)
+        self.ledger = Ledger(folder.ledger, attempt=attempt, pool=pool, strict=self.recipe.strict)
+        self.accelerator = open_accelerator(
+            self.recipe.pools[pool].accelerator, seed=self.recipe.seed, fault_log=folder.ground_truth / f"{pool}-train.jsonl"
+        )
+        self.accelerator.prepare(self.recipe.threads)
+        self.course: Course = course(self.recipe)
+        self.stepper = Stepper(self._new_model(), self.accelerator, router_bias_speed=self.recipe.train.router_bias_speed)
+        self.objectives = self._objectives()
+        self.plan = loop.Plan(self.recipe.phase_steps(), folder.snapshots, self.recipe.train.snapshot_every_steps)
+        self.guard = self._new_guard() if self.recipe.guard.enabled else None
+        self.client = RolloutClient(socket, on_wait=lambda: self._beat(self.stepper.step, "wait for rollouts"))
+        self.published: tuple[int, Path, str] | None = None
+        self._stop = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    # ---- the run
+
+    def run(self, start: str) -> None:
+        """Start or resume, prove the continuation where the chip changed, train to the end, export, record."""
+        state = self._resume(start)
+        hooks = loop.Hooks(
+            on_step=self._on_step,
+            on_snapshot=self._on_snapshot,
+            on_phase=self._on_phase,
+            on_skip=lambda step, why: self.ledger.warn("batch skipped", why, step=step),
+            should_stop=lambda: self._stop,
+            extra=lambda: {"pool": self.pool},
+        )
+        judge: Judge = self.guard or NoJudge()
+        state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks)
+        if self.guard:
+            self._certify_last(state.step)
+        self._evaluate_if_due(state.phase or "start", state.step)
+        self._export(state.step)
+
+    def _resume(self, start: str) -> TrainState:
+        """The newest snapshot that reads back whole (after a fault: the newest certified one), or a fresh start."""
+        state = TrainState(recipe_sha256=hashlib.sha256(self.folder.recipe.read_bytes()).hexdigest())
+        path, passed_over = checkpoint.newest(self.folder.snapshots, at_least="certified" if start == "certified" else "saved")
+        for reason in passed_over:
+            self.ledger.warn("snapshot passed over", reason)
+        if path is None:
+            if last(self.ledger.read(), StepStats):
+                self.ledger.warn("fresh start", "no usable snapshot was found: training begins again at step 1")
+            return state
+        state, warnings = loop.resume(self.stepper, self.objectives, path, state)
+        for text in warnings:
+            self.ledger.warn("resumed elsewhere", text)
+        self._prove_continuation(path)
+        return state
+
+    # ---- hooks
+
+    def _on_step(self, stats: StepStats) -> None:
+        self._beat(stats.step, stats.phase)
+        figures = {name: stats.metrics[f"mismatch/{name}"] for name in MISMATCH_FIELDS if f"mismatch/{name}" in stats.metrics}
+        kept = {name: value for name, value in stats.metrics.items() if not name.startswith("mismatch/")}
+        self.ledger.append(stats.model_copy(update={"metrics": kept}))
+        if len(figures) == len(MISMATCH_FIELDS):
+            tokens = int(stats.metrics.get("mismatch/tokens", stats.tokens))
+            self.ledger.append(Mismatch(step=stats.step, tokens=tokens, pool=self._engine_pool, **figures))
+
+    def _on_snapshot(self, step: int, path: Path) -> None:
+        self._beat(step, "snapshot")
+        name = f"snapshots/{path.name}"
+        if checkpoint.trust(path).state == "saved":
+            checkpoint.verify(path)
+            checkpoint.set_trust(path, "verified", "read back, hashes equal")
+            self.ledger.append(SnapshotEvent(step=step, state="verified", path=name, sha256=checkpoint.sha256(path)))
+        if self.guard:
+            self.guard.after_snapshot(step, path)
+
+    def _on_phase(self, phase: str, step: int) -> None:
+        """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
+        phases = list(self.recipe.phase_steps())
+        before = phases[phases.index(phase) - 1] if phases.index(phase) else "start"
+        self._evaluate_if_due(before, step - 1)
+        if phase == "grpo":
+            self._refuse_hopeless_grpo()
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._stop = True
+
+    def _beat(self, step: int, phase: str) -> None:
+        watchdog.beat(self.heartbeat, step, phase, f"{time.time():.0f}")
+
+    # ---- rollouts and evaluation, on the pool placed for `infer`
+
+    def sample(self, request: RolloutRequest) -> RolloutReply:
+        """Ask the rollout engine, with exactly the weights of the last committed step."""
+        version, path, sha256 = self._publish()
+        request = replace(request, weights_version=version, weights_path=str(path.resolve()), weights_sha256=sha256)
+        try:
+            reply = self.client.sample(request)
+        except BasculeError as error:
+            raise RolloutFailed(f"Rollouts failed at step {request.step}: {error}") from error
+        self._engine_pool = reply.pool
+        return reply
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, group_size: int = 1) -> list[Completion]:
+        """Engine.generate's words, answered by the rollout engine: evaluation runs where inference runs."""
+        return self.sample(
+            RolloutRequest(
+                step=self.stepper.step, prompts=[list(prompt) for prompt in prompts], group_size=group_size,
+                max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed, purpose=sampling.purpose,
+            )
+        ).completions  # fmt: skip
+
+    _engine_pool: str | None = None
+
+    def _publish(self) -> tuple[int, Path, str]:
+        step = self.stepper.step
+        if self.published is None or self.published[0] != step:
+            start = time.perf_counter()
+            path, sha256 = sync.publish(self.folder.weights, self.stepper.model.state_dict(), step)
+            self.published = (step, path, sha256)
+            size = path.stat().st_size
+            self.ledger.append(WeightsSynced(version=step, sha256=sha256, size_bytes=size, seconds=time.perf_counter() - start))
+        return self.published
+
+    def _evaluate_if_due(self, after: str, step: int) -> None:
+        if any(one.after == after and one.step == step for one in of_kind(self.ledger.read(), Evaluation)):
+            return
+        self._beat(step, "evaluate")
+        start = time.perf_counter()
+        score = self._score(self.course.heldout, samples=self.recipe.evaluate.samples, ks=(1, 8))
+        self.ledger.append(
+            Evaluation(
+                after=after, step=step, n=score.problems, samples=score.samples, pass_at_1=score.pass_at_1,
+                pass_at_8=score.pass_at.get(8), greedy=score.greedy, truncated_ratio=score.truncated_ratio,
+                seconds=time.perf_counter() - start, extra={"mean_completion_tokens": score.mean_tokens}, pool=self._engine_pool,
+            )
+        )  # fmt: skip
+
+    def _score(self, problems: list, *, samples: int, ks: tuple[int, ...], greedy: bool = True) -> Score:  # type: ignore[type-arg]
+        return evaluate(
+            self, self.course.prompts(problems), self.course.verifier(problems), samples=samples,
+            max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed, ks=ks, greedy=greedy,
+        )  # fmt: skip
+
+    def _refuse_hopeless_grpo(self) -> None:
+        """Reinforcement needs some right answers to reinforce (training.md 2.7): stop before hours are spent on nothing."""
+        floor = self.recipe.grpo.min_start_pass_at_16
+        if floor <= 0:
+            return
+        score = self._score(self.course.train[:64], samples=16, ks=(1, 16), greedy=False)
+        if score.pass_at[16] < floor:
+            raise CheckFailed(
+                f"GRPO was not started: the start model solves {score.pass_at[16]:.1%} of {score.problems} training problems in 16 tries "
+                f"(pass@1 {score.pass_at_1:.1%}); grpo.min_start_pass_at_16 asks for {floor:.0%}. Train SFT longer, make the problems "
+                "easier, or lower the bound if you know better."
+            )
+
+    # ---- parts
+
+    def _new_model(self) -> Transformer:
+        model = Transformer(self.course.model)
+        weights.initialise(model, self.recipe.seed)
+        return self.accelerator.move(model)
+
+    def _objectives(self) -> dict[str, Objective]:
+        steps = self.recipe.phase_steps()
+        found: dict[str, Objective] = {}
+        first = 1
+        for phase in steps:
+            found[phase] = self._sft(first) if phase == "sft" else self._grpo(first)
+            first += steps[phase]
+        return found
+
+    def _sft(self, first_step: int) -> Sft:
+        examples = self.course.examples(self.recipe.seed)
+        dropped = len(self.course.train) - len(examples)
+        if dropped and not any(record.kind == "warning" and record.what == "traces dropped" for record in self.ledger.read()):
+            self.ledger.warn("traces dropped", f"{dropped} of {len(self.course.train)} training problems have no trace that succeeds; SFT leaves them out")
+        return Sft(self.recipe.sft, examples, seed=self.recipe.seed, pad_id=self.course.tokenizer.pad_id, first_step=first_step)
+
+    def _certify_last(self, step: int) -> None:
+        raise NotImplementedError
+
+    def _prove_continuation(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def _new_guard(self) -> Guard:
+        raise NotImplementedError
+
+    def _grpo(self, first_step: int) -> Grpo:
+        raise NotImplementedError
+
+    # ---- the end
+
+    def _export(self, step: int) -> None:
+        """Write the finished model in Hugging Face layout and close the run's books."""
+        self._beat(step, "export")
+        weights.save_hf(self.stepper.model, self.course.model, self.folder.model)
+        self.course.tokenizer.save(self.folder.model)
+        started = of_kind(self.ledger.read(), RunStarted)
+        wall_s = time.time() - started[0].time_s if started else 0.0
+        digest = weights.fingerprint(self.stepper.model)
+        self.ledger.append(RunFinished(final_weights_sha256=digest, steps=step, wall_s=wall_s))
