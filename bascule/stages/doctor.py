@@ -1,0 +1,50 @@
+"""`bascule doctor`: what this machine can run, which versions are there, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from bascule.accelerators.registry import REAL, open_accelerator
+from bascule.errors import AcceleratorUnavailable
+from bascule.faults.catalogue import profiles
+from bascule.stages.answer import Answer
+
+PACKAGES = ("bascule", "torch", "torch-npu", "numpy", "pydantic", "safetensors", "tokenizers", "reasoning-gym", "transformers")
+
+
+def main(arguments: Namespace) -> Answer:
+    """Exit 0: a machine with only a CPU is a machine bascule runs on."""
+    del arguments
+    packages = {name: _version(name) for name in PACKAGES}
+    accelerators = {name: _try(name) for name in REAL}
+    lines = [
+        f"machine        {platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}",
+        f"cpu            {torch.backends.cpu.get_cpu_capability()}, C compiler: {shutil.which('cc') or shutil.which('gcc') or 'none (not needed to run, only for the stand-in device of the tests)'}",
+        *(f"{name:<14} {found or 'not installed'}" for name, found in packages.items()),
+        *(f"{name:<14} {text}" for name, text in accelerators.items()),
+        f"{'simulated':<14} {', '.join(f'sim:{name}' for name in profiles())}",
+    ]
+    return Answer(text="\n".join(lines), data={"packages": packages, "accelerators": accelerators, "simulated": list(profiles())})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _try(name: str) -> str:
+    """Open the accelerator and name its chip, or say in its own words why it does not open."""
+    try:
+        chip = open_accelerator(name).info()
+    except AcceleratorUnavailable as error:
+        return f"no: {error}"
+    memory = f", {chip.memory_bytes / 2**30:.1f} GiB" if chip.memory_bytes else ""
+    return f"yes: {chip.vendor} {chip.name}{memory}, {chip.driver}"
