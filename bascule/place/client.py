@@ -17,6 +17,7 @@ from bascule.errors import BasculeError, DeviceFault
 from bascule.records import Completion, RolloutReply, RolloutRequest
 
 LINE_LIMIT = 1 << 30
+SETTLE_S = 0.3  # a process that is dying closes its connections before its listener; knocking at once would meet it again
 
 
 class RolloutClient:
@@ -74,6 +75,7 @@ class RolloutClient:
                     raise DeviceFault(
                         f"The rollout engine at '{self.path}' died {died} times over one request. Its log lies in the run's logs/ folder."
                     ) from None
+                time.sleep(SETTLE_S)
                 continue
             if answer.get("ok"):
                 return answer

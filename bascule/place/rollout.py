@@ -27,12 +27,13 @@ from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import ModelConfig, Recipe, read_resolved
 from bascule.data.tokenizer import Tokenizer
-from bascule.errors import BasculeError, DeviceFault, OutOfMemory
+from bascule.errors import BasculeError, DeviceFault, OutOfMemory, UsageError, nearest
 from bascule.folder import RunFolder
 from bascule.guard.watchdog import beat
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import request_from_json
+from bascule.ledger import Ledger
 from bascule.model.transformer import Transformer
 from bascule.place import sync
 from bascule.records import RolloutReply, RolloutRequest
@@ -158,14 +159,21 @@ def _talk(connection: socket.socket, questions: queue.Queue[Question]) -> None:
         return  # the client went away; its next try is a new connection
 
 
-def open_host(run: Path, pool: str) -> Host:
+def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
     """Read the run's recipe, open the pool's accelerator, build the model (weights arrive with the first request)."""
     folder = RunFolder(run)
+    heartbeat = folder.heartbeats / "rollout.json"
+    beat(heartbeat, 0, "starting")
     recipe: Recipe = read_resolved(folder.recipe)
+    if pool not in recipe.pools:
+        raise UsageError(f"The recipe has no pool '{pool}'; pools: {', '.join(recipe.pools)}.{nearest(pool, recipe.pools)}")
     accelerator = open_accelerator(
         recipe.pools[pool].accelerator, seed=recipe.seed, fault_log=folder.ground_truth / f"{pool}-rollout.jsonl"
     )
-    tokenizer = Tokenizer.load(folder.model) if (folder.model / "tokenizer.json").exists() else Tokenizer()
+    if accelerator.fallback_note:
+        Ledger(folder.ledger, pool=pool).warn("accelerator", accelerator.fallback_note)
+    accelerator.prepare(threads or recipe.threads)
+    tokenizer = Tokenizer()
     config = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return Host(
         config,
@@ -173,7 +181,7 @@ def open_host(run: Path, pool: str) -> Host:
         pool,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        heartbeat=folder.heartbeats / "rollout.json",
+        heartbeat=heartbeat,
     )
 
 
@@ -182,11 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run folder, out/NAME")
     parser.add_argument("--pool", required=True, help="the pool to open")
     parser.add_argument("--socket", type=Path, required=True, help="path of the unix socket to listen on (under 100 characters)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the recipe's)")
     options = parser.parse_args(arguments)
-    host = open_host(options.run, options.pool)
-    host.accelerator.prepare(options.threads)
-    serve(host, options.socket)
+    serve(open_host(options.run, options.pool, options.threads), options.socket)
     return 0
 
 

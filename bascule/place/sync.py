@@ -28,7 +28,8 @@ def publish(folder: Path, state: Mapping[str, Tensor], version: int) -> tuple[Pa
     """
     path = folder / f"weights-{version:08d}.safetensors"
     tensors, aliases = _untwin(state)
-    header = {"version": str(version), "aliases": json.dumps(aliases)}
+    # One entry only: safetensors writes several in an order that differs from process to process, and so would the hash.
+    header = {"bascule": json.dumps({"version": version, "aliases": aliases}, sort_keys=True)}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     for old in sorted(folder.glob("weights-*.safetensors"))[:-KEEP]:
         if old != path:
@@ -51,14 +52,14 @@ def load(path: Path, sha256: str, version: int) -> dict[str, Tensor]:
             f"The weights of version {version}, '{path}', have SHA-256 {found[:12]}…, announced was {sha256[:12]}…. "
             "They were not loaded; publish them again."
         )
-    header = _header(data)
-    if header.get("version") != str(version):
+    held, aliases = _header(data)
+    if held != version:
         raise SnapshotError(
-            f"'{path}' says that it holds version {header.get('version', 'unknown')}, asked was version {version}. "
+            f"'{path}' says that it holds version {held}, asked was version {version}. "
             "It was not loaded; publish the weights again."
         )
     state: dict[str, Tensor] = load_bytes(data)
-    return state | {name: state[original] for name, original in json.loads(header.get("aliases", "{}")).items()}
+    return state | {name: state[original] for name, original in aliases.items()}
 
 
 def _untwin(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,8 +77,8 @@ def _untwin(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return tensors, aliases
 
 
-def _header(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: eight bytes of length, then JSON."""
+def _header(data: bytes) -> tuple[int, dict[str, str]]:
+    """Version and aliases. A safetensors file begins with eight bytes of length, then JSON."""
     length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return {str(name): str(value) for name, value in found.items()}
+    found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["bascule"])
+    return int(found["version"]), dict(found["aliases"])
