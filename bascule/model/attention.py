@@ -105,7 +105,8 @@ class GroupedQueryAttention(nn.Module):
             scores = scores + context.bias.expand(-1, -1, group, -1).flatten(1, 2).unsqueeze(1)
         out = scores.softmax(-1) @ values_BSKE.transpose(1, 2)
         out = out.view(batch, self.kv_heads, tokens, group, self.size).permute(0, 2, 1, 3, 4)
-        return out.reshape(batch, tokens, self.heads * self.size)
+        result: Tensor = out.reshape(batch, tokens, self.heads * self.size)
+        return result
 
 
 class LatentAttention(nn.Module):
@@ -145,7 +146,7 @@ class LatentAttention(nn.Module):
         turned = rotate_neighbours(
             torch.cat([q_rope, k_rope.unsqueeze(2)], 2), context.cos_BT1R, context.sin_BT1R
         )
-        q_rope, k_rope_BT1R = turned.split([self.heads, 1], 2)
+        q_rope, k_rope_BT1R = torch.split(turned, [self.heads, 1], 2)
         if context.cache is not None:
             context.cache.write(self.layer, torch.cat([latent_BTC, k_rope_BT1R.squeeze(2)], -1))
         if context.read:
@@ -184,8 +185,8 @@ class LatentAttention(nn.Module):
         assert context.cache is not None
         batch, tokens = q_nope.shape[:2]
         (cached_BSA,) = context.cache.read(self.layer)
-        w_key, w_value = self.kv_b_proj.weight.view(self.heads, -1, self.latent).split(
-            [self.nope, self.value], 1
+        w_key, w_value = torch.split(
+            self.kv_b_proj.weight.view(self.heads, -1, self.latent), [self.nope, self.value], 1
         )
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_key).transpose(0, 1)
         q = torch.cat([q_latent, q_rope.flatten(0, 1)], -1) * self.scale

@@ -58,7 +58,7 @@ class Rotary(nn.Module):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Rotary:
         """Move with the model but stay fp32: in bf16 neighbouring positions above 256 become equal."""
         cos, sin = self.cos_PR, self.sin_PR
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.cos_PR = _same_dtype(self.cos_PR, cos)
         self.sin_PR = _same_dtype(self.sin_PR, sin)
         return self
@@ -78,7 +78,7 @@ def _same_dtype(moved: Tensor, before: Tensor) -> Tensor:
 
 
 def rotate_neighbours(x_BTHR: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
-    swapped = x_BTHR.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = torch.unflatten(x_BTHR, -1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x_BTHR * cos_BT1R, swapped, sin_BT1R).to(x_BTHR.dtype)
 
 

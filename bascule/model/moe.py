@@ -40,7 +40,7 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Router:
         """The bias stays fp32: its steps of 1e-3 vanish in bf16 next to a bias of 1."""
         before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.e_score_correction_bias = _same_dtype(self.e_score_correction_bias, before)
         return self
 
@@ -56,7 +56,7 @@ class Router(nn.Module):
     def _choose(self, biased_NE: Tensor) -> Tensor:
         """Keep the groups whose best two experts sum highest, then the best experts within them."""
         if self.groups > 1:
-            grouped = biased_NE.unflatten(1, (self.groups, -1))
+            grouped = torch.unflatten(biased_NE, 1, (self.groups, -1))
             strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
             kept = strength.topk(self.kept_groups, -1, sorted=False).indices
             dropped = torch.ones_like(strength, dtype=torch.bool).scatter(1, kept, False)
@@ -90,7 +90,7 @@ class Experts(nn.Module):
         """
         gate_up, down = self.gate_up_proj.unbind(), self.down_proj.unbind()
         parts = []
-        for expert, rows in enumerate(sorted_MD.split(counts)):
+        for expert, rows in enumerate(torch.split(sorted_MD, counts)):
             if counts[expert]:
                 gate, up = F.linear(rows, gate_up[expert]).chunk(2, -1)
                 parts.append(F.linear(F.silu(gate) * up, down[expert]))

@@ -102,7 +102,7 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Transformer:
         """`.to` on a private-use device (npu) silently unties weights (feasibility.md 2); tie them again after every move."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.retie()
         return self
 
