@@ -26,13 +26,13 @@ from bascule.model.transformer import Transformer
 class Row:
     """One sequence on its way. `said` are the tokens of the completion so far; `finish` is set when it ends.
 
-    `skip` tokens were said before this engine took over (another one failed): random numbers go on where they left off.
+    A row may begin with tokens said already (an engine that failed said them): they are read like the prompt, and its random
+    numbers go on where they left off. `top`: how many alternatives to note in `tops` for each token, None for no note.
     """
 
     prompt: Sequence[int]
     sampling: Sampling
     index: int = 0
-    skip: int = 0
     top: int | None = None
     said: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -41,6 +41,11 @@ class Row:
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.sampling, self.index)
+
+    @property
+    def text(self) -> list[int]:
+        """All tokens so far: what has to be read before the next one can be said."""
+        return [*self.prompt, *self.said]
 
 
 class Batch:
@@ -85,7 +90,7 @@ class Batch:
 
         Rows of a group share their prompt. Rows that are done with their first token leave again at once.
         """
-        prompts = [group[0].prompt for group in groups]
+        prompts = [group[0].text for group in groups]
         cache = self.model.new_cache(len(groups), max(map(len, prompts)), self._device)
         tokens_BT, mask_BT = self._pad(prompts)
         last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
@@ -93,19 +98,20 @@ class Batch:
         output = self.model(tokens_BT, mask=mask_BT if ragged else None, cache=cache, at_B=last_B)
         return self._enter(groups, cache, [len(prompt) for prompt in prompts], output.logits_BTV[:, 0])
 
-    def enter(self, row: Row, prefill: Prefill) -> list[Row]:
-        """Let a row start from a prompt that was read in chunks."""
+    def enter(self, rows: Sequence[Row], prefill: Prefill) -> list[Row]:
+        """Let rows of one prompt start from its prefill, which is done."""
         assert prefill.logits_BV is not None
         if self._prefixes is not None:
-            self._prefixes.keep(row.prompt, prefill.cache)
-        return self._enter([[row]], prefill.cache, [len(row.prompt)], prefill.logits_BV)
+            self._prefixes.keep(prefill.text, prefill.cache)
+        return self._enter([rows], prefill.cache, [len(prefill.text)], prefill.logits_BV)
 
     def prefill(self, row: Row) -> Prefill:
-        """Begin to read a prompt in chunks, from the longest prefix that is still in the store."""
+        """Begin to read a row's text in chunks, from the longest prefix that is still in the store."""
         self._check_length(row)
-        cache = self.model.new_cache(1, len(row.prompt), self._device)
-        known = 0 if self._prefixes is None else self._prefixes.fill(row.prompt, cache)
-        return Prefill(self.model, row.prompt, cache, known)
+        text = row.text
+        cache = self.model.new_cache(1, len(text), self._device)
+        known = 0 if self._prefixes is None else self._prefixes.fill(text, cache)
+        return Prefill(self.model, text, cache, known)
 
     def step(self) -> list[Row]:
         """One more token for every row. Returns the rows that spoke, in slot order before anyone left."""
@@ -162,7 +168,7 @@ class Batch:
         logits_BV = logits_BV.to("cpu")
         if not bool(torch.isfinite(logits_BV.sum())):
             _refuse(rows, logits_BV)
-        positions = [row.skip + len(row.said) for row in rows]
+        positions = [len(row.said) for row in rows]
         uniform = [0.0] * len(rows) if knobs.all_greedy else [row.draws.at(at) for row, at in zip(rows, positions, strict=True)]
         extra = edits([row.sampling for row in rows], [row.said for row in rows], logits_BV.shape[1], logits_BV.device)
         tokens_B, logprobs_B = choose(logits_BV, knobs, uniform, extra)
@@ -224,15 +230,15 @@ class Batch:
 
 
 class Prefill:
-    """A prompt being read in chunks into a cache of its own. `known` tokens came from the prefix store."""
+    """A text being read in chunks into a cache of its own. `known` tokens came from the prefix store."""
 
-    def __init__(self, model: Transformer, prompt: Sequence[int], cache: Cache, known: int) -> None:
+    def __init__(self, model: Transformer, text: Sequence[int], cache: Cache, known: int) -> None:
+        self.text = text
         self.cache = cache
         self.known = known
         self.read = known
         self.logits_BV: Tensor | None = None
         self._model = model
-        self._prompt = prompt
 
     @property
     def done(self) -> bool:
@@ -240,19 +246,19 @@ class Prefill:
 
     def advance(self, tokens: int) -> int:
         """Read at most `tokens` more; returns how many were read. `logits_BV` is set with the last one."""
-        chunk = self._prompt[self.read : self.read + tokens]
+        chunk = self.text[self.read : self.read + tokens]
         tokens_1T = torch.tensor([list(chunk)], device=self.cache.lengths_B.device)
         last_1 = torch.tensor([len(chunk) - 1], device=tokens_1T.device)
         output = self._model(tokens_1T, cache=self.cache, at_B=last_1)
         self.read += len(chunk)
-        if self.read == len(self._prompt):
+        if self.read == len(self.text):
             self.logits_BV = output.logits_BTV[:, 0]
         return len(chunk)
 
 
 def _refuse(rows: Sequence[Row], logits_BV: Tensor) -> None:
     bad = (~torch.isfinite(logits_BV)).any(dim=1)
-    position = rows[int(bad.int().argmax())].skip + len(rows[int(bad.int().argmax())].said)
+    position = len(rows[int(bad.int().argmax())].said)
     raise NonFiniteLogits(
         f"The chip returned NaN or infinity among the logits of {int(bad.sum())} of {len(rows)} sequences (first at token {position} "
         "of a completion); logits must be finite. Nothing was sampled from them. Qualify the chip again before using it."

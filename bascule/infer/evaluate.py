@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Protocol
 
-from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import Completion
 
 Verifier = Callable[[int, list[int]], float]
 """(number of the problem, completion's tokens) to reward; 1 is right."""
+
+
+class Generates(Protocol):
+    """An engine, here or in another process."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, group_size: int = 1
+    ) -> list[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Generates,
     prompts: Sequence[Sequence[int]],
     verify: Verifier,
     *,
