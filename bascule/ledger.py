@@ -7,6 +7,7 @@ reported as a warning record; a torn line anywhere else is damage and is refused
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -47,7 +48,7 @@ class Ledger:
             if repaired:
                 note = self._stamp(Warned(what="torn ledger line", detail=f"{repaired} bytes of an unfinished last line were cut off"))
                 text = note.model_dump_json() + "\n" + text
-            os.write(handle, text.encode())
+            _write_all(handle, text.encode(), self.path)
         finally:
             os.close(handle)
         self._speak([record for record in stamped if isinstance(record, Warned)])
@@ -111,6 +112,12 @@ def parse_line(line: bytes, path: Path, number: int = 0) -> AnyRecord:
         return ADAPTER.validate_python(value)
     except ValidationError as error:
         raise LedgerError(f"{path}, line {number}, is not a record of bascule: {error.errors()[0]['msg']}.") from None
+
+
+def _write_all(handle: int, data: bytes, path: Path) -> None:
+    """One write. A short one means the disk is full: the torn line it leaves is cut off by the next append."""
+    if os.write(handle, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _cut_torn_tail(handle: int) -> int:

@@ -72,3 +72,8 @@ def test_lines_of_several_processes_never_interleave(tmp_path: Path) -> None:
         writer.join()
     records = read_ledger(path)
     assert sorted((record.attempt, record.step) for record in records) == [(w, s) for w in (1, 2) for s in range(200)]
+
+
+def test_a_full_disk_is_an_error_and_never_a_silent_loss() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        Ledger(Path("/dev/full")).append(Judgement(step=1, commit=True, reason="x"))

@@ -20,7 +20,7 @@ import torch
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
 from bascule.data import chat
-from bascule.errors import BasculeError, CheckFailed, OutOfMemory, RolloutFailed
+from bascule.errors import BasculeError, CheckFailed, OutOfMemory, RolloutFailed, UsageError
 from bascule.fallback import verify
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
@@ -74,6 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     except torch.OutOfMemoryError as error:
         watchdog.write_ending(folder.heartbeats / ENDING_FILE, OutOfMemory(f"The chip's memory is exhausted: {error}"))
         return OutOfMemory.exit_code
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename or folder.root}"
+        watchdog.write_ending(folder.heartbeats / ENDING_FILE, UsageError(f"{what}. Nothing already written is lost; mend it and run the same command again."))
+        return UsageError.exit_code
     return 0
 
 
