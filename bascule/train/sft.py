@@ -61,6 +61,8 @@ class Sft:
         return factor, factor * self.config.learning_rate
 
     def next_batch(self, step: int) -> Batch:
+        """Rows are drawn without regard to length, at the price of about 28 % padding on the demo's task. Sorting the rows of
+        eight batches before cutting them saved that and learned worse: held-out loss .154 against .057 after 300 steps."""
         size = self.config.batch_sequences
         start = (step - self.first_step) * size
         rows = [
