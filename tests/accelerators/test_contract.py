@@ -110,7 +110,9 @@ def test_prepare_asks_for_deterministic_kernels_and_full_fp32(chip: Accelerator)
     assert torch.get_num_threads() == 1
 
 
-def test_an_exception_inside_a_session_comes_out_and_leaves_the_chip_usable(chip: Accelerator) -> None:
+def test_an_exception_inside_a_session_comes_out_and_leaves_the_chip_usable(
+    chip: Accelerator,
+) -> None:
     with pytest.raises(KeyError, match="mine"), chip.session(TRAIN):
         raise KeyError("mine")
     test_a_product_is_right_before_any_fault_sets_in(chip)

@@ -43,11 +43,16 @@ def python(code: str, path: Path, **environment: str) -> str:
 
 
 def test_without_the_package_the_sentence_names_the_extra_and_the_toolkit() -> None:
-    with pytest.raises(AcceleratorUnavailable, match=r"torch_npu is not installed.*CANN toolkit.*pip install bascule\[npu\]"):
+    with pytest.raises(
+        AcceleratorUnavailable,
+        match=r"torch_npu is not installed.*CANN toolkit.*pip install bascule\[npu\]",
+    ):
         open_accelerator("npu")
 
 
-def test_with_the_package_but_without_cann_the_sentence_names_the_missing_library(tmp_path: Path) -> None:
+def test_with_the_package_but_without_cann_the_sentence_names_the_missing_library(
+    tmp_path: Path,
+) -> None:
     said = python(
         "from bascule.accelerators.registry import open_accelerator\n"
         "from bascule.errors import AcceleratorUnavailable\n"
@@ -59,7 +64,9 @@ def test_with_the_package_but_without_cann_the_sentence_names_the_missing_librar
     assert "libhccl.so" in said and "CANN toolkit" in said and "npu:0" in said
 
 
-def test_when_import_torch_itself_fails_the_sentence_says_why_and_three_ways_out(tmp_path: Path) -> None:
+def test_when_import_torch_itself_fails_the_sentence_says_why_and_three_ways_out(
+    tmp_path: Path,
+) -> None:
     said = python(
         "from bascule.accelerators.install import explain_torch_import\n"
         "try: import torch\n"
@@ -67,8 +74,13 @@ def test_when_import_torch_itself_fails_the_sentence_says_why_and_three_ways_out
         broken_torch_npu(tmp_path),
         TORCH_DEVICE_BACKEND_AUTOLOAD="1",
     )
-    assert "torch_npu" in said and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in said and "set_env.sh" in said
+    assert (
+        "torch_npu" in said and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in said and "set_env.sh" in said
+    )
 
 
 def test_another_failure_of_import_torch_is_not_explained_away() -> None:
-    assert install.explain_torch_import(ImportError("libgomp.so.1: cannot open shared object file")) is None
+    assert (
+        install.explain_torch_import(ImportError("libgomp.so.1: cannot open shared object file"))
+        is None
+    )

@@ -20,7 +20,12 @@ def test_every_known_simulated_chip_opens_over_the_cpu() -> None:
 def test_knobs_in_the_name_override_the_faults_of_the_profile() -> None:
     chip = open_accelerator("sim:ascend-r2?onset_step=40&rate=0.5&input_range=[0,1]@cpu")
     (fault,) = chip.profile.faults
-    assert (fault.onset_step, fault.rate, fault.input_range, fault.kind) == (40, 0.5, (0.0, 1.0), "mixed")
+    assert (fault.onset_step, fault.rate, fault.input_range, fault.kind) == (
+        40,
+        0.5,
+        (0.0, 1.0),
+        "mixed",
+    )
 
 
 @no_cuda
@@ -57,6 +62,8 @@ def test_a_simulated_chip_over_a_missing_base_is_unavailable() -> None:
         ("cpu|gpuu", "not an accelerator"),
     ],
 )
-def test_a_name_that_makes_no_sense_is_refused_even_where_another_would_open(name: str, says: str) -> None:
+def test_a_name_that_makes_no_sense_is_refused_even_where_another_would_open(
+    name: str, says: str
+) -> None:
     with pytest.raises(RecipeError, match=says):
         open_accelerator(name)
