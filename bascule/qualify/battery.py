@@ -1,0 +1,313 @@
+"""The supervisor's side of the battery: one child process asks, this process waits, and nothing the chip does can stop it.
+
+The child writes each answer as a JSON line (see child.py). A child that dies or falls silent has answered too: the question
+it was at becomes evidence against the chip, and a fresh child goes on with the rest. No torch here.
+
+    python -m bascule.qualify.battery child REQUEST.json      (started by `run_battery`, not by people)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bascule.config import ModelConfig
+from bascule.errors import UsageError
+from bascule.folder import write_json_atomic
+from bascule.qualify.check import BOTH, Ask, asks
+from bascule.qualify.judge import Examined, verdicts
+from bascule.records import Evidence, Role, Verdict
+
+START_LIMIT_S = 120.0  # importing torch and opening a chip; a cold NPU runtime takes most of a minute
+FULL_BATTERY_PATIENCE = 10.0  # the full battery may take this many times a check's quick limit
+DEATHS_ALLOWED = 2  # after as many crashes or hangs in one role its verdict is clear; the time goes to the other role
+_POLL_S = 0.02
+
+OnEvidence = Callable[[Evidence], None]
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BatteryResult:
+    """Everything found, judged. `note` is the accelerator's own word on what it fell back from."""
+
+    examined: Examined
+    evidence: tuple[Evidence, ...]
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+    note: str | None = None
+
+
+def run_battery(
+    pool: str,
+    accelerator: str,
+    model: ModelConfig,
+    folder: Path,
+    *,
+    time_limit_s: float,
+    quick: bool = True,
+    seed: int = 0,
+    threads: int = 1,
+    only: Sequence[str] = (),
+    roles: Sequence[Role] = BOTH,
+    ask_limit_s: float | None = None,
+    fault_log: Path | None = None,
+    on_evidence: OnEvidence | None = None,
+    on_progress: OnProgress | None = None,
+) -> BatteryResult:
+    """Examine one pool's accelerator in child processes and judge it. Evidence and reproducers go to `folder`.
+
+    `ask_limit_s` overrides how long one question may take before it counts as a hang. `on_progress(question, done, total)` is
+    called when a question begins. Raises UsageError when the accelerator's name is not one; a chip that is not there is
+    evidence (nothing can be proven about it).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(
+        pool=pool,
+        accelerator=accelerator,
+        model=model,
+        folder=folder,
+        deadline_s=time.monotonic() + time_limit_s,
+        time_limit_s=time_limit_s,
+        quick=quick,
+        seed=seed,
+        threads=threads,
+        ask_limit_s=ask_limit_s,
+        fault_log=fault_log,
+        on_evidence=on_evidence,
+        on_progress=on_progress,
+        left=list(asks(quick=quick, only=only, roles=roles)),
+    )
+    started_s = time.monotonic()
+    run.total = len(run.left)
+    while run.left:
+        run.one_child()
+        run.drop_lost_roles()
+    judged = verdicts(run.evidence, run.examined, quick=quick, roles=roles)
+    return BatteryResult(
+        examined=run.examined,
+        evidence=tuple(run.evidence),
+        verdicts=tuple(verdict.model_copy(update={"pool": pool}) for verdict in judged),
+        seconds=time.monotonic() - started_s,
+        note=run.note,
+    )
+
+
+@dataclass
+class _Run:
+    """One battery under way: what is left to ask, what was found. `at` is the question the child is working on."""
+
+    pool: str
+    accelerator: str
+    model: ModelConfig
+    folder: Path
+    deadline_s: float
+    time_limit_s: float
+    quick: bool
+    seed: int
+    threads: int
+    ask_limit_s: float | None
+    fault_log: Path | None
+    on_evidence: OnEvidence | None
+    on_progress: OnProgress | None
+    left: list[Ask]
+    total: int = 0
+    evidence: list[Evidence] = field(default_factory=list)
+    deaths: dict[Role, int] = field(default_factory=dict)
+    examined: Examined = field(init=False)
+    note: str | None = None
+    launches: int = 0
+    at: Ask | None = None
+    opened: bool = False
+
+    def __post_init__(self) -> None:
+        self.examined = Examined(accelerator=self.accelerator)
+
+    def one_child(self) -> None:
+        """Run one child until it is done, dies, or is stopped; `left` shrinks by at least one question."""
+        self.launches += 1
+        self.opened, self.at = False, None
+        answers = self.folder / f"answers-{self.launches}.jsonl"
+        answers.write_text("", encoding="utf-8")
+        process = self._launch(answers)
+        offset, since_s = 0, time.monotonic()
+        why: str | None = None
+        while why is None:
+            ended = process.poll() is not None
+            lines, offset = _new_lines(answers, offset)
+            for line in lines:
+                self._take(line)
+            if lines:
+                since_s = time.monotonic()
+            if ended and not lines:
+                break
+            why = None if ended else self._overdue(since_s)
+            if not lines and not ended:
+                time.sleep(_POLL_S)
+        _kill(process)
+        self._account(why, process.returncode)
+
+    def _launch(self, answers: Path) -> subprocess.Popen[bytes]:
+        request = self.folder / f"request-{self.launches}.json"
+        write_json_atomic(
+            request,
+            {
+                "accelerator": self.accelerator,
+                "model": self.model.model_dump(),
+                "quick": self.quick,
+                "seed": self.seed,
+                "threads": self.threads,
+                "workdir": str(self.folder),
+                "answers": str(answers),
+                "fault_log": str(self.fault_log) if self.fault_log else None,
+                "asks": [ask.name for ask in self.left],
+            },
+        )
+        # stdin is a pipe that only we hold open: the child ends when we do. Its own session, so that helpers it starts die too.
+        with open(self.folder / f"child-{self.launches}.log", "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "bascule.qualify.battery", "child", str(request)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "opened" in line:
+            self.opened = True
+            self.examined, self.note = Examined(**line["opened"]), line["note"]
+        elif "refused" in line:
+            self._refused(line)
+        elif "begin" in line:
+            self.at = next(ask for ask in self.left if ask.name == line["begin"])
+            if self.on_progress:
+                self.on_progress(self.at.name, self.total - len(self.left), self.total)
+        elif "evidence" in line:
+            self._add(Evidence.model_validate(line["evidence"]))
+        elif "end" in line and self.at:
+            self.left.remove(self.at)
+            self.at = None
+
+    def _refused(self, line: dict[str, Any]) -> None:
+        if line["usage"]:
+            raise UsageError(line["refused"])
+        roles = tuple(dict.fromkeys(ask.role for ask in self.left))
+        self._add(_evidence("open", roles, "skipped", line["refused"], "the chip opens"))
+        self._skip_all(line["refused"])
+
+    def _overdue(self, since_s: float) -> str | None:
+        now = time.monotonic()
+        if now > self.deadline_s:
+            return "limit"
+        if not self.opened or self.at is None:
+            return "hang" if now - since_s > START_LIMIT_S else None
+        return "hang" if now - since_s > self._limit_s(self.at) else None
+
+    def _limit_s(self, ask: Ask) -> float:
+        if self.ask_limit_s is not None:
+            return self.ask_limit_s
+        return ask.check.limit_s * (1.0 if self.quick else FULL_BATTERY_PATIENCE)
+
+    def _account(self, why: str | None, code: int) -> None:
+        """Turn the child's end into evidence: stopped by us (`why`), or ended by itself with questions left."""
+        if why == "limit":
+            self._skip_all(f"cut off by the time limit of {self.time_limit_s:g} s")
+        elif why == "hang":
+            limit_s = self._limit_s(self.at) if self.at else START_LIMIT_S
+            self._lost(f"hang: no answer within {limit_s:g} s, the process was ended")
+        elif self.left:
+            self._lost(f"death: the process ended with {_ending(code)}")
+
+    def _lost(self, detail: str) -> None:
+        log = f"{self.folder.name}/child-{self.launches}.log"
+        if self.at is None:
+            roles = tuple(dict.fromkeys(ask.role for ask in self.left))
+            stage = "between two checks" if self.opened else "while the chip was opened"
+            self._add(_evidence("open", roles, "error", f"{detail}, {stage}; see {log}", "the chip opens and stays"))
+            self._skip_all("the chip could not be kept open")
+            return
+        ask = self.at
+        self._add(self._against(ask, "error", f"{detail} while it was asked {ask.name}; see {log}"))
+        self.left.remove(ask)
+        self.deaths[ask.role] = self.deaths.get(ask.role, 0) + 1
+
+    def drop_lost_roles(self) -> None:
+        """Skip what is left of a role in which the chip has died or hung often enough."""
+        for ask in [ask for ask in self.left if self.deaths.get(ask.role, 0) >= DEATHS_ALLOWED]:
+            times = self.deaths[ask.role]
+            self._add(self._against(ask, "skipped", f"not asked: the chip died or hung {times} times in this role"))
+            self.left.remove(ask)
+
+    def _skip_all(self, detail: str) -> None:
+        for ask in self.left:
+            self._add(self._against(ask, "skipped", detail))
+        self.left.clear()
+
+    def _against(self, ask: Ask, outcome: str, detail: str) -> Evidence:
+        return _evidence(ask.check.name, (ask.role,), outcome, detail, ask.check.bound, reproduce=self._command(ask))
+
+    def _command(self, ask: Ask) -> str:
+        return f"bascule qualify {shlex.quote(self.accelerator)} --preset {self.model.preset} --check {ask.check.name} --seed {self.seed}"
+
+    def _add(self, item: Evidence) -> None:
+        stamped = item.model_copy(update={"pool": self.pool})
+        self.evidence.append(stamped)
+        if self.on_evidence:
+            self.on_evidence(stamped)
+
+
+def _evidence(
+    check: str, roles: tuple[Role, ...], outcome: str, detail: str, bound: str, *, reproduce: str = ""
+) -> Evidence:
+    return Evidence(
+        check=check,
+        family=check.partition(".")[0],
+        roles=roles,
+        outcome=outcome,  # type: ignore[arg-type]
+        bound=bound,
+        detail=detail,
+        reproduce=reproduce,
+    )
+
+
+def _new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines after `offset`; a line being written is left for the next look."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:end].splitlines()], offset + end
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the child and whatever it started (its process group), and wait for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+if __name__ == "__main__":
+    with open(sys.argv[2], encoding="utf-8") as request_file:
+        wanted = json.load(request_file)
+    sys.exit(importlib.import_module("bascule.qualify.child").main(wanted))

@@ -1,0 +1,196 @@
+"""The questions a chip is asked. No torch here, so that the supervisor and the judge can know them.
+
+A *check* is one question; it is asked once for each role it decides for, inside a session of that role, so that a chip that
+fails in training only stays fit for inference. `entry` names the function in `checks/` that asks it; each returns Evidence.
+`catches` names the fault profiles (bascule/faults/profiles.toml) that the check must see: the truth table test holds it to that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bascule.errors import UsageError, nearest
+from bascule.records import Evidence, Role
+
+BOTH: tuple[Role, ...] = ("train", "infer")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question. `decides` is False where the answer is a figure to read, not a reason to refuse the chip.
+
+    `limit_s`: how long one answer may take in quick mode before it counts as a hang; the full battery allows ten times that.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    question: str
+    bound: str
+    entry: str
+    catches: tuple[str, ...] = ()
+    limit_s: float = 30.0
+    quick: bool = True
+    decides: bool = True
+
+    @property
+    def family(self) -> str:
+        return self.name.partition(".")[0]
+
+    def function(self) -> Callable[..., list[Evidence]]:
+        """The function that asks. Imports torch."""
+        module, _, name = self.entry.partition(":")
+        found: Any = getattr(importlib.import_module(f"bascule.qualify.checks.{module}"), name)
+        return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One check put to one role: the unit that runs, crashes, hangs or answers."""
+
+    check: Check
+    role: Role
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"{self.check.name}[{self.role}]")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "exact.matmul", BOTH,
+        "Are products of small-integer matrices, right in any summation order, exactly right?",
+        "every element equal; tolerance zero", "exact:matmul",
+        catches=("corrupt-matmul", "nan", "gain-0.2-percent"),
+    ),
+    Check(
+        "exact.reduction", BOTH,
+        "Are sums, cumulative sums, maxima, sorts and gathers of small integers exactly right, odd sizes included?",
+        "every element equal; tolerance zero", "exact:reduction",
+    ),
+    Check(
+        "coverage.forward", BOTH,
+        "Does the chip have every operator of this model's forward pass, with these shapes, strides and types, and run it itself?",
+        "no operator missing, none silently run on the host", "coverage:forward",
+        catches=("missing-op",),
+    ),
+    Check(
+        "coverage.training", ("train",),
+        "The same for the backward pass and the optimizer.",
+        "no operator missing, none silently run on the host", "coverage:training",
+        catches=("missing-op",),
+    ),
+    Check(
+        "numerics.forward", BOTH,
+        "Is each operator of this model's forward pass as precise as its type allows, on the inputs this model gives it?",
+        "signed gain, RMS and tail within the noise floor measured against fp64 (numerics.TOLERANCES); no non-finite mismatch",
+        "numerics:forward", catches=("gain-0.2-percent", "truncation", "softmax-0.99", "nan", "corrupt-matmul"),
+    ),
+    Check(
+        "numerics.backward", ("train",),
+        "Is the gradient of each operator as precise as its type allows?",
+        "as numerics.forward, for each input's gradient by itself", "numerics:backward",
+        catches=("backward-wrong",),
+    ),
+    Check(
+        "numerics.layers", BOTH,
+        "Is the output of every layer of this model within the response to a one-ulp perturbation?",
+        "RMS error at most 16 times the measured response; signed gain within the type's bar", "layers:forward",
+    ),
+    Check(
+        "numerics.gradients", ("train",),
+        "Is the gradient of every weight of this model within the response to a one-ulp perturbation, in size and direction?",
+        "RMS error at most 16 times the measured response; signed gain within the type's bar", "layers:gradients",
+        catches=("backward-wrong",),
+    ),
+    Check(
+        "numerics.special", BOTH,
+        "Are exp, rsqrt, sin and others right at the ends of their range, and do overflow and NaN stay Inf and NaN?",
+        "error at most 4 units of roundoff; Inf and NaN where IEEE 754 says so", "special:ranges",
+        catches=("saturation",),
+    ),
+    Check(
+        "numerics.shapes", BOTH,
+        "Do products, softmax and norms stay right across size boundaries, long sums, odd tails and non-contiguous layouts?",
+        "as numerics.forward, at every shape", "special:shapes",
+    ),
+    Check(
+        "determinism.training", ("train",),
+        "Does the same training step, twice, give the same bits?",
+        "gradients and updated weights bit-equal", "determinism:training", catches=("nondeterministic",),
+    ),
+    Check(
+        "determinism.inference", ("infer",),
+        "Does the same forward pass, twice, give the same bits? (Batch invariance is reported beside it.)",
+        "logits bit-equal when repeated", "determinism:inference", catches=("nondeterministic",),
+    ),
+    Check(
+        "memory.capacity", BOTH,
+        "Can the memory that the chip advertises really be used, and does it hold what is written to it?",
+        "every pattern reads back; the model's step fits", "memory:capacity", catches=("oom",),
+    ),
+    Check(
+        "memory.leak", ("train",),
+        "Does memory stay level over repeated training steps?",
+        "no growth after the first steps", "memory:leak",
+    ),
+    Check(
+        "speed.step", BOTH,
+        "How fast are products, memory, and this model's own step, and how steady?",
+        "reported beside the reference; no bar", "speed:step", decides=False,
+    ),
+    Check(
+        "learning.curve", ("train",),
+        "Does a short real training on the chip learn what it learns on the reference: same start, same data?",
+        "two one-sided tests on late-window log loss, margin 0.5 %", "learning:curve",
+        catches=("backward-wrong", "nan"), limit_s=60.0,
+    ),
+    Check(
+        "generation.logprobs", ("infer",),
+        "Does greedy generation on the chip give the reference's tokens with the reference's log-probabilities?",
+        "mean gap within the response to a one-ulp perturbation; no garble", "generation:greedy",
+    ),
+    Check(
+        "links.collectives", ("train",),
+        "Do collectives of two processes return exact sums, odd sizes and tails included?",
+        "every element equal; tolerance zero", "links:collectives", limit_s=60.0,
+    ),
+    Check(
+        "soak.training", ("train",),
+        "Do repeated training steps with known answers stay right?",
+        "every checksum equal; the report says what rate of corruption this could have seen", "soak:training",
+        catches=("corrupt-matmul",),
+    ),
+    Check(
+        "soak.inference", ("infer",),
+        "Do repeated forward passes with known answers stay right?",
+        "every checksum equal; the report says what rate of corruption this could have seen", "soak:inference",
+    ),
+)  # fmt: skip
+
+
+def asks(
+    *, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH
+) -> tuple[Ask, ...]:
+    """The battery in order. `only` keeps named checks or families; an unknown name raises UsageError."""
+    known = {check.name for check in CHECKS} | {check.family for check in CHECKS}
+    for name in only:
+        if name not in known:
+            raise UsageError(
+                f"'{name}' is not a check or a family of checks; allowed: {', '.join(sorted(known))}.{nearest(name, known)}"
+            )
+    wanted = [
+        check
+        for check in CHECKS
+        if (check.quick or not quick) and (not only or check.name in only or check.family in only)
+    ]
+    return tuple(Ask(check, role) for check in wanted for role in check.roles if role in roles)
+
+
+def required(role: Role, *, quick: bool) -> tuple[str, ...]:
+    """Names of the checks that must have answered before `role` can be called fit."""
+    return tuple(
+        ask.check.name for ask in asks(quick=quick) if ask.role == role and ask.check.decides
+    )

@@ -1,0 +1,71 @@
+"""The child's side of the battery: open the chip, ask, and write each answer as a JSON line the moment it is known.
+
+Lines: {"opened": {...}} once; {"begin": "exact.matmul[train]"} before each question, so that a crash or a hang names the
+question that brought it about; {"evidence": {...}} for each answer; {"end": name} after it. Every line is flushed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from bascule.accelerators.registry import open_accelerator
+from bascule.config import ModelConfig
+from bascule.errors import DeviceFault, UsageError
+from bascule.qualify.check import Ask, asks
+from bascule.qualify.examine import examined, open_context, put
+
+
+def main(request: dict[str, Any]) -> int:
+    """Answer the questions listed in `request` (see battery._Request). Returns the exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
+    with open(request["answers"], "a", encoding="utf-8") as out:
+
+        def write(line: dict[str, Any]) -> None:
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+
+        return _answer(request, write)
+
+
+def _answer(request: dict[str, Any], write: Any) -> int:
+    log = request["fault_log"]
+    try:
+        accelerator = open_accelerator(
+            request["accelerator"], seed=request["seed"], fault_log=Path(log) if log else None
+        )
+    except (UsageError, DeviceFault) as error:
+        write({"refused": str(error), "usage": isinstance(error, UsageError)})
+        return error.exit_code
+    accelerator.prepare(request["threads"])
+    write({"opened": dataclasses.asdict(examined(accelerator)), "note": accelerator.fallback_note})
+    context = open_context(
+        accelerator,
+        ModelConfig.model_validate(request["model"]),
+        quick=request["quick"],
+        seed=request["seed"],
+        workdir=Path(request["workdir"]),
+    )
+    for ask in _listed(request):
+        write({"begin": ask.name})
+        for item in put(context, ask):
+            write({"evidence": item.model_dump(mode="json")})
+        write({"end": ask.name})
+    return 0
+
+
+def _listed(request: dict[str, Any]) -> list[Ask]:
+    every = {ask.name: ask for ask in asks(quick=request["quick"])}
+    return [every[name] for name in request["asks"]]
+
+
+def _end_with_parent() -> None:
+    # The supervisor holds the other end of stdin: when it is killed, an orphan must not go on using the chip.
+    # os.read, not sys.stdin: a thread in stdin's buffer lock makes the interpreter abort when it shuts down.
+    while os.read(0, 4096):
+        pass
+    os._exit(70)

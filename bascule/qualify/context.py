@@ -1,0 +1,114 @@
+"""What a check is given: the chip, the referee, this model, and a helper that words its answer as Evidence."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bascule.accelerators.base import Accelerator, Work
+from bascule.config import ModelConfig
+from bascule.errors import DeviceFault
+from bascule.qualify.check import Ask
+from bascule.qualify.workload import Workload
+from bascule.records import Evidence, Role
+
+Measured = dict[str, float | int | str | None]
+
+
+class ChipFailed(DeviceFault):
+    """The chip raised while it computed; the cause is chained. What raises outside a chip session is the harness's fault."""
+
+
+@dataclass
+class CheckContext:
+    """One chip under examination. `referee` is the CPU; `workdir/evidence/` takes reproducers and their inputs.
+
+    `workload` (this model, its batch, its trace and its fp64 twin) is made once and shared by all checks.
+    """
+
+    accelerator: Accelerator
+    referee: Accelerator
+    model_config: ModelConfig
+    quick: bool
+    seed: int
+    workdir: Path
+    workload: Workload
+    ask: Ask | None = None
+
+    @property
+    def role(self) -> Role:
+        return self._asked.role
+
+    @property
+    def _asked(self) -> Ask:
+        if self.ask is None:
+            raise RuntimeError("a check was run without being asked: use context.asked(ask)")
+        return self.ask
+
+    def asked(self, ask: Ask) -> CheckContext:
+        self.ask = ask
+        return self
+
+    def work(self, step: int = 1, attempt: int = 0) -> Work:
+        """The session's label. Checks use small step numbers: qualification is the chip's first minutes, not its hundredth hour."""
+        return Work(role=self.role, step=step, attempt=attempt)
+
+    @contextmanager
+    def chip(self, step: int = 1, attempt: int = 0) -> Iterator[None]:
+        """Everything inside runs on the chip. Its exceptions leave as ChipFailed, so that they are not taken for our own."""
+        try:
+            with self.accelerator.session(self.work(step, attempt)):
+                yield
+                self.accelerator.synchronize()
+        except (RuntimeError, MemoryError, DeviceFault) as error:
+            raise ChipFailed(describe(error)) from error
+
+    def command(self) -> str:
+        return (
+            f"bascule qualify {shlex.quote(self.accelerator.name)} --preset {self.model_config.preset} "
+            f"--check {self._asked.check.name} --seed {self.seed}{'' if self.quick else ' --full'}"
+        )
+
+    def passed(self, detail: str = "", measured: Measured | None = None) -> Evidence:
+        return self._evidence("pass", detail, measured, "")
+
+    def failed(
+        self, detail: str, measured: Measured | None = None, *, script: Path | None = None
+    ) -> Evidence:
+        """A finding. `script` is a stand-alone reproducer; its path joins the command."""
+        reproduce = (
+            self.command() if script is None else f"{self.command()}  |  python {shlex.quote(str(script))}"
+        )
+        return self._evidence("fail", detail, measured, reproduce)
+
+    def skipped(self, detail: str, measured: Measured | None = None) -> Evidence:
+        """The question could not be asked, through no fault of the chip; or it was, and the answer is 'too little to say'."""
+        return self._evidence("skipped", detail, measured, self.command())
+
+    def errored(self, detail: str, measured: Measured | None = None) -> Evidence:
+        """The chip failed by exception."""
+        return self._evidence("error", detail, measured, self.command())
+
+    def _evidence(
+        self, outcome: str, detail: str, measured: Measured | None, reproduce: str
+    ) -> Evidence:
+        ask = self._asked
+        return Evidence(
+            check=ask.check.name,
+            family=ask.check.family,
+            roles=(ask.role,),
+            outcome=outcome,  # type: ignore[arg-type]
+            measured=measured or {},
+            bound=ask.check.bound,
+            detail=detail,
+            reproduce=reproduce,
+        )
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

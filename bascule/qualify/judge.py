@@ -1,0 +1,108 @@
+"""Evidence in, one verdict per role out. Pure and free of torch.
+
+    unfit      a check that decides for this role failed, or the chip crashed, hung or raised while it was asked
+    unproven   nothing failed, but a check that must answer did not: skipped, cut off by the time limit, or never asked
+    fit        every check that decides for this role was asked and passed
+
+Evidence carries the role it was measured in, so a fault that acts only in training leaves `infer` fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from bascule.qualify.check import BOTH, CHECKS, required
+from bascule.records import Evidence, Role, Verdict, VerdictWord
+
+MAX_REASONS = 8
+_ORDER = {check.name: place for place, check in enumerate(CHECKS)}
+_DECIDES = {check.name: check.decides for check in CHECKS}
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was examined: the accelerator as asked for, and the chip and driver behind it."""
+
+    accelerator: str
+    chip: str = "unknown"
+    driver: str = "unknown"
+    simulated: bool = False
+
+
+def verdicts(
+    evidence: Sequence[Evidence],
+    examined: Examined,
+    *,
+    quick: bool = True,
+    roles: Collection[Role] = BOTH,
+) -> list[Verdict]:
+    """One verdict for each role, in the order train, infer."""
+    return [
+        _verdict(role, [item for item in evidence if role in item.roles], examined, quick)
+        for role in BOTH
+        if role in roles
+    ]
+
+
+def _verdict(role: Role, evidence: list[Evidence], examined: Examined, quick: bool) -> Verdict:
+    against = [
+        item
+        for item in evidence
+        if item.outcome in ("fail", "error") and _DECIDES.get(item.check, True)
+    ]
+    answered = {item.check for item in evidence if item.outcome == "pass"}
+    open_questions = [name for name in required(role, quick=quick) if name not in answered]
+    if against:
+        word: VerdictWord = "unfit"
+        reasons = _merge(against)
+    elif open_questions:
+        word = "unproven"
+        reasons = _why_open(open_questions, evidence)
+    else:
+        word = "fit"
+        reasons = _why_fit(evidence, quick)
+    return Verdict(
+        role=role,
+        verdict=word,
+        reasons=tuple(reasons),
+        accelerator=examined.accelerator,
+        chip=examined.chip,
+        driver=examined.driver,
+        simulated=examined.simulated,
+    )
+
+
+def _merge(against: list[Evidence]) -> list[str]:
+    """Findings in the battery's order (its first questions are nearest to the cause), equal details said once."""
+    grouped: dict[str, list[str]] = {}
+    for item in sorted(against, key=lambda item: _ORDER.get(item.check, -1)):
+        grouped.setdefault(item.detail or item.bound, []).append(item.check)
+    reasons = [f"{_names(checks)}: {detail}" for detail, checks in grouped.items()]
+    if len(reasons) > MAX_REASONS:
+        reasons = [
+            *reasons[: MAX_REASONS - 1],
+            f"and {len(reasons) - MAX_REASONS + 1} findings more",
+        ]
+    return reasons
+
+
+def _names(checks: list[str]) -> str:
+    distinct = list(dict.fromkeys(checks))
+    return (
+        distinct[0] if len(distinct) == 1 else f"{distinct[0]} and {len(distinct) - 1} checks more"
+    )
+
+
+def _why_open(open_questions: list[str], evidence: list[Evidence]) -> list[str]:
+    said = {item.check: item.detail for item in evidence if item.outcome == "skipped"}
+    return [f"{name}: {said.get(name, 'was not asked')}" for name in open_questions]
+
+
+def _why_fit(evidence: list[Evidence], quick: bool) -> list[str]:
+    passed = {item.check for item in evidence if item.outcome == "pass"}
+    reasons = [f"{len(passed)} checks passed ({'quick' if quick else 'full'} battery)"]
+    reasons += [
+        item.detail for item in evidence if item.family in ("soak", "learning") and item.detail
+    ]
+    return reasons
