@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +29,13 @@ from bascule.records import SnapshotState
 from bascule.train.objective import Batch
 from bascule.train.state import Circumstances, StateDict, differences
 from bascule.train.step import Proposal
+from bascule.train.storage import (
+    read_json,
+    read_tensors,
+    replace_folder,
+    sync_folder,
+    write_tensors,
+)
 
 _RANK: dict[SnapshotState, int] = {"rejected": -1, "saved": 0, "verified": 1, "certified": 2}
 _PARTS = ("model", "optimizer", "objective")
@@ -98,7 +104,7 @@ def save_snapshot(
     temporary.mkdir(parents=True)
     states: dict[str, StateDict] = {"model": model, "optimizer": optimizer, "objective": objective}
     values = {
-        name: _write_tensors(temporary / f"{name}.safetensors", state)
+        name: write_tensors(temporary / f"{name}.safetensors", state)
         for name, state in states.items()
     }
     state = {
@@ -116,8 +122,8 @@ def save_snapshot(
     }
     write_json_atomic(temporary / "manifest.json", manifest)
     _write_trust(temporary, Trust("saved"))
-    _sync_folder(temporary)
-    _replace_folder(temporary, final)
+    sync_folder(temporary)
+    _settle(temporary, final)
     return final
 
 
@@ -128,7 +134,7 @@ def sha256(path: Path) -> str:
 
 def verify(path: Path) -> None:
     """Read every file back and compare its hash. Raises SnapshotError naming the file that is missing or differs."""
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     for name in (*(f"{part}.safetensors" for part in _PARTS), "state.json"):
         entry = manifest.get(name)
         if not isinstance(entry, dict) or "sha256" not in entry:
@@ -151,9 +157,9 @@ def verify(path: Path) -> None:
 def load(path: Path) -> Snapshot:
     """Verify and read a snapshot; tensors on the CPU. Raises SnapshotError."""
     verify(path)
-    state = _read_json(path / "state.json")
+    state = read_json(path / "state.json")
     parts: dict[str, StateDict] = {
-        part: {**_read_tensors(path / f"{part}.safetensors")[0], **state["values"][part]}
+        part: {**read_tensors(path / f"{part}.safetensors")[0], **state["values"][part]}
         for part in _PARTS
     }
     return Snapshot(
@@ -168,7 +174,7 @@ def load(path: Path) -> Snapshot:
 
 def trust(path: Path) -> Trust:
     """Raises SnapshotError when trust.json is missing or unreadable: an unknown past is not trusted."""
-    value = _read_json(path / "trust.json")
+    value = read_json(path / "trust.json")
     if value.get("state") not in _RANK:
         raise SnapshotError(
             f"The snapshot '{path}' has an unknown state of trust {value.get('state')!r}; allowed: {', '.join(_RANK)}."
@@ -270,7 +276,7 @@ def read_witness(path: Path, sha256_expected: str | None = None) -> Witness:
         raise SnapshotError(
             f"The witness '{path}' is not the one its snapshot names (hash differs). Use an older snapshot."
         )
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = read_tensors(path)
     header = json.loads(metadata["bascule"])
     batch = {
         name.removeprefix("batch/"): t for name, t in tensors.items() if name.startswith("batch/")
@@ -297,51 +303,6 @@ def _write_trust(path: Path, value: Trust) -> None:
     write_json_atomic(path / "trust.json", vars(value))
 
 
-def _write_tensors(path: Path, state: StateDict) -> dict[str, Any]:
-    """Write the tensors of `state` to `path`, flushed; return the rest, which must be JSON."""
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
-    save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise SnapshotError(
-            f"'{path}' cannot be read as safetensors ({error}). Use an older snapshot."
-        ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SnapshotError(
-            f"The snapshot '{path.parent}' is damaged: {path.name} cannot be read ({error}). Use an older snapshot."
-        ) from None
-    if not isinstance(value, dict):
-        raise SnapshotError(
-            f"The snapshot '{path.parent}' is damaged: {path.name} is not a JSON object. Use an older snapshot."
-        )
-    return value
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _same_content(one: Path, other: Path) -> bool:
     try:
         verify(other)
@@ -351,19 +312,11 @@ def _same_content(one: Path, other: Path) -> bool:
     return sha256(one) == sha256(other)
 
 
-def _replace_folder(temporary: Path, final: Path) -> None:
-    """Rename onto `final`. An equal snapshot stays, with the trust it earned; a different one steps aside first, because a
-    folder cannot be renamed onto a full one."""
+def _settle(temporary: Path, final: Path) -> None:
+    """Give the new snapshot its name. An equal one that is there already stays, with the trust it earned."""
     if final.exists() and _same_content(temporary, final):
         shutil.rmtree(temporary)
         if trust(final).state == "rejected":
             _write_trust(final, Trust("saved"))
-    elif final.exists():
-        aside = final.parent / f".{final.name}.old-{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-        temporary.rename(final)
-        shutil.rmtree(aside)
     else:
-        temporary.rename(final)
-    _sync_folder(final.parent)
+        replace_folder(temporary, final)

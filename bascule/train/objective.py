@@ -20,8 +20,8 @@ from bascule.train.state import StateDict
 class Batch:
     """The input of one optimizer step, on the CPU. `notes` are figures known before the step (reward, mismatch).
 
-    `tensors` always holds `tokens` (B,T) int64, `targets` (B,T) int64 (the next token) and `mask` (B,T) fp32, 1 where a
-    target counts; a phase may add its own. A batch without tensors is a step with nothing to learn: it commits as a no-op.
+    `tensors` always holds `tokens` (B,T) int64, `real` (B,T) bool (not padding), `targets` (B,T) int64 (the next token) and
+    `mask` (B,T) fp32, 1 where a target counts; a phase may add its own. A batch without tensors is a step with nothing to learn: it commits as a no-op.
     """
 
     phase: str
@@ -73,20 +73,24 @@ def choose(seed: int, purpose: str, start: int, count: int, population: int) -> 
 
 
 def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """(prompt ids, completion ids) rows, right-padded to the longest: `tokens`, `targets`, `mask` as in Batch.
+    """(prompt ids, completion ids) rows, right-padded to the longest: `tokens`, `real`, `targets`, `mask` as in Batch.
 
-    Only completion tokens count. Right padding needs no attention mask: under causal attention no real token sees a pad.
+    Only completion tokens count. `real` keeps padding out of the expert loads that balance the router (under causal attention
+    no real token sees a right-hand pad anyway); on a CPU it costs nothing measurable.
     """
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     full_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
+    real_BT = np.zeros((len(rows), width), dtype=np.bool_)
     mask_BT = np.zeros((len(rows), width), dtype=np.float32)
     for row, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)
         full_BT[row, : len(prompt)] = prompt
         full_BT[row, len(prompt) : end] = completion
+        real_BT[row, :end] = True
         mask_BT[row, len(prompt) : end] = 1.0
     return {
         "tokens": torch.from_numpy(full_BT[:, :-1].copy()),
+        "real": torch.from_numpy(real_BT[:, :-1].copy()),
         "targets": torch.from_numpy(full_BT[:, 1:].copy()),
         "mask": torch.from_numpy(mask_BT[:, 1:].copy()),
     }

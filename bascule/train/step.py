@@ -139,14 +139,18 @@ class Stepper:
             raise ValueError(f"Skip of step {step} was asked after step {self.step}.")
         self.step = step
 
-    def score(self, tensors: Mapping[str, Tensor], step: int) -> Tensor:
-        """Log-probabilities of `targets` under the present weights, (B,T) on the CPU: GRPO's old policy."""
+    def score(self, tensors: Mapping[str, Tensor], step: int, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of `targets` under the present weights, (B,T) on the CPU: GRPO's old policy.
+
+        Same shapes and kernels as the step that will learn from these tensors, so on a sound chip the first minibatch's
+        policy ratio is exactly 1.
+        """
         with self.accelerator.session(Work("train", step)), torch.no_grad():
             placed = self.accelerator.to_device(
                 {"tokens": tensors["tokens"], "targets": tensors["targets"]}
             )
             logits_BTV = self.model(placed["tokens"]).logits_BTV
-            return token_logprobs(logits_BTV, placed["targets"]).cpu()
+            return token_logprobs(logits_BTV / temperature, placed["targets"]).cpu()
 
     def model_state(self) -> StateDict:
         """Parameters and persistent buffers by name, tied weights once; the live tensors, not copies."""
@@ -249,7 +253,7 @@ def _forward_backward(
 ) -> tuple[float, dict[str, Tensor], Output, dict[str, float]]:
     """(loss, gradients by name, output, metrics with `grad_norm`). `.grad` fields are left alone: nothing to reset, nothing to leak."""
     parameters = dict(model.named_parameters())
-    output = model(tensors["tokens"])
+    output = model(tensors["tokens"], mask=tensors["real"])
     loss, metrics = objective.loss(output, tensors)
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     grads = {

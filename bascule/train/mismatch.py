@@ -1,0 +1,43 @@
+"""How far the rollout engine's log-probabilities lie from the trainer's on the same sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from bascule.records import Mismatch
+
+
+def mismatch(trainer_N: Tensor, rollout_N: Tensor, cap: float) -> dict[str, float]:
+    """Trainer against rollout engine on the same sampled tokens; keys are those of records.Mismatch, without `step`.
+
+    With d = log pi_trainer - log pi_rollout and w = exp(d): K1 = mean(-d) and K3 = mean(w - 1 - d) estimate KL(rollout ||
+    trainer) (Schulman 2020), chi2 = mean(w^2) - 1, effective sample ratio = mean(w)^2 / mean(w^2).
+    """
+    d = trainer_N.double() - rollout_N.double()
+    w = d.exp()
+    return {
+        "mean_abs": float(d.abs().mean()),
+        "max_abs": float(d.abs().max()),
+        "k1_kl": float(-d.mean()),
+        "k3_kl": float((w - 1.0 - d).mean()),
+        "chi2": float((w * w).mean() - 1.0),
+        "effective_sample_ratio": float(w.mean() ** 2 / (w * w).mean()),
+        "capped_ratio": float((w > cap).double().mean()),
+        "tokens": float(d.numel()),
+    }
+
+
+def mismatch_record(
+    step: int, notes: Mapping[str, float], pool: str | None = None
+) -> Mismatch | None:
+    """The ledger's record out of a batch's notes or a proposal's metrics; None where no rollout was scored."""
+    found = {
+        name.removeprefix("mismatch_"): value
+        for name, value in notes.items()
+        if name.startswith("mismatch_")
+    }
+    if not found:
+        return None
+    return Mismatch.model_validate({**found, "step": step, "pool": pool})
