@@ -105,7 +105,13 @@ class LatentCache(Cache):
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        layers: int,
+        batch: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Self:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         return cls(
@@ -122,10 +128,16 @@ class KVCache(Cache):
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        layers: int,
+        batch: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Self:
         shape = (
-            config.num_hidden_layers,
+            layers,
             batch,
             length,
             config.num_key_value_heads,

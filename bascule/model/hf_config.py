@@ -50,6 +50,11 @@ def family(config: ModelConfig) -> str:
 
     Raises ModelFolderError for a combination that no family of ours covers (GQA with experts).
     """
+    if config.num_nextn_predict_layers and (config.attention, config.ffn) != ("mla", "moe"):
+        raise ModelFolderError(
+            f"A model with a prediction layer, attention '{config.attention}' and ffn '{config.ffn}' was to be written as a "
+            "Hugging Face folder; readers build that layer with MLA and experts. Use those, or num_nextn_predict_layers = 0."
+        )
     if config.attention == "mla":
         return "deepseek_v3"
     if config.ffn == "swiglu":

@@ -9,73 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.config import ModelConfig
-from bascule.model.attention import (
-    GroupedQueryAttention,
-    LatentAttention,
-    cached_bias,
-    padding_bias,
-)
+from bascule.model.attention import cached_bias, padding_bias
+from bascule.model.block import Block, PredictionLayer
 from bascule.model.cache import Cache, Context, KVCache, LatentCache
-from bascule.model.layers import RMSNorm, Rotary, SwiGLU
+from bascule.model.layers import RMSNorm, Rotary
 from bascule.model.moe import MoE
 
 
 @dataclass(frozen=True)
 class Output:
-    """`logits_BTV` fp32. `expert_loads` [MoE layers, experts] int64, tokens that chose each expert; None without experts."""
+    """`logits_BTV` fp32. `expert_loads` [MoE layers, experts] int64, tokens that chose each expert; None without experts.
+
+    `hidden_BTD` is what the head reads (after the last norm). `ahead_BTV` [B, T-1, V], only when asked for: entry t predicts
+    token t+2, and the prediction layer's loads are then the last row of `expert_loads`.
+    """
 
     logits_BTV: Tensor
     expert_loads: Tensor | None
-
-
-class BlockOutput(NamedTuple):
-    x_BTD: Tensor
-    loads_E: Tensor | None
-
-
-def is_moe_layer(config: ModelConfig, layer: int) -> bool:
-    return config.ffn == "moe" and layer >= config.first_k_dense_replace
-
-
-class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        attention = LatentAttention if config.attention == "mla" else GroupedQueryAttention
-        self.self_attn = attention(config, layer)
-        self.mlp = (
-            MoE(config)
-            if is_moe_layer(config, layer)
-            else SwiGLU(config.hidden_size, config.intermediate_size)
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x_BTD: Tensor, context: Context, mask_BT: Tensor | None) -> BlockOutput:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        normed = self.post_attention_layernorm(x_BTD)
-        if isinstance(self.mlp, MoE):
-            out, loads_E = self.mlp(normed, mask_BT)
-            return BlockOutput(x_BTD + out, loads_E)
-        return BlockOutput(x_BTD + self.mlp(normed), None)
+    hidden_BTD: Tensor
+    ahead_BTV: Tensor | None = None
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, last norm. `layers.N` beyond `num_hidden_layers` does not exist here (see transformer `mtp`)."""
+    """Embedding, blocks, last norm, rotary tables."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, layer) for layer in range(config.num_hidden_layers)
+            Block(config, layer, experts=has_experts(config, layer))
+            for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         mla = config.attention == "mla"
@@ -93,6 +62,9 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(
+            PredictionLayer(config) for _ in range(config.num_nextn_predict_layers)
+        )
         self.retie()
 
     def retie(self) -> None:
@@ -114,17 +86,18 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         at_B: Tensor | None = None,
+        ahead: bool = False,
     ) -> Output:
         """Logits of the next token after every token.
 
         `mask` [B, T] is true for real tokens (attention.py); not needed for right-padded training batches. With `cache`, T tokens
         are appended to every row, or as many as `mask` says are real: real ones first. `positions_BT` overrides the rotary
         positions. `at_B` asks for the logits after one token of each row only (index into T): logits are then [B, 1, V].
+        `ahead` also runs the prediction layer over the whole call (for training; not together with `cache` or `at_B`).
         Raises ValueError when a position exceeds `max_position_embeddings`.
         """
-        context = self._context(tokens_BT, positions_BT, mask, cache)
-        x_BTD = self.model.embed_tokens(tokens_BT)
-        loads = []
+        context = self._context(tokens_BT.shape[1], positions_BT, mask, cache)
+        x_BTD, loads = self.model.embed_tokens(tokens_BT), []
         for block in self.model.layers:
             x_BTD, loads_E = block(x_BTD, context, mask)
             if loads_E is not None:
@@ -133,17 +106,51 @@ class Transformer(nn.Module):
             cache.close(tokens_BT.shape[1] if mask is None else mask.sum(1))
         if at_B is not None:
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), at_B].unsqueeze(1)
-        logits_BTV = F.linear(self.model.norm(x_BTD), self.lm_head.weight).float()
-        return Output(logits_BTV, torch.stack(loads) if loads else None)
+        hidden_BTD, ahead_BTV = self.model.norm(x_BTD), None
+        if ahead:
+            ahead_BTV, _, loads_E = self.draft(
+                hidden_BTD[:, :-1], tokens_BT[:, 1:], mask=None if mask is None else mask[:, 1:]
+            )
+            loads += [] if loads_E is None else [loads_E]
+        return Output(
+            self._logits(hidden_BTD), torch.stack(loads) if loads else None, hidden_BTD, ahead_BTV
+        )
+
+    def draft(
+        self,
+        hidden_BTD: Tensor,
+        next_BT: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logits fp32, hidden, expert loads) of the prediction layer for pairs of a hidden state and the token after it.
+
+        `cache` comes from `new_draft_cache` and holds the pairs before. Raises ValueError when the model has no such layer.
+        """
+        if not self.mtp:
+            raise ValueError(
+                "Asked to look a token ahead; the model has num_nextn_predict_layers=0. Set it to 1 in the recipe and train it."
+            )
+        context = self._context(next_BT.shape[1], None, mask, cache)
+        ahead_BTD, loads_E = self.mtp[0](
+            hidden_BTD, self.model.embed_tokens(next_BT), context, mask
+        )
+        if cache is not None:
+            cache.close(next_BT.shape[1] if mask is None else mask.sum(1))
+        return self._logits(ahead_BTD), ahead_BTD, loads_E
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        return F.linear(hidden_BTD, self.lm_head.weight).float()
 
     def _context(
         self,
-        tokens_BT: Tensor,
+        tokens: int,
         positions_BT: Tensor | None,
         mask: Tensor | None,
         cache: Cache | None,
     ) -> Context:
-        tokens, rotary, dtype = tokens_BT.shape[1], self.model.rotary, self.lm_head.weight.dtype
+        rotary, dtype = self.model.rotary, self.lm_head.weight.dtype
         reach = tokens + (0 if cache is None else cache.longest)
         if reach > self.config.max_position_embeddings:
             raise ValueError(
@@ -163,20 +170,42 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, length: int, device: torch.device | str | None = None) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens, on the model's device unless another is named."""
+        return self._empty_cache(self.config.num_hidden_layers, batch, length, device)
+
+    def new_draft_cache(
+        self, batch: int, length: int, device: torch.device | str | None = None
+    ) -> Cache:
+        """An empty cache for `draft`: the prediction layer remembers pairs of its own."""
+        return self._empty_cache(1, batch, length, device)
+
+    def _empty_cache(
+        self, layers: int, batch: int, length: int, device: torch.device | str | None
+    ) -> Cache:
         weight = self.lm_head.weight
         kind = LatentCache if self.config.attention == "mla" else KVCache
         return kind.empty(
-            self.config, batch, length, torch.device(device or weight.device), weight.dtype
+            self.config, layers, batch, length, torch.device(device or weight.device), weight.dtype
         )
 
     def moe_layers(self) -> list[MoE]:
+        """The expert layers in the order of `expert_loads`: the trunk's, then the prediction layer's."""
+        blocks = [*self.model.layers, *(layer.block for layer in self.mtp)]
         return [
-            block.mlp
-            for block in self.model.layers
-            if isinstance(block, Block) and isinstance(block.mlp, MoE)
+            block.mlp for block in blocks if isinstance(block, Block) and isinstance(block.mlp, MoE)
         ]
 
     def update_router_bias(self, expert_loads: Tensor, speed: float) -> None:
-        """One balancing step for every MoE layer; `expert_loads` as in Output. Exact and free of any random choice."""
-        for moe, loads_E in zip(self.moe_layers(), expert_loads, strict=True):
+        """One balancing step for every expert layer that ran; `expert_loads` as in Output. Exact, and nothing is drawn."""
+        layers = self.moe_layers()
+        trunk = len(layers) - (len(self.mtp) if layers else 0)
+        if expert_loads.shape[0] not in (trunk, len(layers)):
+            raise ValueError(
+                f"Router balancing was given {expert_loads.shape[0]} rows of loads; the model has {trunk} expert layers"
+                f"{' and a prediction layer' if self.mtp else ''}. Pass Output.expert_loads of this model."
+            )
+        for moe, loads_E in zip(layers, expert_loads, strict=False):
             moe.gate.update_bias(loads_E, speed)
+
+
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    return config.ffn == "moe" and layer >= config.first_k_dense_replace

@@ -107,29 +107,46 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _to_disk(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, part in (*_layout(model, config), *_copies(model)):
+        yield name, part.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _layout(model: Transformer, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor's name on disk with the view of ours that holds it. Reading and writing both walk this list."""
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for disk_name, index in _disk_parts(name, tensor.shape):
-            yield (
-                disk_name,
-                tensor[index].detach().cpu().clone(memory_format=torch.contiguous_format),
+        prefix, inside, leaf = _disk_name(name, config).rpartition(".experts.")
+        if not inside:
+            yield leaf, tensor
+        elif leaf == "down_proj":
+            yield from (
+                (f"{prefix}.experts.{number}.down_proj.weight", part)
+                for number, part in enumerate(tensor)
             )
-
-
-def _disk_parts(name: str, shape: torch.Size) -> Iterator[tuple[str, Any]]:
-    """The files' names for one of our tensors, each with the index of its part: one for all but the stacked experts."""
-    prefix, dot, leaf = name.rpartition(".experts.")
-    if not dot:
-        yield name, ...
-        return
-    size = shape[1] // 2
-    for expert in range(shape[0]):
-        if leaf == "gate_up_proj":
-            yield f"{prefix}.experts.{expert}.gate_proj.weight", (expert, slice(0, size))
-            yield f"{prefix}.experts.{expert}.up_proj.weight", (expert, slice(size, None))
         else:
-            yield f"{prefix}.experts.{expert}.down_proj.weight", (expert,)
+            for number, part in enumerate(tensor):
+                gate, up = part.chunk(2)
+                yield f"{prefix}.experts.{number}.gate_proj.weight", gate
+                yield f"{prefix}.experts.{number}.up_proj.weight", up
+
+
+def _disk_name(name: str, config: ModelConfig) -> str:
+    """On disk a prediction layer is one more layer: `mtp.0.block.mlp..` is `model.layers.<num_hidden_layers>.mlp..`."""
+    if not name.startswith("mtp."):
+        return name
+    _, number, rest = name.split(".", 2)
+    rest = rest.removeprefix("block.")
+    rest = f"shared_head.{rest}" if rest == "norm.weight" else rest
+    return f"model.layers.{config.num_hidden_layers + int(number)}.{rest}"
+
+
+def _copies(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a prediction layer shares with the trunk and that DeepSeek's files repeat: some engines look for them."""
+    for number in range(model.config.num_nextn_predict_layers):
+        prefix = f"model.layers.{model.config.num_hidden_layers + number}"
+        yield f"{prefix}.embed_tokens.weight", model.model.embed_tokens.weight
+        yield f"{prefix}.shared_head.head.weight", model.lm_head.weight
 
 
 def load_hf(
@@ -142,7 +159,7 @@ def load_hf(
     folder = Path(folder)
     raw = hf_config.read_hf(folder)
     tensors = _read_tensors(folder)
-    config = hf_config.from_hf(raw, source=str(folder))
+    config = hf_config.from_hf(raw, source=str(folder), mtp_layers=_count_mtp_layers(raw, tensors))
     model = Transformer(config).to(_dtype_of(tensors, folder))
     _fill(model, tensors, folder)
     return (model if device is None else model.to(device)), config
@@ -151,22 +168,22 @@ def load_hf(
 @torch.no_grad()
 def _fill(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy every tensor into its place; complain about all that is missing, left over or misshapen at once."""
-    wrong, used = [], set()
-    for name, target in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            used.add(name)
-            continue
-        for disk_name, index in _disk_parts(name, target.shape):
-            part, found = target[index], tensors.get(disk_name)
-            used.add(disk_name)
-            if found is None:
-                wrong.append(f"{disk_name} is missing")
-            elif found.shape != part.shape:
-                wrong.append(
-                    f"{disk_name} has shape {list(found.shape)}, config.json means {list(part.shape)}"
-                )
-            else:
-                part.copy_(found)
+    wrong, used = [], {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    for name, part in _layout(model, model.config):
+        found = tensors.get(name)
+        used.add(name)
+        if found is None:
+            wrong.append(f"{name} is missing")
+        elif found.shape != part.shape:
+            wrong.append(
+                f"{name} has shape {list(found.shape)}, config.json means {list(part.shape)}"
+            )
+        else:
+            part.copy_(found)
+    for name, part in _copies(model):
+        used.add(name)
+        if name in tensors and not torch.equal(tensors[name], part):
+            wrong.append(f"{name} differs from the trunk's, and bascule has one for both")
     wrong += [f"{name} is not part of the model" for name in sorted(tensors.keys() - used)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -174,6 +191,15 @@ def _fill(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> None:
             f"'{folder}' does not hold the {hf_config.family(model.config)} model its config.json describes: "
             f"{'; '.join(wrong[:3])}{more}. Copy or export the folder again."
         )
+
+
+def _count_mtp_layers(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """How many prediction layers the files really hold, whatever config.json says."""
+    prefix, suffix = "model.layers.", ".eh_proj.weight"
+    numbers = (
+        name.removeprefix(prefix).removesuffix(suffix) for name in tensors if name.endswith(suffix)
+    )
+    return sum(int(number) >= int(raw.get("num_hidden_layers", 0)) for number in numbers)
 
 
 def _dtype_of(tensors: Mapping[str, Tensor], folder: Path) -> torch.dtype:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bascule.config import ModelConfig
 from bascule.model import count
@@ -81,8 +82,6 @@ def test_forward_flops_are_what_torch_counts(name: str) -> None:
         for parameter in model.parameters():
             parameter.fill_(0.01)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
-    from torch.utils.flop_counter import FlopCounterMode
-
     with (
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
