@@ -1,0 +1,480 @@
+"""The judge of every step: watches, suspects, replays, attributes, and certifies snapshots (DESIGN sections 2.2 to 2.5).
+
+What it may answer:  True, commit; False, discard (the loop tries again, and leaves the batch out when it is refused for good);
+RollbackNeeded, the chip erred once and unchecked steps may be corrupt; ChipCondemned, the chip is proven guilty;
+GuardStopped, the training itself has diverged. Every alarm and its outcome are in the ledger before anything is raised.
+
+The guard knows neither the trainer nor its files: what it needs of them are the Protocols below, handed in by the stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from bascule.accelerators.base import Accelerator
+from bascule.config import GuardConfig
+from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
+from bascule.folder import RunFolder
+from bascule.guard import audit, incident, sentinels
+from bascule.guard.checksum import Checksums, Violation, parameter_names
+from bascule.guard.replay import Finding, NoiseFloor, Recomputer, StepProposal, investigate
+from bascule.guard.sentinels import Cry, Seen, Watch
+from bascule.ledger import Ledger
+from bascule.records import Alarm, Incident, Judgement, PoolReadmitted, SnapshotEvent, SnapshotState
+
+REMEMBERED_BATCHES = 2
+DIVERGED_AFTER = 3
+"""Refused steps in a row that are the optimisation's fault before training is stopped: the weights are beyond saving."""
+
+
+class Snapshots(Protocol):
+    """What the guard needs of snapshots; train/checkpoint fits as it is (a module can be a Protocol's implementation)."""
+
+    def set_trust(
+        self, path: Path, state: SnapshotState, reason: str = "", *, witness: Path | None = None
+    ) -> Any: ...
+
+    def write_witness(self, path: Path, proposal: Any) -> Path: ...
+
+    def sha256(self, path: Path) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A snapshot that waits for its certification by the step that follows it."""
+
+    step: int
+    path: Path
+
+
+class Guard:
+    """One per launch of a trainer. Implements train's Judge.
+
+    `accelerator`: the chip under watch, for its memory figures and to know whether the referee is of the same kind.
+    `referee`: another kind of chip wherever there is one.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        ledger: Ledger,
+        folder: RunFolder,
+        pool: str,
+        *,
+        accelerator: Accelerator,
+        referee: Accelerator,
+        snapshots: Snapshots,
+        experts_per_token: int = 1,
+    ) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.folder = folder
+        self.pool = pool
+        self.accelerator = accelerator
+        self.referee = referee
+        self.snapshots = snapshots
+        self.floor = NoiseFloor(referee)
+        self._watch = Watch.begin(
+            sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token)
+        )
+        self._recent: deque[Any] = deque(maxlen=REMEMBERED_BATCHES)
+        self._names: tuple[int, dict[int, str]] = (0, {})
+        self._parts: list[audit.Part] = []
+        self._checksums: Checksums | None = None
+        self._commit_checksums: Checksums | None = None
+        self._capture: audit.Capture | None = None
+        self._pending: Pending | None = None
+        self._refused: set[int] = set()
+        self._diverging = 0
+        self._unchecked_since_certified = 0
+        self._probation = self._under_probation()
+
+    # ---- watching
+
+    def watches(self, step: int) -> bool:
+        """Does `step` run under checksums? Every n-th, the first after a snapshot, and all of them under probation."""
+        return (
+            self._probation
+            or self._pending is not None
+            or step % self.config.checksum_every_steps == 0
+        )
+
+    def audits(self, step: int) -> bool:
+        return step % self.config.audit_every_steps == 0
+
+    def watch(self, step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update."""
+        return (
+            self._watch_commit(step, model) if phase == "commit" else self._watch_step(step, model)
+        )
+
+    @contextmanager
+    def _watch_step(self, step: int, model: nn.Module) -> Iterator[None]:
+        self._checksums, self._capture = None, None
+        with ExitStack() as stack:
+            if self.audits(step):
+                self._parts = self._parts or audit.parts(model)
+                part = audit.turn(self._parts, step // self.config.audit_every_steps)
+                self._capture = stack.enter_context(audit.capturing(part, step))
+            if self.watches(step):
+                self._checksums = Checksums(names=self._names_of(model))
+                stack.enter_context(self._checksums)  # type: ignore[arg-type]
+            yield
+
+    @contextmanager
+    def _watch_commit(self, step: int, model: nn.Module) -> Iterator[None]:
+        """The update's own products (Muon's iteration). A wrong one is found after the weights have changed, so it is judged
+        with the next step, and leads to a rollback."""
+        if not self.watches(step):
+            yield
+            return
+        self._commit_checksums = Checksums(names=self._names_of(model))
+        with self._commit_checksums:
+            yield
+
+    def _names_of(self, model: nn.Module) -> dict[int, str]:
+        if self._names[0] != id(model):
+            self._names = (id(model), parameter_names(model))
+        return self._names[1]
+
+    # ---- judging
+
+    def judge(self, proposal: StepProposal, stepper: Recomputer) -> bool:
+        """May this step commit? See the top of the file for what it raises."""
+        if not proposal.grads:
+            return True
+        if proposal.step in self._refused:
+            return False
+        seen = self._seen(proposal)
+        watch, cries = self._watch.fold(seen)
+        for cry in cries:
+            self._alarm(proposal.step, cry)
+        suspicions = [cry for cry in cries if cry.suspect]
+        commit_violations = self._take_commit_violations()
+        violations = self._checksums.violations() if self._checksums is not None else []
+        suspicions += [
+            self._suspect(proposal.step, "checksum", v.ratio, str(v))
+            for v in (*commit_violations, *violations)[:1]
+        ]
+        suspicions += self._audit(proposal)
+        certifiable = self._pending is not None and self._checksums is not None
+        if not suspicions and certifiable:
+            suspicions += self._certify(proposal, stepper)
+        if suspicions:
+            return self._settle(
+                proposal, stepper, seen, suspicions[0], violations, commit_violations
+            )
+        self._accept(proposal, watch)
+        return True
+
+    def _accept(self, proposal: StepProposal, watch: Watch) -> None:
+        self._watch = watch
+        self._diverging = 0
+        self._pending = None
+        self._unchecked_since_certified += self._checksums is None
+        if self._recent and self._recent[-1].phase != proposal.phase:
+            self._recent.clear()
+        self._recent.append(proposal.batch)
+
+    def _seen(self, proposal: StepProposal) -> Seen:
+        loads = proposal.expert_loads
+        memory = self.accelerator.memory().allocated_bytes
+        return Seen(
+            step=proposal.step,
+            phase=proposal.phase,
+            loss=proposal.loss,
+            grad_norm=proposal.grad_norm,
+            # A step under checksums or audit is slower by design; its time says nothing about the chip.
+            seconds=0.0
+            if self._checksums is not None or self._capture is not None
+            else proposal.seconds,
+            tokens=proposal.tokens,
+            loads=[] if loads is None else loads.tolist(),
+            metrics=proposal.metrics,
+            memory_bytes=None if memory is None else float(memory),
+        )
+
+    def _take_commit_violations(self) -> list[Violation]:
+        mode, self._commit_checksums = self._commit_checksums, None
+        return mode.violations() if mode is not None else []
+
+    def _audit(self, proposal: StepProposal) -> list[Cry]:
+        if self._capture is None:
+            return []
+        finding = audit.judge(self._capture, proposal.grads, self.referee, key=proposal.step)
+        if finding is None:
+            return []
+        if finding.worst is None:
+            how = "equal bit for bit" if finding.bit_equal else "equal within the measured noise"
+            self.ledger.append(
+                Judgement(
+                    step=proposal.step,
+                    commit=True,
+                    reason=f"audit of {finding.part} on {self.referee.name}: {finding.tensors} tensors {how}",
+                )
+            )
+            return []
+        worst = finding.worst
+        return [
+            self._suspect(
+                proposal.step, "audit", worst.error, f"{finding.part}, {worst}", worst.bound
+            )
+        ]
+
+    # ---- certifying
+
+    def after_snapshot(self, step: int, path: Path) -> None:
+        """A snapshot of the present weights lies at `path`: the next step is watched in full and decides about its trust."""
+        self._pending = Pending(step, path)
+
+    def certify_last(self, proposal_of: Any, batch: Any, stepper: Recomputer) -> bool:
+        """Certify the run's last snapshot, after which no step follows: `proposal_of(batch)` computes one that is never
+        committed. Returns False when the batch is empty or was refused; raises as `judge` does."""
+        if self._pending is None:
+            return False
+        self._refused.discard(batch.step)
+        proposal = proposal_of(batch)
+        return bool(proposal.grads) and self.judge(proposal, stepper)
+
+    def _certify(self, proposal: StepProposal, stepper: Recomputer) -> list[Cry]:
+        """Replay the step that follows the snapshot on the referee, whole. Equal: certified, with the step as witness."""
+        assert self._pending is not None
+        right = stepper.recompute(proposal.batch, self.referee, 0)
+        found = self.floor.compare(proposal, right, stepper)
+        if not found.agrees:
+            return [
+                self._suspect(
+                    proposal.step, "certification", found.error, found.detail, found.bound
+                )
+            ]
+        witness = self.snapshots.write_witness(self._pending.path / "witness.safetensors", proposal)
+        reason = f"step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
+        self.snapshots.set_trust(self._pending.path, "certified", reason, witness=witness)
+        self.ledger.append(
+            SnapshotEvent(
+                step=self._pending.step,
+                state="certified",
+                path=f"snapshots/{self._pending.path.name}",
+                sha256=self.snapshots.sha256(self._pending.path),
+                reason=reason,
+            )
+        )
+        self._pending = None
+        self._probation = False
+        self._unchecked_since_certified = 0
+        return []
+
+    # ---- settling an alarm
+
+    def _settle(
+        self,
+        proposal: StepProposal,
+        stepper: Recomputer,
+        seen: Seen,
+        cry: Cry,
+        violations: list[Violation],
+        commit_violations: list[Violation],
+    ) -> bool:
+        finding = investigate(
+            proposal,
+            stepper,
+            self.floor,
+            violations=violations,
+            other_batches=tuple(self._recent),
+            looks_normal=self._looks_normal,
+            same_kind=self._same_kind(),
+        )
+        if commit_violations and not finding.attribution.endswith("chip fault"):
+            finding.attribution = "transient chip fault"
+            finding.evidence = f"the last update was computed wrong: {commit_violations[0]}"
+        match finding.attribution:
+            case "transient chip fault":
+                return self._settle_transient(
+                    proposal, stepper, cry, finding, state_is_hit=bool(commit_violations)
+                )
+            case "persistent chip fault" | "software":
+                self._condemn(proposal, stepper, cry, finding)
+            case "data":
+                self._write(proposal, stepper, cry, finding, "the batch is left out")
+                self._refused.add(proposal.step)
+                return False
+        return self._settle_optimisation(proposal, stepper, seen, cry, finding)
+
+    def _settle_transient(
+        self,
+        proposal: StepProposal,
+        stepper: Recomputer,
+        cry: Cry,
+        finding: Finding,
+        *,
+        state_is_hit: bool,
+    ) -> bool:
+        before = self._strike_steps()
+        strikes = len({*before, proposal.step})
+        if (
+            strikes >= self.config.transient_strikes
+            or before.count(proposal.step) >= self.config.transient_strikes
+        ):
+            finding.evidence += f"; strike {strikes} of {self.config.transient_strikes}"
+            self._condemn(proposal, stepper, cry, finding)
+        if self._unchecked_since_certified == 0 and not state_is_hit:
+            self._write(
+                proposal,
+                stepper,
+                cry,
+                finding,
+                "the step is discarded and computed again; every step since the last certified snapshot was checked",
+            )
+            return False
+        action = f"back to the last certified snapshot on the same pool; {self._unchecked_since_certified} steps since then ran unchecked"
+        number = self._write(proposal, stepper, cry, finding, action)
+        raise RollbackNeeded(
+            f"Step {proposal.step} on pool {self.pool}: {finding.evidence}. {action.capitalize()}.",
+            incident_id=number,
+        )
+
+    def _settle_optimisation(
+        self, proposal: StepProposal, stepper: Recomputer, seen: Seen, cry: Cry, finding: Finding
+    ) -> bool:
+        """Nobody's chip is to blame. A finite step is real training and commits; one that is not finite cannot."""
+        if math.isfinite(proposal.loss) and math.isfinite(proposal.grad_norm):
+            self._write(proposal, stepper, cry, finding, "committed: the step is real")
+            self._accept(proposal, self._watch.accept(seen))
+            return True
+        self._diverging += 1
+        self._refused.add(proposal.step)
+        number = self._write(proposal, stepper, cry, finding, "the step is left out")
+        if self._diverging >= DIVERGED_AFTER:
+            raise GuardStopped(
+                f"{self._diverging} steps in a row up to {proposal.step} have no finite loss or gradient, and the chip is not to blame "
+                f"(incident {number}). Lower the learning rate, or start from an older snapshot with other data."
+            )
+        return False
+
+    def _condemn(
+        self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding
+    ) -> None:
+        number = self._write(proposal, stepper, cry, finding, "pool condemned for training")
+        raise ChipCondemned(
+            f"Step {proposal.step} on pool {self.pool}: {finding.attribution}; {finding.evidence}.",
+            incident_id=number,
+        )
+
+    def _looks_normal(self, proposal: StepProposal) -> bool:
+        return not any(cry.suspect for cry in self._watch.fold(self._seen(proposal))[1])
+
+    def _same_kind(self) -> bool:
+        mine, theirs = self.accelerator.info(), self.referee.info()
+        return (mine.vendor, mine.name) == (theirs.vendor, theirs.name)
+
+    # ---- records
+
+    def _suspect(
+        self, step: int, sentinel: str, measured: float, detail: str, bound: float = 1.0
+    ) -> Cry:
+        cry = Cry(sentinel, measured if math.isfinite(measured) else None, bound, detail)
+        self._alarm(step, cry)
+        return cry
+
+    def _alarm(self, step: int, cry: Cry) -> None:
+        self.ledger.append(
+            Alarm(
+                step=step,
+                sentinel=cry.sentinel,
+                measured=cry.measured,
+                bound=cry.bound,
+                detail=cry.detail,
+            )
+        )
+
+    def _write(
+        self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding, action: str
+    ) -> str:
+        """Incident folder first, ledger second: a record never points at nothing."""
+        number = incident.new_id(self.folder.incidents, proposal.step)
+        told = {
+            "incident_id": number,
+            "step": proposal.step,
+            "phase": proposal.phase,
+            "attempt": proposal.attempt,
+            "pool": self.pool,
+            "accelerator": self.accelerator.name,
+            "referee": self.referee.name,
+            "sentinel": cry.sentinel,
+            "cry": cry.detail,
+            "loss": proposal.loss if math.isfinite(proposal.loss) else str(proposal.loss),
+            "attribution": finding.attribution,
+            "evidence": finding.evidence,
+            "action": action,
+            "violations": [str(violation) for violation in finding.violations],
+            "replays": [replay.model_dump() for replay in finding.replays],
+        }
+        incident.write(
+            self.folder.incidents / number,
+            told,
+            model=_state(stepper.model),
+            batch=proposal.batch.tensors,
+            gradients=finding.gradients,
+            product=finding.product,
+        )
+        self.ledger.append(
+            Incident(
+                incident_id=number,
+                step=proposal.step,
+                sentinel=cry.sentinel,
+                attribution=finding.attribution,
+                action=action,
+                evidence=finding.evidence,
+                replays=tuple(finding.replays),
+                folder=f"incidents/{number}",
+                pool=self.pool,
+            ),
+        )
+        if not finding.attribution.endswith("chip fault") and finding.attribution != "data":
+            return number
+        self.ledger.append(
+            Judgement(step=proposal.step, commit=False, reason=f"{finding.attribution}: {action}")
+        )
+        return number
+
+    # ---- what earlier launches left
+
+    def _strike_steps(self) -> list[int]:
+        """Steps of transient faults of this pool since it was last readmitted. One step is one strike, however often it is
+        repeated (a launch that repeats a step meets the same conditions again), up to a limit that stops going in circles."""
+        steps: list[int] = []
+        for record in self.ledger.read():
+            if isinstance(record, PoolReadmitted) and record.pool == self.pool:
+                steps.clear()
+            if (
+                isinstance(record, Incident)
+                and record.pool == self.pool
+                and record.attribution == "transient chip fault"
+            ):
+                steps.append(record.step)
+        return steps
+
+    def _under_probation(self) -> bool:
+        """After a rollback every step is checked until the next snapshot is certified."""
+        for record in reversed(self.ledger.read()):
+            if isinstance(record, SnapshotEvent) and record.state == "certified":
+                return False
+            if (
+                isinstance(record, Incident)
+                and record.pool == self.pool
+                and record.attribution == "transient chip fault"
+            ):
+                return True
+        return False
+
+
+def _state(model: nn.Module) -> Mapping[str, Tensor]:
+    return model.state_dict()
