@@ -30,7 +30,9 @@ class ModelConfig(Section):
     Sizes count elements; `experts` fields matter only for `ffn = "moe"`, the `*_lora_rank` and `qk_*` fields only for MLA.
     """
 
-    preset: str = Field("nano", description="named shape to start from; any field below overrides it")
+    preset: str = Field(
+        "nano", description="named shape to start from; any field below overrides it"
+    )
     attention: Literal["mla", "gqa"] = "mla"
     ffn: Literal["moe", "swiglu"] = "moe"
     vocab_size: int = Field(128, ge=2, description="overwritten by the tokenizer's size in a run")
@@ -84,15 +86,21 @@ class ModelConfig(Section):
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.attention == "mla" and self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary pairs need two numbers each")
+            raise ValueError(
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary pairs need two numbers each"
+            )
         if self.ffn == "moe":
             if self.n_routed_experts % self.n_group:
-                raise ValueError(f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}")
+                raise ValueError(
+                    f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}"
+                )
             if self.topk_group > self.n_group:
                 raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
             allowed = self.topk_group * (self.n_routed_experts // self.n_group)
             if self.num_experts_per_tok > allowed:
-                raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {allowed} experts that the groups leave")
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {allowed} experts that the groups leave"
+                )
         return self
 
 
@@ -121,7 +129,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PoolConfig(Section):
     """Chips of one kind that a run may use. `accelerator` is a name for accelerators.open; `a|b` takes the first that opens."""
 
-    accelerator: str = Field(..., min_length=1, description="cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]; 'cuda|cpu' = first that opens")
+    accelerator: str = Field(
+        ...,
+        min_length=1,
+        description="cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]; 'cuda|cpu' = first that opens",
+    )
     price_per_hour: float | None = Field(None, ge=0)
     price_unit: str = "USD"
     chips: int = Field(1, ge=1)
@@ -137,16 +149,22 @@ class TaskConfig(Section):
 
 class DataConfig(Section):
     tasks: tuple[TaskConfig, ...] = (TaskConfig(name="chain_sum"),)
-    train_problems: int = Field(20_000, ge=16, description="distinct training problems made at most")
+    train_problems: int = Field(
+        20_000, ge=16, description="distinct training problems made at most"
+    )
     eval_problems: int = Field(256, ge=1)
-    eval_seed: int = Field(20261123, description="held-out problems are drawn with this seed; no tuning looked at it")
+    eval_seed: int = Field(
+        20261123, description="held-out problems are drawn with this seed; no tuning looked at it"
+    )
 
 
 class SftConfig(Section):
     steps: int = Field(800, ge=0)
     batch_sequences: int = Field(64, ge=1)
     learning_rate: float = Field(3e-3, gt=0, description="AdamW: embeddings, head, norms, router")
-    muon_learning_rate: float = Field(0.02, ge=0, description="Muon: matrices, experts included; 0 = AdamW for all")
+    muon_learning_rate: float = Field(
+        0.02, ge=0, description="Muon: matrices, experts included; 0 = AdamW for all"
+    )
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(20, ge=0)
@@ -157,7 +175,11 @@ class SftConfig(Section):
 class GrpoConfig(Section):
     """GRPO: group advantage by mean only, token-level loss, clip-higher, no KL (training.md 2.6)."""
 
-    steps: int = Field(150, ge=0, description="optimizer updates; each rollout batch serves `updates_per_rollout` of them")
+    steps: int = Field(
+        150,
+        ge=0,
+        description="optimizer updates; each rollout batch serves `updates_per_rollout` of them",
+    )
     prompts: int = Field(32, ge=1)
     group_size: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)
@@ -166,41 +188,73 @@ class GrpoConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
-    importance_cap: float = Field(2.0, gt=0, description="truncated importance sampling of the rollout mismatch")
+    importance_cap: float = Field(
+        2.0, gt=0, description="truncated importance sampling of the rollout mismatch"
+    )
     temperature: float = Field(1.0, gt=0)
     max_completion_tokens: int = Field(64, ge=1)
     clip_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    min_start_pass_at_16: float = Field(0.2, ge=0, le=1, description="refuse to start when pass@16 of the start model is below this")
+    min_start_pass_at_16: float = Field(
+        0.2, ge=0, le=1, description="refuse to start when pass@16 of the start model is below this"
+    )
 
 
 class TrainConfig(Section):
     phases: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
-    steps: int | None = Field(None, ge=0, description="stop after this many steps in all; default: all steps of all phases")
+    steps: int | None = Field(
+        None,
+        ge=0,
+        description="stop after this many steps in all; default: all steps of all phases",
+    )
     snapshot_every_steps: int = Field(50, ge=1)
-    keep_snapshots: int = Field(3, ge=2, description="certified generations kept; one must always lie behind the newest")
-    router_bias_speed: float = Field(1e-3, ge=0, description="auxiliary-loss-free balancing, sign update (DeepSeek-V3)")
+    keep_snapshots: int = Field(
+        3, ge=2, description="certified generations kept; one must always lie behind the newest"
+    )
+    router_bias_speed: float = Field(
+        1e-3, ge=0, description="auxiliary-loss-free balancing, sign update (DeepSeek-V3)"
+    )
 
 
 class GuardConfig(Section):
     enabled: bool = True
-    checksum_every_steps: int = Field(8, ge=1, description="check every matmul of every n-th step, forward and both backward products")
-    audit_every_steps: int = Field(25, ge=1, description="replay one rotating layer of every n-th step on the referee")
-    spike_sigma: float = Field(8.0, gt=0, description="robust z-score of loss and gradient norm that raises an alarm")
+    checksum_every_steps: int = Field(
+        8,
+        ge=1,
+        description="check every matmul of every n-th step, forward and both backward products",
+    )
+    audit_every_steps: int = Field(
+        25, ge=1, description="replay one rotating layer of every n-th step on the referee"
+    )
+    spike_sigma: float = Field(
+        8.0, gt=0, description="robust z-score of loss and gradient norm that raises an alarm"
+    )
     hang_timeout_s: float = Field(60.0, gt=0, description="no progress for this long is a hang")
-    start_timeout_s: float = Field(180.0, gt=0, description="a worker must show its first progress within this time")
-    transient_strikes: int = Field(2, ge=1, description="confirmed transient faults before a chip is condemned anyway")
+    start_timeout_s: float = Field(
+        180.0, gt=0, description="a worker must show its first progress within this time"
+    )
+    transient_strikes: int = Field(
+        2, ge=1, description="confirmed transient faults before a chip is condemned anyway"
+    )
 
 
 class QualifyConfig(Section):
     quick: bool = True
-    time_limit_s: float = Field(180.0, gt=0, description="per pool; a check that does not end is evidence")
-    required: bool = Field(True, description="refuse to place a role on a pool whose verdict is not fit")
+    time_limit_s: float = Field(
+        180.0, gt=0, description="per pool; a check that does not end is evidence"
+    )
+    required: bool = Field(
+        True, description="refuse to place a role on a pool whose verdict is not fit"
+    )
 
 
 class EvaluateConfig(Section):
-    samples: int = Field(8, ge=1, description="samples per held-out problem, for pass@1 and pass@k at temperature 1")
-    min_pass_at_1: float | None = Field(None, ge=0, le=1, description="gate: exit 3 when the final pass@1 is below this")
+    samples: int = Field(
+        8, ge=1, description="samples per held-out problem, for pass@1 and pass@k at temperature 1"
+    )
+    min_pass_at_1: float | None = Field(
+        None, ge=0, le=1, description="gate: exit 3 when the final pass@1 is below this"
+    )
 
 
 class ServeConfig(Section):
@@ -214,7 +268,9 @@ class Recipe(Section):
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
-    threads: int = Field(1, ge=1, description="CPU threads of each worker; part of what makes two runs bit-equal")
+    threads: int = Field(
+        1, ge=1, description="CPU threads of each worker; part of what makes two runs bit-equal"
+    )
     strict: bool = Field(False, description="every warning is an error")
     prefer: tuple[str, ...] = ()
     pools: dict[str, PoolConfig] = Field(..., min_length=1)
@@ -232,10 +288,15 @@ class Recipe(Section):
     def _check_combination(self) -> Self:
         for pool in self.prefer:
             if pool not in self.pools:
-                raise ValueError(f"prefer: '{pool}' is not a pool; pools: {', '.join(self.pools)}.{nearest(pool, self.pools)}")
+                raise ValueError(
+                    f"prefer: '{pool}' is not a pool; pools: {', '.join(self.pools)}.{nearest(pool, self.pools)}"
+                )
         if len(set(self.prefer)) != len(self.prefer):
             raise ValueError(f"prefer: {list(self.prefer)} names a pool twice")
-        if "grpo" in self.train.phases and self.grpo.prompts * self.grpo.group_size % self.grpo.updates_per_rollout:
+        if (
+            "grpo" in self.train.phases
+            and self.grpo.prompts * self.grpo.group_size % self.grpo.updates_per_rollout
+        ):
             raise ValueError(
                 f"grpo.updates_per_rollout={self.grpo.updates_per_rollout} must divide prompts*group_size="
                 f"{self.grpo.prompts * self.grpo.group_size}"
@@ -269,7 +330,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"The recipe '{path}' does not exist. Give the path of a TOML file, for instance runs/demo.toml.") from None
+        raise RecipeError(
+            f"The recipe '{path}' does not exist. Give the path of a TOML file, for instance runs/demo.toml."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe '{path}' is not valid TOML: {error}.") from None
     raw.setdefault("name", path.stem)
@@ -283,7 +346,9 @@ def recipe_from(raw: Mapping[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join([f"The recipe {source} is refused:", *_explain(error)])) from None
+        raise RecipeError(
+            "\n".join([f"The recipe {source} is refused:", *_explain(error)])
+        ) from None
 
 
 def read_resolved(path: Path) -> Recipe:
@@ -291,15 +356,21 @@ def read_resolved(path: Path) -> Recipe:
     try:
         return recipe_from(json.loads(path.read_text(encoding="utf-8")), source=str(path))
     except FileNotFoundError:
-        raise RecipeError(f"'{path.parent}' is not a run folder: it has no recipe.json. Give the folder under out/.") from None
+        raise RecipeError(
+            f"'{path.parent}' is not a run folder: it has no recipe.json. Give the folder under out/."
+        ) from None
     except json.JSONDecodeError as error:
-        raise RecipeError(f"'{path}' is damaged ({error}). Restore it from the recipe with the same overrides.") from None
+        raise RecipeError(
+            f"'{path}' is damaged ({error}). Restore it from the recipe with the same overrides."
+        ) from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
-        raise RecipeError(f"--set '{override}' is not KEY.PATH=VALUE, for instance --set train.steps=20.")
+        raise RecipeError(
+            f"--set '{override}' is not KEY.PATH=VALUE, for instance --set train.steps=20."
+        )
     try:
         value = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
@@ -319,12 +390,18 @@ def _explain(error: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in item["loc"]) or "recipe"
         if item["type"] == "extra_forbidden":
             allowed = sorted(_allowed_at(item["loc"][:-1]))
-            lines.append(f"  {where}: unknown key; allowed here: {', '.join(allowed)}.{nearest(str(item['loc'][-1]), allowed)}")
+            lines.append(
+                f"  {where}: unknown key; allowed here: {', '.join(allowed)}.{nearest(str(item['loc'][-1]), allowed)}"
+            )
         elif item["type"] == "missing":
             lines.append(f"  {where}: is required and missing.")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item.get("input"), (dict, list)) else f" (given: {item.get('input')!r})"
+            given = (
+                ""
+                if isinstance(item.get("input"), (dict, list))
+                else f" (given: {item.get('input')!r})"
+            )
             lines.append(f"  {where}: {message}{given}")
     return lines
 
@@ -352,6 +429,12 @@ def package_toml(path: Path) -> dict[str, Any]:
 def environment(name: str, default: str | None = None) -> str | None:
     """Read one environment variable. Every read in the package passes here, so that a grep finds them all."""
     return os.environ.get(name, default)
+
+
+def set_environment_default(name: str, value: str) -> None:
+    """Set a variable that a library reads, unless the owner has set it."""
+    os.environ.setdefault(name, value)
+
 
 
 def whole_environment() -> dict[str, str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 
 from bascule.accelerators.base import ChipInfo
 from bascule.accelerators.generic import GenericAccelerator, device_index
-from bascule.config import environment
+from bascule.config import set_environment_default
 from bascule.errors import AcceleratorUnavailable
 
 
@@ -30,8 +29,7 @@ class CudaAccelerator(GenericAccelerator):
     def prepare(self, threads: int) -> None:
         """cuBLAS is bit-reproducible only with a fixed workspace, and reads this variable when its handle is made: call early."""
         super().prepare(threads)
-        if environment("CUBLAS_WORKSPACE_CONFIG") is None:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        set_environment_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
