@@ -25,14 +25,18 @@ Parser = argparse.ArgumentParser
 
 
 def _recipe(parser: Parser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="the recipe; see runs/ for commented examples")
+    parser.add_argument(
+        "recipe", metavar="RECIPE.toml", help="the recipe; see runs/ for commented examples"
+    )
     _recipe_options(parser)
 
 
 def _recipe_options(parser: Parser) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
                         help="override one setting, e.g. --set train.steps=20 (repeatable; TOML values)")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", default="out", help="where run folders live (default: out)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="out", help="where run folders live (default: out)"
+    )
     parser.add_argument("--name", help="name of the run folder (default: the recipe's name)")
 
 
@@ -42,53 +46,128 @@ def _run_folder(parser: Parser) -> None:
 
 def _run(parser: Parser) -> None:
     _recipe(parser)
-    parser.add_argument("--strict", action="store_true", help="every fallback, truncation or dropped sample is an error")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="every fallback, truncation or dropped sample is an error",
+    )
 
 
 def _demo(parser: Parser) -> None:
     _recipe_options(parser)
-    parser.add_argument("--strict", action="store_true", help="every fallback, truncation or dropped sample is an error")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="every fallback, truncation or dropped sample is an error",
+    )
 
 
 def _plan(parser: Parser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="price this recipe's own pools")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="override one setting of the recipe")
-    parser.add_argument("--model", metavar="MODEL", help="a preset or family name (deepseek-v3), a config.json, or a TOML table")
-    parser.add_argument("--train", metavar="SPEC", help='what to train on, e.g. "2048 x H800, 14.8T tokens"')
-    parser.add_argument("--versus", metavar="SPEC", action="append", default=[], help='an alternative, e.g. "6144 x Ascend 910C" (repeatable)')
-    parser.add_argument("--serve", metavar="SPEC", help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms"')
-    parser.add_argument("--chips", metavar="FILE.toml", help="your own chips, by the catalogue's column names")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE.toml", help="price this recipe's own pools"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override one setting of the recipe",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a preset or family name (deepseek-v3), a config.json, or a TOML table",
+    )
+    parser.add_argument(
+        "--train", metavar="SPEC", help='what to train on, e.g. "2048 x H800, 14.8T tokens"'
+    )
+    parser.add_argument(
+        "--versus",
+        metavar="SPEC",
+        action="append",
+        default=[],
+        help='an alternative, e.g. "6144 x Ascend 910C" (repeatable)',
+    )
+    parser.add_argument(
+        "--serve", metavar="SPEC", help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms"'
+    )
+    parser.add_argument(
+        "--chips", metavar="FILE.toml", help="your own chips, by the catalogue's column names"
+    )
 
 
 def _qualify(parser: Parser) -> None:
-    parser.add_argument("accelerators", nargs="+", metavar="POOL", help="accelerators to examine: cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]")
-    parser.add_argument("--preset", default="nano", help="model whose operators and shapes are examined (default: nano)")
-    parser.add_argument("--check", action="append", default=[], metavar="NAME", help="only this check or family (repeatable)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the checks' inputs (default: 0)")
-    parser.add_argument("--full", action="store_true", help="the long battery; the default is the quick one")
-    parser.add_argument("--time-limit", type=float, default=180.0, metavar="S", help="seconds per pool (default: 180)")
-    parser.add_argument("--out", metavar="DIR", default="out/qualify", help="where evidence and reproducers are written")
+    parser.add_argument(
+        "accelerators",
+        nargs="+",
+        metavar="POOL",
+        help="accelerators to examine: cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]",
+    )
+    parser.add_argument(
+        "--preset",
+        default="nano",
+        help="model whose operators and shapes are examined (default: nano)",
+    )
+    parser.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this check or family (repeatable)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the checks' inputs (default: 0)"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="the long battery; the default is the quick one"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=180.0,
+        metavar="S",
+        help="seconds per pool (default: 180)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="out/qualify",
+        help="where evidence and reproducers are written",
+    )
 
 
 def _evaluate(parser: Parser) -> None:
     _run_folder(parser)
-    parser.add_argument("--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)")
-    parser.add_argument("--eval-seed", type=int, help="draw the held-out problems with another seed")
-    parser.add_argument("--problems", type=int, help="how many held-out problems (default: the recipe's)")
+    parser.add_argument(
+        "--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)"
+    )
+    parser.add_argument(
+        "--eval-seed", type=int, help="draw the held-out problems with another seed"
+    )
+    parser.add_argument(
+        "--problems", type=int, help="how many held-out problems (default: the recipe's)"
+    )
 
 
 def _serve(parser: Parser) -> None:
     _run_folder(parser)
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (default: 8000; 0 picks a free one)")
-    parser.add_argument("--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)")
-    parser.add_argument("--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)")
+    parser.add_argument(
+        "--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)"
+    )
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)"
+    )
 
 
 def _chat(parser: Parser) -> None:
     _run_folder(parser)
     parser.add_argument("message", nargs="?", help="one question; without it, an interactive chat")
-    parser.add_argument("--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)")
+    parser.add_argument(
+        "--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
 
@@ -98,17 +177,35 @@ def _report(parser: Parser) -> None:
 
 
 def _replay(parser: Parser) -> None:
-    parser.add_argument("incident", metavar="INCIDENT", help="an incident folder, e.g. out/demo/incidents/0001-checksum-step-303")
-    parser.add_argument("--on", metavar="ACCELERATOR", default="cpu", help="accelerator to replay the step on (default: cpu)")
+    parser.add_argument(
+        "incident",
+        metavar="INCIDENT",
+        help="an incident folder, e.g. out/demo/incidents/0001-checksum-step-303",
+    )
+    parser.add_argument(
+        "--on",
+        metavar="ACCELERATOR",
+        default="cpu",
+        help="accelerator to replay the step on (default: cpu)",
+    )
 
 
 def _blame(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="PyTorch Flight Recorder dumps, one file a rank (pickle or JSON)")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="PyTorch Flight Recorder dumps, one file a rank (pickle or JSON)",
+    )
 
 
 def _drill(parser: Parser) -> None:
     _recipe(parser)
-    parser.add_argument("--plant", metavar="PROFILE", default="ascend-r2", help="fault profile planted on the preferred pool")
+    parser.add_argument(
+        "--plant",
+        metavar="PROFILE",
+        default="ascend-r2",
+        help="fault profile planted on the preferred pool",
+    )
 
 
 def _doctor(parser: Parser) -> None:
@@ -147,7 +244,9 @@ def build_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         arguments(verb)
-        verb.add_argument("--json", action="store_true", help="one JSON object on stdout; logs go to stderr")
+        verb.add_argument(
+            "--json", action="store_true", help="one JSON object on stdout; logs go to stderr"
+        )
     return parser
 
 
@@ -160,9 +259,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BasculeError as error:
         return _refuse(error, error.exit_code, as_json=arguments.json)
     except MemoryError as error:
-        return _refuse(OutOfMemory(f"Host memory is exhausted: {error}."), OutOfMemory.exit_code, as_json=arguments.json)
+        return _refuse(
+            OutOfMemory(f"Host memory is exhausted: {error}."),
+            OutOfMemory.exit_code,
+            as_json=arguments.json,
+        )
     except OSError as error:
-        wrapped = UsageError(f"{error.strerror or error}: {error.filename or 'no file named'}. Nothing already written is lost; mend it and run the same command again.")
+        wrapped = UsageError(
+            f"{error.strerror or error}: {error.filename or 'no file named'}. Nothing already written is lost; mend it and run the same command again."
+        )
         return _refuse(wrapped, wrapped.exit_code, as_json=arguments.json)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
@@ -173,7 +278,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse(error: BasculeError, exit_code: int, *, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code}}))
+        print(
+            json.dumps(
+                {
+                    "error": {
+                        "type": type(error).__name__,
+                        "message": str(error),
+                        "exit_code": exit_code,
+                    }
+                }
+            )
+        )
     print(f"bascule: {error}", file=sys.stderr)
     return exit_code
 

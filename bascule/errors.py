@@ -13,7 +13,6 @@
     │   ├── AcceleratorUnavailable        the accelerator asked for cannot be opened here
     │   ├── OperatorMissing               the chip lacks an operator the model needs
     │   ├── ChipCondemned                 the guard condemned this chip; carries the incident's id
-    │   ├── RollbackNeeded                a chip fault was confirmed but not condemned: back to the last certified snapshot
     │   ├── ContinuationRefused           the new pool does not reproduce a recorded good step
     │   ├── RolloutFailed                 the rollout engine's chip failed while the trainer's own is in order
     │   ├── NonFiniteLogits               an engine's chip computed NaN or infinity where probabilities were asked
@@ -95,6 +94,14 @@ class ChipCondemned(DeviceFault):
     def __init__(self, message: str, *, incident_id: str) -> None:
         super().__init__(message)
         self.incident_id = incident_id
+
+
+class ContinuationRefused(DeviceFault):
+    pass
+
+
+class RolloutFailed(DeviceFault):
+    pass
 
 
 class NonFiniteLogits(DeviceFault):

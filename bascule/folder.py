@@ -70,7 +70,14 @@ class RunFolder:
         return self.root / "report.html"
 
     def create(self) -> RunFolder:
-        for path in (self.root, self.snapshots, self.incidents, self.weights, self.heartbeats, self.logs):
+        for path in (
+            self.root,
+            self.snapshots,
+            self.incidents,
+            self.weights,
+            self.heartbeats,
+            self.logs,
+        ):
             path.mkdir(parents=True, exist_ok=True)
         return self
 

@@ -27,7 +27,9 @@ R = TypeVar("R", bound=Record)
 class Ledger:
     """Append and read one `ledger.jsonl`. `attempt` and `pool` are stamped on records that do not carry their own."""
 
-    def __init__(self, path: Path, *, attempt: int = 0, pool: str | None = None, strict: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, attempt: int = 0, pool: str | None = None, strict: bool = False
+    ) -> None:
         self.path = path
         self.attempt = attempt
         self.pool = pool
@@ -46,7 +48,12 @@ class Ledger:
             fcntl.flock(handle, fcntl.LOCK_EX)
             repaired = _cut_torn_tail(handle)
             if repaired:
-                note = self._stamp(Warned(what="torn ledger line", detail=f"{repaired} bytes of an unfinished last line were cut off"))
+                note = self._stamp(
+                    Warned(
+                        what="torn ledger line",
+                        detail=f"{repaired} bytes of an unfinished last line were cut off",
+                    )
+                )
                 text = note.model_dump_json() + "\n" + text
             _write_all(handle, text.encode(), self.path)
         finally:
@@ -101,7 +108,9 @@ def parse_line(line: bytes, path: Path, number: int = 0) -> AnyRecord:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise LedgerError(f"{path}, line {number}, is damaged ({error}). Move the run folder aside; lines before it are intact.") from None
+        raise LedgerError(
+            f"{path}, line {number}, is damaged ({error}). Move the run folder aside; lines before it are intact."
+        ) from None
     version = value.get("schema_version", 0) if isinstance(value, dict) else 0
     if version > SCHEMA_VERSION:
         raise LedgerError(
@@ -111,7 +120,9 @@ def parse_line(line: bytes, path: Path, number: int = 0) -> AnyRecord:
     try:
         return ADAPTER.validate_python(value)
     except ValidationError as error:
-        raise LedgerError(f"{path}, line {number}, is not a record of bascule: {error.errors()[0]['msg']}.") from None
+        raise LedgerError(
+            f"{path}, line {number}, is not a record of bascule: {error.errors()[0]['msg']}."
+        ) from None
 
 
 def _write_all(handle: int, data: bytes, path: Path) -> None:

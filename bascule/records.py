@@ -17,7 +17,14 @@ SCHEMA_VERSION = 1
 Role = Literal["train", "infer"]
 VerdictWord = Literal["fit", "unfit", "unproven"]
 Attribution = Literal[
-    "data", "optimisation", "transient chip fault", "persistent chip fault", "software", "link", "capacity", "unknown"
+    "data",
+    "optimisation",
+    "transient chip fault",
+    "persistent chip fault",
+    "software",
+    "link",
+    "capacity",
+    "unknown",
 ]
 SnapshotState = Literal["saved", "verified", "certified", "rejected"]
 

@@ -19,8 +19,14 @@ def recipe_file(tmp_path: Path, text: str = MINIMAL) -> Path:
 
 
 def test_the_file_name_is_the_default_name_and_overrides_win(tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_file(tmp_path), ["train.steps=20", "pools.here.accelerator=sim:clean"])
-    assert (recipe.name, recipe.train.steps, recipe.pools["here"].accelerator) == ("mine", 20, "sim:clean")
+    recipe = load_recipe(
+        recipe_file(tmp_path), ["train.steps=20", "pools.here.accelerator=sim:clean"]
+    )
+    assert (recipe.name, recipe.train.steps, recipe.pools["here"].accelerator) == (
+        "mine",
+        20,
+        "sim:clean",
+    )
     assert recipe.phase_steps() == {"sft": 20, "grpo": 0}
 
 
@@ -30,14 +36,22 @@ def test_the_file_name_is_the_default_name_and_overrides_win(tmp_path: Path) -> 
         (MINIMAL + "[sft]\nstep = 3\n", ["sft.step", "unknown key", "Did you mean 'steps'?"]),
         (MINIMAL + "[sft]\nsteps = -3\n", ["sft.steps", "greater than or equal to 0", "-3"]),
         (MINIMAL + "[sft]\nlearning_rate = '3 GiB'\n", ["sft.learning_rate", "'3 GiB'"]),
-        (MINIMAL + "[model]\npreset = 'nanu'\n", ["model", "'nanu' is not a preset", "Did you mean 'nano'?"]),
+        (
+            MINIMAL + "[model]\npreset = 'nanu'\n",
+            ["model", "'nanu' is not a preset", "Did you mean 'nano'?"],
+        ),
         (MINIMAL + "[model]\nnum_experts_per_tok = 9\n", ["num_experts_per_tok=9", "exceeds"]),
         ("prefer = ['ther']\n" + MINIMAL, ["'ther' is not a pool", "here"]),
-        (MINIMAL + "[pools.other]\nprice_per_hour = 3.0\n", ["pools.other.accelerator", "required"]),
+        (
+            MINIMAL + "[pools.other]\nprice_per_hour = 3.0\n",
+            ["pools.other.accelerator", "required"],
+        ),
         ("seed = 1\n", ["pools", "required"]),
     ],
 )
-def test_a_bad_recipe_is_refused_with_path_value_and_way_out(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_bad_recipe_is_refused_with_path_value_and_way_out(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
     with pytest.raises(RecipeError) as refusal:
         load_recipe(recipe_file(tmp_path, text))
     for word in words:

@@ -30,11 +30,19 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_room_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, f"{module} imports torch"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, (
+        f"{module} imports torch"
+    )
 
 
 def test_every_import_points_down() -> None:
-    done = subprocess.run([str(Path(sys.executable).parent / "lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "lint-imports")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -52,25 +60,33 @@ def test_vendor_words_stand_only_in_accelerators_and_plan(path: Path) -> None:
 def test_environment_is_read_only_in_config(path: Path) -> None:
     if path == PACKAGE / "config.py":
         return
-    assert not re.search(r"os\.environ|os\.getenv", path.read_text(encoding="utf-8")), f"{name_of(path)} reads the environment"
+    assert not re.search(r"os\.environ|os\.getenv", path.read_text(encoding="utf-8")), (
+        f"{name_of(path)} reads the environment"
+    )
 
 
 @pytest.mark.parametrize("room", ["guard", "qualify", "fallback"])
 def test_the_judges_never_read_the_ground_truth(room: str) -> None:
     for path in (PACKAGE / room).rglob("*.py"):
         code = _code_without_comments_and_docstrings(path)
-        assert "ground_truth" not in code and "fault_log" not in code, f"{name_of(path)} reads what simulated chips really did"
+        assert "ground_truth" not in code and "fault_log" not in code, (
+            f"{name_of(path)} reads what simulated chips really did"
+        )
 
 
 @pytest.mark.parametrize("path", sources(), ids=name_of)
 def test_every_module_says_what_it_is(path: Path) -> None:
     if path.name != "__init__.py":
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name_of(path)} has no docstring"
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), (
+            f"{name_of(path)} has no docstring"
+        )
 
 
 def test_every_room_of_the_tour_exists_and_every_room_is_in_the_tour() -> None:
     tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
-    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    rooms = {
+        path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()
+    }
     missing = {room for room in rooms if f"{room}/" not in tour}
     assert not missing, f"docs/tour.md does not show {missing}"
 
@@ -78,6 +94,8 @@ def test_every_room_of_the_tour_exists_and_every_room_is_in_the_tour() -> None:
 def _code_without_comments_and_docstrings(path: Path) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)

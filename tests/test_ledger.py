@@ -17,16 +17,30 @@ from bascule.records import Judgement, StepStats, Warned
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl", attempt=3, pool="ascend")
-    ledger.append(StepStats(step=1, phase="sft", loss=0.1 + 0.2, grad_norm=1.0, learning_rate=1e-3, tokens=5, seconds=0.5))
+    ledger.append(
+        StepStats(
+            step=1,
+            phase="sft",
+            loss=0.1 + 0.2,
+            grad_norm=1.0,
+            learning_rate=1e-3,
+            tokens=5,
+            seconds=0.5,
+        )
+    )
     (record,) = ledger.read()
     assert isinstance(record, StepStats)
     assert (record.loss, record.attempt, record.pool) == (0.1 + 0.2, 3, "ascend")
 
 
 @given(cut=st.integers(min_value=1, max_value=60))
-def test_a_torn_last_line_is_left_out_cut_off_and_reported(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_a_torn_last_line_is_left_out_cut_off_and_reported(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
     ledger = Ledger(tmp_path_factory.mktemp("torn") / "ledger.jsonl")
-    ledger.append(Judgement(step=1, commit=True, reason="kept"), Judgement(step=2, commit=True, reason="torn"))
+    ledger.append(
+        Judgement(step=1, commit=True, reason="kept"), Judgement(step=2, commit=True, reason="torn")
+    )
     data = ledger.path.read_bytes()
     ledger.path.write_bytes(data[:-cut])
     assert [record.step for record in ledger.read()] == [1]
@@ -71,7 +85,9 @@ def test_lines_of_several_processes_never_interleave(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     records = read_ledger(path)
-    assert sorted((record.attempt, record.step) for record in records) == [(w, s) for w in (1, 2) for s in range(200)]
+    assert sorted((record.attempt, record.step) for record in records) == [
+        (w, s) for w in (1, 2) for s in range(200)
+    ]
 
 
 def test_a_full_disk_is_an_error_and_never_a_silent_loss() -> None:

@@ -16,7 +16,17 @@ UNPROVEN_IS_FINE = ["--set", "qualify.required=false", "--set", "qualify.time_li
 
 
 def run_tiny(out: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bascule.cli", "run", str(ROOT / "runs" / "tiny.toml"), "--out", str(out), "--json", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "bascule.cli",
+        "run",
+        str(ROOT / "runs" / "tiny.toml"),
+        "--out",
+        str(out),
+        "--json",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -34,15 +44,24 @@ def test_the_whole_story_takes_under_a_minute(story: tuple[dict[str, Any], Path,
     assert story[2] < 60
 
 
-def test_the_preferred_chip_is_caught_and_left_behind(story: tuple[dict[str, Any], Path, float]) -> None:
+def test_the_preferred_chip_is_caught_and_left_behind(
+    story: tuple[dict[str, Any], Path, float],
+) -> None:
     data = story[0]
     assert data["status"] == "finished"
-    assert [(one["attribution"], one["pool"]) for one in data["incidents"]] == [("persistent chip fault", "ascend")]
+    assert [(one["attribution"], one["pool"]) for one in data["incidents"]] == [
+        ("persistent chip fault", "ascend")
+    ]
     assert data["incidents"][0]["step"] >= 25
-    assert [(one["train"], one["infer"]) for one in data["placements"]] == [("ascend", "ascend"), ("nvidia", "ascend")]
+    assert [(one["train"], one["infer"]) for one in data["placements"]] == [
+        ("ascend", "ascend"),
+        ("nvidia", "ascend"),
+    ]
 
 
-def test_the_continuation_is_verified_and_the_price_is_stated(story: tuple[dict[str, Any], Path, float]) -> None:
+def test_the_continuation_is_verified_and_the_price_is_stated(
+    story: tuple[dict[str, Any], Path, float],
+) -> None:
     data = story[0]
     assert data["continuation_verified"] is True
     assert data["steps_recomputed"] == data["incidents"][0]["step"] - 1 - 20
@@ -50,22 +69,49 @@ def test_the_continuation_is_verified_and_the_price_is_stated(story: tuple[dict[
     assert set(data["eval"]) == {"sft", "grpo"}
 
 
-def test_the_folder_holds_model_report_snapshots_and_the_incident(story: tuple[dict[str, Any], Path, float]) -> None:
+def test_the_folder_holds_model_report_snapshots_and_the_incident(
+    story: tuple[dict[str, Any], Path, float],
+) -> None:
     folder = story[1]
-    for name in ("recipe.json", "ledger.jsonl", "report.html", "model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+    for name in (
+        "recipe.json",
+        "ledger.jsonl",
+        "report.html",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    ):
         assert (folder / name).exists(), name
-    assert list((folder / "snapshots").glob("step-*")) and list((folder / "incidents").glob("*/incident.json"))
+    assert list((folder / "snapshots").glob("step-*")) and list(
+        (folder / "incidents").glob("*/incident.json")
+    )
 
 
-def test_nothing_is_lost_the_final_weights_equal_those_of_the_fault_free_run(story: tuple[dict[str, Any], Path, float], tmp_path: Path) -> None:
+def test_nothing_is_lost_the_final_weights_equal_those_of_the_fault_free_run(
+    story: tuple[dict[str, Any], Path, float], tmp_path: Path
+) -> None:
     twin = run_tiny(tmp_path, "--set", "pools.ascend.accelerator=sim:clean@cpu", *UNPROVEN_IS_FINE)
     assert twin["incidents"] == [] and twin["steps_recomputed"] == 0
     assert twin["final_weights_sha256"] == story[0]["final_weights_sha256"]
 
 
 def test_a_run_without_a_second_pool_ends_with_5_and_says_why(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bascule.cli", "run", str(ROOT / "runs" / "tiny.toml"), "--out", str(tmp_path), *UNPROVEN_IS_FINE]
-    command += ["--set", "pools.nvidia.accelerator=sim:backward-wrong@cpu", "--set", "pools.ascend.accelerator=sim:corrupt@cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "bascule.cli",
+        "run",
+        str(ROOT / "runs" / "tiny.toml"),
+        "--out",
+        str(tmp_path),
+        *UNPROVEN_IS_FINE,
+    ]
+    command += [
+        "--set",
+        "pools.nvidia.accelerator=sim:backward-wrong@cpu",
+        "--set",
+        "pools.ascend.accelerator=sim:corrupt@cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr[-2000:]
     assert "Traceback" not in done.stderr

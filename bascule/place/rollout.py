@@ -48,6 +48,7 @@ class Host:
         self.pool = pool
         self.accelerator = accelerator
         self.version: int | None = None
+        self.sha256: str | None = None
         self.served = 0
         self._heartbeat = heartbeat
         self.model = accelerator.move(Transformer(config)).eval()
@@ -95,7 +96,7 @@ class Host:
 
     def _take_weights(self, request: RolloutRequest) -> None:
         """Load the version asked for, if it is not here. The model is overwritten only after the hash agreed."""
-        if request.weights_version is None or request.weights_version == self.version:
+        if request.weights_version is None or (request.weights_version, request.weights_sha256) == (self.version, self.sha256):
             return
         if request.weights_path is None or request.weights_sha256 is None:
             raise DeviceFault(f"Weights of version {request.weights_version} were asked for without their path and SHA-256.")
@@ -103,7 +104,7 @@ class Host:
         self.version = None  # half-written until the next line is through
         with self.accelerator.session(Work("infer", max(1, request.step))):
             self.model.load_state_dict(state)
-        self.version = request.weights_version
+        self.version, self.sha256 = request.weights_version, request.weights_sha256
 
     def _hello(self) -> dict[str, Any]:
         chip = self.accelerator.info()

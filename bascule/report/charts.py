@@ -44,7 +44,15 @@ class Bar:
     css: str
 
 
-def line_chart(title: str, x_label: str, series: Sequence[Series], marks: Sequence[Mark] = (), *, y_min: float | None = None, y_max: float | None = None) -> str:
+def line_chart(
+    title: str,
+    x_label: str,
+    series: Sequence[Series],
+    marks: Sequence[Mark] = (),
+    *,
+    y_min: float | None = None,
+    y_max: float | None = None,
+) -> str:
     """A line chart, or an empty string when there is nothing to draw."""
     points = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not points:
@@ -63,12 +71,19 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], marks: Sequen
         x, _ = place((mark.x, y0))
         anchor = "end" if x > WIDTH * 0.8 else "start"
         shift = -4 if anchor == "end" else 4
-        parts.append(f'<line class="mark {mark.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="mark-label" x="{x + shift:.1f}" y="{TOP + 10}" text-anchor="{anchor}">{escape(mark.label)}</text>')
+        parts.append(
+            f'<line class="mark {mark.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
+        parts.append(
+            f'<text class="mark-label" x="{x + shift:.1f}" y="{TOP + 10}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+        )
     for one in series:
         placed = [place(point) for point in one.points if math.isfinite(point[1])]
         if one.markers:
-            parts += [f'<circle class="dot {one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>' for x, y in placed]
+            parts += [
+                f'<circle class="dot {one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
+                for x, y in placed
+            ]
         else:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
             parts.append(f'<polyline class="line {one.css}" points="{path}"/>')
@@ -87,7 +102,9 @@ def timeline(title: str, bars: Sequence[Bar], marks: Sequence[Mark], *, total_s:
     parts = []
     for index, row in enumerate(rows):
         y = TOP + index * row_height
-        parts.append(f'<text class="row" x="{left - 8}" y="{y + 20:.1f}" text-anchor="end">{escape(row)}</text>')
+        parts.append(
+            f'<text class="row" x="{left - 8}" y="{y + 20:.1f}" text-anchor="end">{escape(row)}</text>'
+        )
         for bar in (bar for bar in bars if bar.row == row):
             width = max((bar.end_s - bar.start_s) * scale, 1.5)
             parts.append(
@@ -95,14 +112,22 @@ def timeline(title: str, bars: Sequence[Bar], marks: Sequence[Mark], *, total_s:
                 f"<title>{escape(bar.label)}: {bar.start_s:.0f} to {bar.end_s:.0f} s</title></rect>"
             )
             if width > 7.0 * len(bar.label):
-                parts.append(f'<text class="bar-label" x="{left + bar.start_s * scale + 6:.1f}" y="{y + 20:.1f}">{escape(bar.label)}</text>')
+                parts.append(
+                    f'<text class="bar-label" x="{left + bar.start_s * scale + 6:.1f}" y="{y + 20:.1f}">{escape(bar.label)}</text>'
+                )
     for mark in marks:
         x = left + mark.x * scale
-        parts.append(f'<line class="mark {mark.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM + 4}"><title>{escape(mark.label)}</title></line>')
+        parts.append(
+            f'<line class="mark {mark.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM + 4}"><title>{escape(mark.label)}</title></line>'
+        )
     for tick in _ticks(0.0, total_s):
-        parts.append(f'<text class="tick" x="{left + tick * scale:.1f}" y="{height - 8}" text-anchor="middle">{tick:g} s</text>')
+        parts.append(
+            f'<text class="tick" x="{left + tick * scale:.1f}" y="{height - 8}" text-anchor="middle">{tick:g} s</text>'
+        )
     keys = {bar.css: bar.label for bar in bars}
-    legend = "".join(f'<span class="key {css}">{escape(label)}</span>' for css, label in keys.items())
+    legend = "".join(
+        f'<span class="key {css}">{escape(label)}</span>' for css, label in keys.items()
+    )
     return _figure(title, "".join(parts), height, legend)
 
 
@@ -117,12 +142,20 @@ def _axes(x0: float, x1: float, y0: float, y1: float, x_label: str) -> str:
     parts = []
     for tick in _ticks(y0, y1):
         y = TOP + (1 - (tick - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
     for tick in _ticks(x0, x1):
         x = LEFT + (tick - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{tick:g}</text>'
+        )
+    parts.append(
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>'
+    )
     return "".join(parts)
 
 

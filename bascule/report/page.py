@@ -29,12 +29,16 @@ from bascule.report.charts import Bar, Mark, Series, line_chart, timeline
 
 def render(records: Sequence[AnyRecord]) -> str:
     """The whole page. Works for a run at any point of its life, an empty ledger included."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
     environment.filters["figure"] = _figure
     environment.filters["gib"] = lambda value: "–" if value is None else f"{value / 2**30:.3g} GiB"
     environment.filters["duration"] = _duration
-    template = environment.from_string(files("bascule.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        files("bascule.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )
     return template.render(**_context(records))
 
 
@@ -45,7 +49,10 @@ def _context(records: Sequence[AnyRecord]) -> dict[str, Any]:
         "data": story.summary(records),
         "start": last(records, RunStarted),
         "recipe": recipe.recipe if recipe else {},
-        "story": [(sentence.time_s - start_s, sentence.tone, sentence.text) for sentence in story.sentences(records)],
+        "story": [
+            (sentence.time_s - start_s, sentence.tone, sentence.text)
+            for sentence in story.sentences(records)
+        ],
         "verdicts": story.latest_verdicts(records),
         "evidence": story.latest_evidence(records),
         "options": list({one.pool: one for one in of_kind(records, OptionPriced)}.values()),
@@ -62,13 +69,25 @@ def _context(records: Sequence[AnyRecord]) -> dict[str, Any]:
 def charts(records: Sequence[AnyRecord], start_s: float) -> list[str]:
     """Reward and pass@1; loss with incidents marked; the pools' timeline; the rollout mismatch."""
     steps = of_kind(records, StepStats)
-    incidents = [Mark(one.step, f"{one.sentinel}: {one.attribution}") for one in of_kind(records, Incident)]
+    incidents = [
+        Mark(one.step, f"{one.sentinel}: {one.attribution}") for one in of_kind(records, Incident)
+    ]
     kept, replaced = _kept_and_replaced(steps)
     rewards = [(float(one.step), one.reward) for one in kept if one.reward is not None]
     passes = [(float(one.step), one.pass_at_1) for one in of_kind(records, Evaluation)]
-    loss = [Series("loss (nats/token)", "a", [(one.step, one.loss) for one in kept if one.phase != "grpo"])]
+    loss = [
+        Series(
+            "loss (nats/token)", "a", [(one.step, one.loss) for one in kept if one.phase != "grpo"]
+        )
+    ]
     if replaced:
-        loss.append(Series("left behind by rollback", "bad", [(one.step, one.loss) for one in replaced if one.phase != "grpo"]))
+        loss.append(
+            Series(
+                "left behind by rollback",
+                "bad",
+                [(one.step, one.loss) for one in replaced if one.phase != "grpo"],
+            )
+        )
     mismatch = [(float(one.step), one.mean_abs) for one in of_kind(records, Mismatch)]
     return [
         line_chart("Reward while training, pass@1 on held-out problems", "step",
@@ -83,13 +102,20 @@ def _kept_and_replaced(steps: Sequence[StepStats]) -> tuple[list[StepStats], lis
     """Steps that are in the final weights (the last record of each step number), and those a rollback left behind."""
     newest = {one.step: one for one in steps}
     keep = {id(one) for one in newest.values()}
-    return sorted(newest.values(), key=lambda one: one.step), [one for one in steps if id(one) not in keep]
+    return sorted(newest.values(), key=lambda one: one.step), [
+        one for one in steps if id(one) not in keep
+    ]
 
 
 def _pools(records: Sequence[AnyRecord], start_s: float) -> str:
     """Stretches in which a pool was qualified, trained or evaluated, from the times of the records that bear its name."""
     bars: list[Bar] = []
-    words = {"evidence": ("qualify", "c"), "step_stats": ("train", "a"), "mismatch": ("roll out", "b"), "evaluation": ("evaluate", "d")}
+    words = {
+        "evidence": ("qualify", "c"),
+        "step_stats": ("train", "a"),
+        "mismatch": ("roll out", "b"),
+        "evaluation": ("evaluate", "d"),
+    }
     for record in records:
         if record.kind not in words or not record.pool:
             continue
@@ -101,7 +127,10 @@ def _pools(records: Sequence[AnyRecord], start_s: float) -> str:
             bars[bars.index(previous)] = Bar(record.pool, previous.start_s, end_s, label, css)
         else:
             bars.append(Bar(record.pool, max(begin_s, 0.0), end_s, label, css))
-    marks = [Mark(one.time_s - start_s, f"incident {one.incident_id}") for one in of_kind(records, Incident)]
+    marks = [
+        Mark(one.time_s - start_s, f"incident {one.incident_id}")
+        for one in of_kind(records, Incident)
+    ]
     total_s = (records[-1].time_s - start_s) if records else 0.0
     return timeline("What each pool did, seconds since the run began", bars, marks, total_s=total_s)
 
@@ -118,4 +147,8 @@ def _duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )

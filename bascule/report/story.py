@@ -51,7 +51,14 @@ def summary(records: Sequence[AnyRecord]) -> dict[str, Any]:
         "placements": [_without_envelope(one) for one in of_kind(records, Placement)],
         "verdicts": [_without_envelope(one) for one in latest_verdicts(records)],
         "incidents": [
-            {"id": one.incident_id, "step": one.step, "sentinel": one.sentinel, "attribution": one.attribution, "pool": one.pool, "action": one.action}
+            {
+                "id": one.incident_id,
+                "step": one.step,
+                "sentinel": one.sentinel,
+                "attribution": one.attribution,
+                "pool": one.pool,
+                "action": one.action,
+            }
             for one in of_kind(records, Incident)
         ],
         "steps": max((one.step for one in of_kind(records, StepStats)), default=0),
@@ -59,14 +66,25 @@ def summary(records: Sequence[AnyRecord]) -> dict[str, Any]:
         "seconds_lost": sum(one.seconds_lost for one in migrations),
         "corrupt_steps_left_behind": corrupt_steps_left_behind(records),
         "longest_uncertified_steps": longest_uncertified_steps(records),
-        "continuation_verified": all(one.verified for one in continuations) if continuations else None,
+        "continuation_verified": all(one.verified for one in continuations)
+        if continuations
+        else None,
         "final_weights_sha256": finished.final_weights_sha256 if finished else None,
         "wall_s": wall_seconds(records),
         "eval": {
-            one.after: {"pass_at_1": one.pass_at_1, "pass_at_8": one.pass_at_8, "greedy": one.greedy, "n": one.n, "samples": one.samples}
+            one.after: {
+                "pass_at_1": one.pass_at_1,
+                "pass_at_8": one.pass_at_8,
+                "greedy": one.greedy,
+                "n": one.n,
+                "samples": one.samples,
+            }
             for one in of_kind(records, Evaluation)
         },
-        "warnings": [{"what": one.what, "detail": one.detail, "step": one.step} for one in of_kind(records, Warned)],
+        "warnings": [
+            {"what": one.what, "detail": one.detail, "step": one.step}
+            for one in of_kind(records, Warned)
+        ],
     }
     data["headline"] = _headline(data)
     return data
@@ -139,7 +157,13 @@ def sentences(records: Sequence[AnyRecord]) -> list[Sentence]:
         if isinstance(record, StepStats):
             if (record.attempt, f"{record.phase}{record.pool}") not in phases:
                 phases.add((record.attempt, f"{record.phase}{record.pool}"))
-                told.append(Sentence(record.time_s, "plain", f"{record.phase.upper()} on {record.pool}, from step {record.step}."))
+                told.append(
+                    Sentence(
+                        record.time_s,
+                        "plain",
+                        f"{record.phase.upper()} on {record.pool}, from step {record.step}.",
+                    )
+                )
         else:
             told.extend(Sentence(record.time_s, tone, text) for tone, text in _tell(record))
     return told
@@ -149,24 +173,66 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
     """The sentence for one record, or none where it is told elsewhere (charts, tables)."""
     match record:
         case RunStarted():
-            return [("plain", f"The run {record.name} began on {record.machine} with bascule {record.version}.")]
+            return [
+                (
+                    "plain",
+                    f"The run {record.name} began on {record.machine} with bascule {record.version}.",
+                )
+            ]
         case RunResumed():
-            return [("plain", f"Attempt {record.attempt}: resumed after step {record.from_step} ({record.reason}).")]
+            return [
+                (
+                    "plain",
+                    f"Attempt {record.attempt}: resumed after step {record.from_step} ({record.reason}).",
+                )
+            ]
         case Verdict():
-            tone: Tone = "good" if record.verdict == "fit" else "bad" if record.verdict == "unfit" else "warn"
+            tone: Tone = (
+                "good"
+                if record.verdict == "fit"
+                else "bad"
+                if record.verdict == "unfit"
+                else "warn"
+            )
             because = f": {'; '.join(record.reasons[:2])}" if record.reasons else ""
             return [(tone, f"{pool_name(record)} is {record.verdict} to {record.role}{because}.")]
         case Placement():
-            return [("plain", f"Placed: training on {record.train} ({record.reasons.get('train', 'preferred')}), inference on {record.infer} ({record.reasons.get('infer', 'preferred')}).")]
+            return [
+                (
+                    "plain",
+                    f"Placed: training on {record.train} ({record.reasons.get('train', 'preferred')}), inference on {record.infer} ({record.reasons.get('infer', 'preferred')}).",
+                )
+            ]
         case Alarm():
-            return [("warn", f"Alarm at step {record.step} on {record.pool}, sentinel {record.sentinel}: {record.detail}")]
+            return [
+                (
+                    "warn",
+                    f"Alarm at step {record.step} on {record.pool}, sentinel {record.sentinel}: {record.detail}",
+                )
+            ]
         case Incident():
-            return [("bad", f"Incident {record.incident_id}: {record.attribution}. {record.evidence} Action: {record.action}.")]
+            return [
+                (
+                    "bad",
+                    f"Incident {record.incident_id}: {record.attribution}. {record.evidence} Action: {record.action}.",
+                )
+            ]
         case PoolCondemned():
-            return [("bad", f"{record.pool} is condemned for the role `{record.role}`: {record.reason}")]
+            return [
+                ("bad", f"{record.pool} is condemned for the role `{record.role}`: {record.reason}")
+            ]
         case Migration():
-            where = f"moved from {record.from_pool} to {record.to_pool}" if record.from_pool != record.to_pool else f"went back on {record.to_pool}"
-            return [("warn", f"Training {where}: from step {record.failed_at_step} back to the certified snapshot of step {record.resumed_from_step}; {record.steps_recomputed} steps to compute again, {record.seconds_lost:.1f} s lost.")]
+            where = (
+                f"moved from {record.from_pool} to {record.to_pool}"
+                if record.from_pool != record.to_pool
+                else f"went back on {record.to_pool}"
+            )
+            return [
+                (
+                    "warn",
+                    f"Training {where}: from step {record.failed_at_step} back to the certified snapshot of step {record.resumed_from_step}; {record.steps_recomputed} steps to compute again, {record.seconds_lost:.1f} s lost.",
+                )
+            ]
         case Continuation():
             if record.verified:
                 return [("good", f"Continuation verified on {record.pool}: {record.detail}")]
@@ -175,13 +241,23 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             return [("warn", f"The snapshot of step {record.step} was rejected: {record.reason}")]
         case Evaluation():
             eight = f", pass@8 {record.pass_at_8:.1%}" if record.pass_at_8 is not None else ""
-            return [("good", f"After {record.after.upper()}: pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight} on {record.n} held-out problems.")]
+            return [
+                (
+                    "good",
+                    f"After {record.after.upper()}: pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight} on {record.n} held-out problems.",
+                )
+            ]
         case Warned():
             return [("warn", f"Warning, {record.what}: {record.detail}")]
         case RunStopped():
             return [("bad", f"The run stopped (exit code {record.exit_code}): {record.reason}")]
         case RunFinished():
-            return [("good", f"Finished after {record.steps} steps; final weights {record.final_weights_sha256[:16]}….")]
+            return [
+                (
+                    "good",
+                    f"Finished after {record.steps} steps; final weights {record.final_weights_sha256[:16]}….",
+                )
+            ]
         case _:
             return []
 
@@ -195,9 +271,15 @@ def _headline(data: dict[str, Any]) -> str:
     parts = [f"Run {data['name']}: {data['status']} at step {data['steps']}"]
     if data["incidents"]:
         worst = data["incidents"][-1]
-        parts.append(f"{len(data['incidents'])} incident(s), the last: {worst['attribution']} on {worst['pool']} at step {worst['step']}")
+        parts.append(
+            f"{len(data['incidents'])} incident(s), the last: {worst['attribution']} on {worst['pool']} at step {worst['step']}"
+        )
     if data["steps_recomputed"]:
-        verified = {True: "continuation verified", False: "continuation refused", None: "continuation not checked"}[data["continuation_verified"]]
+        verified = {
+            True: "continuation verified",
+            False: "continuation refused",
+            None: "continuation not checked",
+        }[data["continuation_verified"]]
         parts.append(f"{data['steps_recomputed']} steps recomputed, {verified}")
     for after, one in data["eval"].items():
         parts.append(f"pass@1 after {after.upper()} {one['pass_at_1']:.1%}")

@@ -15,15 +15,26 @@ from bascule.stages.finished import Finished, open_finished
 def main(arguments: Namespace) -> Answer:
     run = open_finished(arguments.run, arguments.on)
     if arguments.message is not None:
-        thought, answer = _ask(run, [{"role": "user", "content": arguments.message}], arguments, show=not arguments.json)
-        return Answer(text="", data={"reasoning": thought, "content": answer, "accelerator": run.accelerator.name})
+        thought, answer = _ask(
+            run,
+            [{"role": "user", "content": arguments.message}],
+            arguments,
+            show=not arguments.json,
+        )
+        return Answer(
+            text="",
+            data={"reasoning": thought, "content": answer, "accelerator": run.accelerator.name},
+        )
     turns = _converse(run, arguments)
     return Answer(text="", data={"turns": turns})
 
 
 def _converse(run: Finished, arguments: Namespace) -> int:
     simulated = ", simulated" if run.accelerator.info().simulated else ""
-    print(f"{run.recipe.name} answers on {run.accelerator.name}{simulated}. An empty line or Ctrl-D ends.", file=sys.stderr)
+    print(
+        f"{run.recipe.name} answers on {run.accelerator.name}{simulated}. An empty line or Ctrl-D ends.",
+        file=sys.stderr,
+    )
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -33,27 +44,39 @@ def _converse(run: Finished, arguments: Namespace) -> int:
         if not question:
             return len(history) // 2
         try:
-            _, answer = _ask(run, [*history, {"role": "user", "content": question}], arguments, show=True)
+            _, answer = _ask(
+                run, [*history, {"role": "user", "content": question}], arguments, show=True
+            )
         except UsageError as error:
             print(f"bascule: {error}", file=sys.stderr)
             continue
         history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _ask(run: Finished, messages: list[dict[str, str]], arguments: Namespace, *, show: bool) -> tuple[str, str]:
+def _ask(
+    run: Finished, messages: list[dict[str, str]], arguments: Namespace, *, show: bool
+) -> tuple[str, str]:
     """Stream one answer; the thought is shown dimmed on a terminal. Raises UsageError for what the model cannot read."""
     prompt = run.tokenizer.encode(chat.render(messages))
     room = run.engine.model.config.max_position_embeddings - len(prompt)
     if room < 1:
-        raise UsageError(f"The conversation has {len(prompt)} tokens, the model's context holds {run.engine.model.config.max_position_embeddings}. Begin a new chat.")
+        raise UsageError(
+            f"The conversation has {len(prompt)} tokens, the model's context holds {run.engine.model.config.max_position_embeddings}. Begin a new chat."
+        )
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
     splitter, thought, answer = chat.ReasoningSplitter(), "", ""
-    sampling = Sampling(temperature=arguments.temperature, max_tokens=room, seed=arguments.seed, purpose="chat")
+    sampling = Sampling(
+        temperature=arguments.temperature, max_tokens=room, seed=arguments.seed, purpose="chat"
+    )
     for token, _ in run.engine.stream(prompt, sampling):
         more_thought, more_answer = splitter.feed(run.tokenizer.decode([token]))
         thought, answer = thought + more_thought, answer + more_answer
         if show:
-            print(f"{dim}{more_thought}{plain}{more_answer}" if more_thought else more_answer, end="", flush=True)
+            print(
+                f"{dim}{more_thought}{plain}{more_answer}" if more_thought else more_answer,
+                end="",
+                flush=True,
+            )
     more_thought, more_answer = splitter.close()
     if show:
         print(f"{dim}{more_thought}{plain}{more_answer}")

@@ -37,7 +37,10 @@ class Course:
     def examples(self, seed: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids with the end token) of every training problem whose solver succeeded."""
         encode, end = self.tokenizer.encode, [self.tokenizer.eos_id]
-        return [(encode(prompt), encode(trace) + end) for prompt, trace in corpus.sft_examples(self.train, seed)]
+        return [
+            (encode(prompt), encode(trace) + end)
+            for prompt, trace in corpus.sft_examples(self.train, seed)
+        ]
 
 
 def course(recipe: Recipe) -> Course:
@@ -52,4 +55,6 @@ def heldout_only(recipe: Recipe) -> Course:
     """The course without its training side, for evaluation."""
     tokenizer = Tokenizer()
     model = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    return Course(tokenizer=tokenizer, model=model, train=[], heldout=corpus.heldout_problems(recipe.data))
+    return Course(
+        tokenizer=tokenizer, model=model, train=[], heldout=corpus.heldout_problems(recipe.data)
+    )

@@ -15,7 +15,17 @@ from bascule.errors import AcceleratorUnavailable
 from bascule.faults.catalogue import profiles
 from bascule.stages.answer import Answer
 
-PACKAGES = ("bascule", "torch", "torch-npu", "numpy", "pydantic", "safetensors", "tokenizers", "reasoning-gym", "transformers")
+PACKAGES = (
+    "bascule",
+    "torch",
+    "torch-npu",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "reasoning-gym",
+    "transformers",
+)
 
 
 def main(arguments: Namespace) -> Answer:
@@ -30,7 +40,10 @@ def main(arguments: Namespace) -> Answer:
         *(f"{name:<14} {text}" for name, text in accelerators.items()),
         f"{'simulated':<14} {', '.join(f'sim:{name}' for name in profiles())}",
     ]
-    return Answer(text="\n".join(lines), data={"packages": packages, "accelerators": accelerators, "simulated": list(profiles())})
+    return Answer(
+        text="\n".join(lines),
+        data={"packages": packages, "accelerators": accelerators, "simulated": list(profiles())},
+    )
 
 
 def _version(package: str) -> str | None:

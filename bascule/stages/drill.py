@@ -24,11 +24,18 @@ def main(arguments: Namespace) -> Answer:
     overrides = list(arguments.overrides)
     recipe = load_recipe(Path(arguments.recipe), overrides)
     pool = recipe.order[0]
-    base = recipe.pools[pool].accelerator.rpartition("@")[2] if recipe.pools[pool].accelerator.startswith("sim:") else recipe.pools[pool].accelerator
+    base = (
+        recipe.pools[pool].accelerator.rpartition("@")[2]
+        if recipe.pools[pool].accelerator.startswith("sim:")
+        else recipe.pools[pool].accelerator
+    )
     base = "cpu" if base.startswith("sim:") else base
     name = arguments.name or f"{recipe.name}-drill"
     planted = f"sim:{arguments.plant}@{base}"
-    recipe = load_recipe(Path(arguments.recipe), [*overrides, f"pools.{pool}.accelerator={planted}", f'name="{name}"'])
+    recipe = load_recipe(
+        Path(arguments.recipe),
+        [*overrides, f"pools.{pool}.accelerator={planted}", f'name="{name}"'],
+    )
     folder = RunFolder(Path(arguments.out) / name)
     ended = "finished"
     try:
@@ -40,7 +47,11 @@ def main(arguments: Namespace) -> Answer:
     lines = [
         f"planted {planted} on {pool}; the run {ended}",
         f"fired {found['fired']} times, first at training step {found['first_fired_step']}; incidents at steps {found['incident_steps']}; condemned: {found['condemned']}",
-        {True: "caught", False: "MISSED", None: "nothing fired, nothing cried: clean"}[found["caught"]] if not found["false_alarms"] else f"FALSE ALARMS: {found['false_alarms']}",
+        {True: "caught", False: "MISSED", None: "nothing fired, nothing cried: clean"}[
+            found["caught"]
+        ]
+        if not found["false_alarms"]
+        else f"FALSE ALARMS: {found['false_alarms']}",
     ]
     good = found["caught"] is not False and not found["false_alarms"]
     return Answer(text="\n".join(lines), data=found, exit_code=0 if good else CheckFailed.exit_code)

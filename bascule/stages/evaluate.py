@@ -18,7 +18,9 @@ def main(arguments: Namespace) -> Answer:
     """Exit 3 when `evaluate.min_pass_at_1` is set and not reached."""
     run = open_finished(arguments.run, arguments.on)
     changes = {"eval_seed": arguments.eval_seed, "eval_problems": arguments.problems}
-    data = run.recipe.data.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    data = run.recipe.data.model_copy(
+        update={name: value for name, value in changes.items() if value is not None}
+    )
     course = heldout_only(run.recipe.model_copy(update={"data": data}))
     start = time.perf_counter()
     score = evaluate(
@@ -37,4 +39,8 @@ def main(arguments: Namespace) -> Answer:
     failed = gate is not None and record.pass_at_1 < gate
     if failed:
         text += f"\nThe gate evaluate.min_pass_at_1 = {gate} is not reached."
-    return Answer(text=text, data=record.model_dump(exclude={"schema_version", "kind", "attempt"}), exit_code=CheckFailed.exit_code if failed else 0)
+    return Answer(
+        text=text,
+        data=record.model_dump(exclude={"schema_version", "kind", "attempt"}),
+        exit_code=CheckFailed.exit_code if failed else 0,
+    )

@@ -43,7 +43,9 @@ def open_finished(run: str, on: str | None) -> Finished:
     folder = RunFolder(Path(run))
     recipe = read_resolved(folder.recipe)
     if not (folder.model / "config.json").exists():
-        raise UsageError(f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe.")
+        raise UsageError(
+            f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe."
+        )
     name, pool = infer_choice(folder, recipe, on)
     accelerator = open_accelerator(name, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
@@ -51,5 +53,10 @@ def open_finished(run: str, on: str | None) -> Finished:
         Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
     tokenizer = Tokenizer.load(folder.model)
     model, _ = load_hf(folder.model)
-    engine = Engine(accelerator.move(model).eval(), accelerator, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = Engine(
+        accelerator.move(model).eval(),
+        accelerator,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
     return Finished(folder, recipe, tokenizer, accelerator, engine, pool)

@@ -13,13 +13,18 @@ def place_roles(recipe: Recipe, ledger: Ledger) -> Placement:
     """Return the run's present placement; make and record one where there is none, or where a condemnation overtook it."""
     records = ledger.read()
     wanted = place(
-        of_kind(records, Verdict), order=recipe.order, condemned=condemned_pools(records), required=recipe.qualify.required
+        of_kind(records, Verdict),
+        order=recipe.order,
+        condemned=condemned_pools(records),
+        required=recipe.qualify.required,
     )
     present = last(records, Placement)
     if present and (present.train, present.infer) == (wanted.train, wanted.infer):
         return present
     ledger.append(wanted)
-    say(f"train on {wanted.train} ({wanted.reasons.get('train', '')}); infer on {wanted.infer} ({wanted.reasons.get('infer', '')})")
+    say(
+        f"train on {wanted.train} ({wanted.reasons.get('train', '')}); infer on {wanted.infer} ({wanted.reasons.get('infer', '')})"
+    )
     return wanted
 
 

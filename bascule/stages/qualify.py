@@ -46,10 +46,20 @@ def main(arguments: Namespace) -> Answer:
             for name, result in zip(arguments.accelerators, results, strict=True)
         }
     }
-    return Answer(text="\n".join(line for result in results for line in _lines(result)), data=data, exit_code=CheckFailed.exit_code if unfit else 0)
+    return Answer(
+        text="\n".join(line for result in results for line in _lines(result)),
+        data=data,
+        exit_code=CheckFailed.exit_code if unfit else 0,
+    )
 
 
-def qualify_pools(recipe: Recipe, folder: RunFolder, ledger: Ledger, *, check_stop: Callable[[], None] = lambda: None) -> None:
+def qualify_pools(
+    recipe: Recipe,
+    folder: RunFolder,
+    ledger: Ledger,
+    *,
+    check_stop: Callable[[], None] = lambda: None,
+) -> None:
     """Examine every pool that has no verdict yet in this run; evidence and verdicts go to the ledger as they come."""
     judged = {verdict.pool for verdict in of_kind(ledger.read(), Verdict)}
     for pool in recipe.order:

@@ -16,7 +16,9 @@ from bascule.stages.answer import Answer, duration
 def main(arguments: Namespace) -> Answer:
     folder = RunFolder(Path(arguments.run))
     if not folder.ledger.exists():
-        raise UsageError(f"'{folder.root}' is not a run folder: it has no ledger.jsonl. Give a folder under out/, for instance out/demo.")
+        raise UsageError(
+            f"'{folder.root}' is not a run folder: it has no ledger.jsonl. Give a folder under out/, for instance out/demo."
+        )
     write(folder)
     records = read_ledger(folder.ledger)
     data = summary(records)

@@ -24,7 +24,15 @@ from bascule.config import Recipe, load_recipe
 from bascule.errors import EXIT_SIGINT, BasculeError, Preempted, RecipeError, UsageError
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, last, read_ledger
-from bascule.records import AnyRecord, RecipeResolved, RunFinished, RunResumed, RunStarted, RunStopped, StepStats
+from bascule.records import (
+    AnyRecord,
+    RecipeResolved,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+    RunStopped,
+    StepStats,
+)
 from bascule.report.story import summary
 from bascule.stages import place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
@@ -93,13 +101,17 @@ def _open_run(recipe: Recipe, folder: RunFolder, ledger: Ledger, records: list[A
     if not folder.recipe.exists():
         write_json_atomic(folder.recipe, resolved)
     if not records:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        machine = (
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        )
         ledger.append(RunStarted(name=recipe.name, version=version("bascule"), machine=machine))
         ledger.append(RecipeResolved(recipe_sha256=digest, recipe=resolved))
         say(f"run {recipe.name} begins in {folder.root}")
         return
     steps = last(records, StepStats)
-    ledger.append(RunResumed(from_step=steps.step if steps else 0, reason="the same command was given again"))
+    ledger.append(
+        RunResumed(from_step=steps.step if steps else 0, reason="the same command was given again")
+    )
     say(f"run {recipe.name} resumes in {folder.root} (attempt {ledger.attempt})")
 
 
@@ -153,7 +165,9 @@ class _Stop:
 @contextmanager
 def _signals() -> Iterator[_Stop]:
     stop = _Stop()
-    old = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {
+        number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield stop
     finally:

@@ -17,7 +17,9 @@ def main(arguments: Namespace) -> Answer:
     folder = RunFolder(Path(arguments.run))
     recipe = read_resolved(folder.recipe)
     if not (folder.model / "config.json").exists():
-        raise UsageError(f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe.")
+        raise UsageError(
+            f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe."
+        )
     accelerator, _ = infer_choice(folder, recipe, arguments.on)
     run_server(
         folder,
@@ -35,5 +37,7 @@ def _api_key(file: str | None) -> str | None:
         return environment("BASCULE_API_KEY")
     key = Path(file).read_text(encoding="utf-8").strip()
     if not key:
-        raise UsageError(f"The key file '{file}' is empty. Put the key on its first line, or leave --api-key-file out.")
+        raise UsageError(
+            f"The key file '{file}' is empty. Put the key on its first line, or leave --api-key-file out."
+        )
     return key

@@ -29,7 +29,15 @@ from bascule.fallback import migrate
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.ledger import Ledger, last, of_kind
-from bascule.records import Incident, Migration, Placement, PoolCondemned, Role, SnapshotEvent, StepStats
+from bascule.records import (
+    Incident,
+    Migration,
+    Placement,
+    PoolCondemned,
+    Role,
+    SnapshotEvent,
+    StepStats,
+)
 from bascule.stages import workers
 from bascule.stages.answer import say
 from bascule.stages.place import place_roles
@@ -50,7 +58,9 @@ class Ending:
     incident_id: str | None = None
 
 
-def train(recipe: Recipe, folder: RunFolder, ledger: Ledger, *, should_stop: Callable[[], bool]) -> None:
+def train(
+    recipe: Recipe, folder: RunFolder, ledger: Ledger, *, should_stop: Callable[[], bool]
+) -> None:
     """Train to the end, over as many launches and pools as it takes. Raises the error that ends the run."""
     supervisor = Supervisor(recipe, folder, ledger, should_stop)
     while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
@@ -58,7 +68,9 @@ def train(recipe: Recipe, folder: RunFolder, ledger: Ledger, *, should_stop: Cal
 
 
 class Supervisor:
-    def __init__(self, recipe: Recipe, folder: RunFolder, ledger: Ledger, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, ledger: Ledger, should_stop: Callable[[], bool]
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.ledger = ledger
@@ -96,7 +108,9 @@ class Supervisor:
         pool = self.placement.train
         match ending.error:
             case "Preempted":
-                raise Preempted("Stopped on request; the last finished step is in a snapshot. Run the same command again to go on.")
+                raise Preempted(
+                    "Stopped on request; the last finished step is in a snapshot. Run the same command again to go on."
+                )
             case "ChipCondemned":
                 self._condemn(pool, "train", ending)
                 self._leave(pool, self._failed_step(ending))
@@ -109,7 +123,9 @@ class Supervisor:
             case "OutOfMemory":
                 self._incident("capacity", "watchdog: out of memory", pool, ending)
                 self._condemn(pool, "train", ending)
-                self._leave_or_raise(pool, OutOfMemory(f"Pool {pool} ran out of memory: {ending.message}"))
+                self._leave_or_raise(
+                    pool, OutOfMemory(f"Pool {pool} ran out of memory: {ending.message}")
+                )
             case "OperatorMissing" | "AcceleratorUnavailable":
                 self._incident("software", f"watchdog: {ending.error}", pool, ending)
                 self._condemn(pool, "train", ending)
@@ -129,12 +145,33 @@ class Supervisor:
             "--start", "certified" if self.from_certified else "newest",
         ]  # fmt: skip
         say(f"start the trainer on {pool} ({self.recipe.pools[pool].accelerator})")
-        return workers.start("trainer", arguments, pool=pool, log=self._log("trainer", pool), threads=self.recipe.threads)
+        return workers.start(
+            "trainer",
+            arguments,
+            pool=pool,
+            log=self._log("trainer", pool),
+            threads=self.recipe.threads,
+        )
 
     def _start_engine(self, pool: str, socket: Path) -> workers.Worker:
         (self.folder.heartbeats / "rollout.json").unlink(missing_ok=True)
-        arguments = ["--run", str(self.folder.root), "--pool", pool, "--socket", str(socket), "--threads", str(self.recipe.threads)]
-        return workers.start("rollout", arguments, pool=pool, log=self._log("rollout", pool), threads=self.recipe.threads)
+        arguments = [
+            "--run",
+            str(self.folder.root),
+            "--pool",
+            pool,
+            "--socket",
+            str(socket),
+            "--threads",
+            str(self.recipe.threads),
+        ]
+        return workers.start(
+            "rollout",
+            arguments,
+            pool=pool,
+            log=self._log("rollout", pool),
+            threads=self.recipe.threads,
+        )
 
     def _log(self, kind: str, pool: str) -> Path:
         return self.folder.logs / f"{kind}-{pool}-{self.ledger.attempt}.log"
@@ -149,7 +186,11 @@ class Supervisor:
         silence = self._silent_s(trainer, "trainer.json")
         if silence is not None:
             trainer.kill()
-            return Ending("Hang", f"the trainer on {trainer.pool} made no progress for {silence:.0f} s and was ended", -9)
+            return Ending(
+                "Hang",
+                f"the trainer on {trainer.pool} made no progress for {silence:.0f} s and was ended",
+                -9,
+            )
         return None
 
     def _await_stop(self, trainer: workers.Worker) -> Ending:
@@ -157,11 +198,18 @@ class Supervisor:
         while trainer.returncode is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
         if trainer.returncode is None:
-            self.ledger.warn("stopped without a snapshot", f"the trainer did not end within {self.recipe.guard.hang_timeout_s:.0f} s of being asked; steps since the last snapshot are computed again")
+            self.ledger.warn(
+                "stopped without a snapshot",
+                f"the trainer did not end within {self.recipe.guard.hang_timeout_s:.0f} s of being asked; steps since the last snapshot are computed again",
+            )
             trainer.kill()
             return Ending("Preempted", "", Preempted.exit_code)
         ending = self._read_ending(trainer)
-        return ending if ending.error is None else Ending("Preempted", ending.message, Preempted.exit_code)
+        return (
+            ending
+            if ending.error is None
+            else Ending("Preempted", ending.message, Preempted.exit_code)
+        )
 
     def _read_ending(self, trainer: workers.Worker) -> Ending:
         code = trainer.returncode
@@ -173,7 +221,11 @@ class Supervisor:
             told = json.loads(path.read_text(encoding="utf-8"))
             return Ending(told["error"], told["message"], code, told.get("incident_id"))
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Ending("Death", f"the trainer on {trainer.pool} died with {how} and left no word; its log ends:\n{trainer.last_words()}", code)
+        return Ending(
+            "Death",
+            f"the trainer on {trainer.pool} died with {how} and left no word; its log ends:\n{trainer.last_words()}",
+            code,
+        )
 
     def _silent_s(self, worker: workers.Worker, heartbeat: str) -> float | None:
         """How long a worker has been silent, when that is longer than allowed; else None."""
@@ -188,11 +240,19 @@ class Supervisor:
         silence = self._silent_s(engine, "rollout.json")
         if engine.returncode is None and silence is None:
             return engine
-        why = f"made no progress for {silence:.0f} s" if engine.returncode is None else f"died with exit code {engine.returncode}"
+        why = (
+            f"made no progress for {silence:.0f} s"
+            if engine.returncode is None
+            else f"died with exit code {engine.returncode}"
+        )
         engine.kill()
-        self.ledger.warn("rollout engine restarted", f"the engine on {engine.pool} {why}; its log: {engine.log}")
+        self.ledger.warn(
+            "rollout engine restarted", f"the engine on {engine.pool} {why}; its log: {engine.log}"
+        )
         if self._count_death("rollout", engine.pool) >= DEATHS_ALLOWED:
-            self._condemn(engine.pool, "infer", Ending("RolloutFailed", f"the rollout engine {why}", 1))
+            self._condemn(
+                engine.pool, "infer", Ending("RolloutFailed", f"the rollout engine {why}", 1)
+            )
             self.placement = place_roles(self.recipe, self.ledger)
         assert self.placement is not None
         return self._start_engine(self.placement.infer, socket)
@@ -202,16 +262,24 @@ class Supervisor:
             if isinstance(record, StepStats):
                 self.progress.show(record)
             elif isinstance(record, Incident):
-                say(f"INCIDENT {record.incident_id} on {record.pool}: {record.attribution}; {record.action}")
+                say(
+                    f"INCIDENT {record.incident_id} on {record.pool}: {record.attribution}; {record.action}"
+                )
             elif isinstance(record, SnapshotEvent) and record.state == "certified":
                 self.deaths.clear()
             elif record.kind in ("evaluation", "continuation", "alarm"):
-                say(f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}")
+                say(
+                    f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}"
+                )
 
     # ---- what follows
 
     def _condemn(self, pool: str, role: Role, ending: Ending) -> None:
-        self.ledger.append(PoolCondemned(pool=pool, role=role, incident_id=ending.incident_id, reason=ending.message))
+        self.ledger.append(
+            PoolCondemned(
+                pool=pool, role=role, incident_id=ending.incident_id, reason=ending.message
+            )
+        )
         say(f"{pool} is condemned for the role {role}: {ending.message.splitlines()[0]}")
 
     def _after_death(self, pool: str, ending: Ending) -> None:
@@ -223,7 +291,12 @@ class Supervisor:
             action="pool condemned for training" if condemn else "started again on the same pool",
         )  # fmt: skip
         if condemn:
-            told = Ending(ending.error, f"{deaths} times in a row, last: {ending.message}", ending.exit_code, incident.incident_id)
+            told = Ending(
+                ending.error,
+                f"{deaths} times in a row, last: {ending.message}",
+                ending.exit_code,
+                incident.incident_id,
+            )
             self._condemn(pool, "train", told)
             self._leave(pool, incident.step)
 
@@ -231,7 +304,15 @@ class Supervisor:
         self.deaths[kind, pool] = self.deaths.get((kind, pool), 0) + 1
         return self.deaths[kind, pool]
 
-    def _incident(self, attribution: str, sentinel: str, pool: str, ending: Ending, *, action: str = "pool condemned for training") -> Incident:
+    def _incident(
+        self,
+        attribution: str,
+        sentinel: str,
+        pool: str,
+        ending: Ending,
+        *,
+        action: str = "pool condemned for training",
+    ) -> Incident:
         """An incident that the worker could not write itself: it was dead, silent, or out of memory."""
         number = len(of_kind(self.ledger.read(), Incident)) + 1
         step = self._last_step() + 1
@@ -270,13 +351,23 @@ class Supervisor:
                 snapshot=choice.path.name,
             )
         )
-        say(f"back to step {choice.step} (certified), on {to_pool}; {max(0, failed_step - 1 - choice.step)} steps to compute again")
+        say(
+            f"back to step {choice.step} (certified), on {to_pool}; {max(0, failed_step - 1 - choice.step)} steps to compute again"
+        )
         self.from_certified = True
 
     def _reached(self, step: int) -> float:
         """When the run first stood at `step`."""
-        times = [record.time_s for record in of_kind(self.ledger.read(), StepStats) if record.step == step]
-        return times[-1] if times else min((record.time_s for record in self.ledger.read()), default=time.time())
+        times = [
+            record.time_s
+            for record in of_kind(self.ledger.read(), StepStats)
+            if record.step == step
+        ]
+        return (
+            times[-1]
+            if times
+            else min((record.time_s for record in self.ledger.read()), default=time.time())
+        )
 
     def _last_step(self) -> int:
         record = last(self.ledger.read(), StepStats)
@@ -291,5 +382,11 @@ class Supervisor:
 
 def _error_of(ending: Ending) -> BasculeError:
     """The error the run ends with, for endings that no other pool would change."""
-    by_code: dict[int, type[BasculeError]] = {2: UsageError, 3: CheckFailed, 4: GuardStopped, 5: DeviceFault, 6: OutOfMemory}
+    by_code: dict[int, type[BasculeError]] = {
+        2: UsageError,
+        3: CheckFailed,
+        4: GuardStopped,
+        5: DeviceFault,
+        6: OutOfMemory,
+    }
     return by_code.get(ending.exit_code, BasculeError)(ending.message)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import signal
 import time
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ import torch
 
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
-from bascule.data import chat
+from bascule.data.tasks import registry
+from bascule.data.tasks.base import Problem
 from bascule.errors import BasculeError, CheckFailed, OutOfMemory, RolloutFailed, UsageError
-from bascule.fallback import verify
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.guard.guard import Guard
@@ -35,7 +34,6 @@ from bascule.place.client import RolloutClient
 from bascule.records import (
     Completion,
     Evaluation,
-    Mismatch,
     RolloutReply,
     RolloutRequest,
     RunFinished,
@@ -48,12 +46,11 @@ from bascule.stages.course import Course, course
 from bascule.stages.train import ENDING_FILE
 from bascule.train import checkpoint, loop
 from bascule.train.grpo import Grpo
+from bascule.train.mismatch import mismatch_record
 from bascule.train.objective import Objective
 from bascule.train.sft import Sft
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, NoJudge, Stepper
-
-MISMATCH_FIELDS = ("mean_abs", "max_abs", "k1_kl", "k3_kl", "chi2", "effective_sample_ratio", "capped_ratio")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,11 +69,18 @@ def main(arguments: Sequence[str]) -> int:
         watchdog.write_ending(folder.heartbeats / ENDING_FILE, error)
         return error.exit_code
     except torch.OutOfMemoryError as error:
-        watchdog.write_ending(folder.heartbeats / ENDING_FILE, OutOfMemory(f"The chip's memory is exhausted: {error}"))
+        watchdog.write_ending(
+            folder.heartbeats / ENDING_FILE, OutOfMemory(f"The chip's memory is exhausted: {error}")
+        )
         return OutOfMemory.exit_code
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename or folder.root}"
-        watchdog.write_ending(folder.heartbeats / ENDING_FILE, UsageError(f"{what}. Nothing already written is lost; mend it and run the same command again."))
+        watchdog.write_ending(
+            folder.heartbeats / ENDING_FILE,
+            UsageError(
+                f"{what}. Nothing already written is lost; mend it and run the same command again."
+            ),
+        )
         return UsageError.exit_code
     return 0
 
@@ -90,15 +94,25 @@ class Trainer:
         self.recipe = read_resolved(folder.recipe)
         self.ledger = Ledger(folder.ledger, attempt=attempt, pool=pool, strict=self.recipe.strict)
         self.accelerator = open_accelerator(
-            self.recipe.pools[pool].accelerator, seed=self.recipe.seed, fault_log=folder.ground_truth / f"{pool}-train.jsonl"
+            self.recipe.pools[pool].accelerator,
+            seed=self.recipe.seed,
+            fault_log=folder.ground_truth / f"{pool}-train.jsonl",
         )
         self.accelerator.prepare(self.recipe.threads)
         self.course: Course = course(self.recipe)
-        self.stepper = Stepper(self._new_model(), self.accelerator, router_bias_speed=self.recipe.train.router_bias_speed)
+        self.stepper = Stepper(
+            self._new_model(),
+            self.accelerator,
+            router_bias_speed=self.recipe.train.router_bias_speed,
+        )
         self.objectives = self._objectives()
-        self.plan = loop.Plan(self.recipe.phase_steps(), folder.snapshots, self.recipe.train.snapshot_every_steps)
+        self.plan = loop.Plan(
+            self.recipe.phase_steps(), folder.snapshots, self.recipe.train.snapshot_every_steps
+        )
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
-        self.client = RolloutClient(socket, on_wait=lambda: self._beat(self.stepper.step, "wait for rollouts"))
+        self.client = RolloutClient(
+            socket, on_wait=lambda: self._beat(self.stepper.step, "wait for rollouts")
+        )
         self.published: tuple[int, Path, str] | None = None
         self._stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -125,30 +139,39 @@ class Trainer:
 
     def _resume(self, start: str) -> TrainState:
         """The newest snapshot that reads back whole (after a fault: the newest certified one), or a fresh start."""
-        state = TrainState(recipe_sha256=hashlib.sha256(self.folder.recipe.read_bytes()).hexdigest())
-        path, passed_over = checkpoint.newest(self.folder.snapshots, at_least="certified" if start == "certified" else "saved")
+        state = TrainState(
+            recipe_sha256=hashlib.sha256(self.folder.recipe.read_bytes()).hexdigest()
+        )
+        path, passed_over = checkpoint.newest(
+            self.folder.snapshots, at_least="certified" if start == "certified" else "saved"
+        )
         for reason in passed_over:
             self.ledger.warn("snapshot passed over", reason)
         if path is None:
             if last(self.ledger.read(), StepStats):
-                self.ledger.warn("fresh start", "no usable snapshot was found: training begins again at step 1")
+                self.ledger.warn(
+                    "fresh start", "no usable snapshot was found: training begins again at step 1"
+                )
             return state
         state, warnings = loop.resume(self.stepper, self.objectives, path, state)
         for text in warnings:
             self.ledger.warn("resumed elsewhere", text)
         self._prove_continuation(path)
+        if self.guard and checkpoint.trust(path).state != "certified":
+            self.guard.after_snapshot(state.step, path)
         return state
 
     # ---- hooks
 
     def _on_step(self, stats: StepStats) -> None:
         self._beat(stats.step, stats.phase)
-        figures = {name: stats.metrics[f"mismatch/{name}"] for name in MISMATCH_FIELDS if f"mismatch/{name}" in stats.metrics}
-        kept = {name: value for name, value in stats.metrics.items() if not name.startswith("mismatch/")}
+        kept = {
+            name: value for name, value in stats.metrics.items() if not name.startswith("mismatch_")
+        }
         self.ledger.append(stats.model_copy(update={"metrics": kept}))
-        if len(figures) == len(MISMATCH_FIELDS):
-            tokens = int(stats.metrics.get("mismatch/tokens", stats.tokens))
-            self.ledger.append(Mismatch(step=stats.step, tokens=tokens, pool=self._engine_pool, **figures))
+        found = mismatch_record(stats.step, stats.metrics, self._engine_pool)
+        if found:
+            self.ledger.append(found)
 
     def _on_snapshot(self, step: int, path: Path) -> None:
         self._beat(step, "snapshot")
@@ -156,9 +179,14 @@ class Trainer:
         if checkpoint.trust(path).state == "saved":
             checkpoint.verify(path)
             checkpoint.set_trust(path, "verified", "read back, hashes equal")
-            self.ledger.append(SnapshotEvent(step=step, state="verified", path=name, sha256=checkpoint.sha256(path)))
+            self.ledger.append(
+                SnapshotEvent(
+                    step=step, state="verified", path=name, sha256=checkpoint.sha256(path)
+                )
+            )
         if self.guard:
             self.guard.after_snapshot(step, path)
+            checkpoint.prune(self.folder.snapshots, self.recipe.train.keep_snapshots)
 
     def _on_phase(self, phase: str, step: int) -> None:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
@@ -179,7 +207,12 @@ class Trainer:
     def sample(self, request: RolloutRequest) -> RolloutReply:
         """Ask the rollout engine, with exactly the weights of the last committed step."""
         version, path, sha256 = self._publish()
-        request = replace(request, weights_version=version, weights_path=str(path.resolve()), weights_sha256=sha256)
+        request = replace(
+            request,
+            weights_version=version,
+            weights_path=str(path.resolve()),
+            weights_sha256=sha256,
+        )
         try:
             reply = self.client.sample(request)
         except BasculeError as error:
@@ -187,7 +220,9 @@ class Trainer:
         self._engine_pool = reply.pool
         return reply
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, group_size: int = 1) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, group_size: int = 1
+    ) -> list[Completion]:
         """Engine.generate's words, answered by the rollout engine: evaluation runs where inference runs."""
         return self.sample(
             RolloutRequest(
@@ -205,11 +240,21 @@ class Trainer:
             path, sha256 = sync.publish(self.folder.weights, self.stepper.model.state_dict(), step)
             self.published = (step, path, sha256)
             size = path.stat().st_size
-            self.ledger.append(WeightsSynced(version=step, sha256=sha256, size_bytes=size, seconds=time.perf_counter() - start))
+            self.ledger.append(
+                WeightsSynced(
+                    version=step,
+                    sha256=sha256,
+                    size_bytes=size,
+                    seconds=time.perf_counter() - start,
+                )
+            )
         return self.published
 
     def _evaluate_if_due(self, after: str, step: int) -> None:
-        if any(one.after == after and one.step == step for one in of_kind(self.ledger.read(), Evaluation)):
+        if any(
+            one.after == after and one.step == step
+            for one in of_kind(self.ledger.read(), Evaluation)
+        ):
             return
         self._beat(step, "evaluate")
         start = time.perf_counter()
@@ -222,7 +267,9 @@ class Trainer:
             )
         )  # fmt: skip
 
-    def _score(self, problems: list, *, samples: int, ks: tuple[int, ...], greedy: bool = True) -> Score:  # type: ignore[type-arg]
+    def _score(
+        self, problems: Sequence[Problem], *, samples: int, ks: tuple[int, ...], greedy: bool = True
+    ) -> Score:
         return evaluate(
             self, self.course.prompts(problems), self.course.verifier(problems), samples=samples,
             max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed, ks=ks, greedy=greedy,
@@ -260,21 +307,59 @@ class Trainer:
     def _sft(self, first_step: int) -> Sft:
         examples = self.course.examples(self.recipe.seed)
         dropped = len(self.course.train) - len(examples)
-        if dropped and not any(record.kind == "warning" and record.what == "traces dropped" for record in self.ledger.read()):
-            self.ledger.warn("traces dropped", f"{dropped} of {len(self.course.train)} training problems have no trace that succeeds; SFT leaves them out")
-        return Sft(self.recipe.sft, examples, seed=self.recipe.seed, pad_id=self.course.tokenizer.pad_id, first_step=first_step)
-
-    def _certify_last(self, step: int) -> None:
-        raise NotImplementedError
-
-    def _prove_continuation(self, path: Path) -> None:
-        raise NotImplementedError
-
-    def _new_guard(self) -> Guard:
-        raise NotImplementedError
+        if dropped and not any(
+            record.kind == "warning" and record.what == "traces dropped"
+            for record in self.ledger.read()
+        ):
+            self.ledger.warn(
+                "traces dropped",
+                f"{dropped} of {len(self.course.train)} training problems have no trace that succeeds; SFT leaves them out",
+            )
+        return Sft(
+            self.recipe.sft,
+            examples,
+            seed=self.recipe.seed,
+            pad_id=self.course.tokenizer.pad_id,
+            first_step=first_step,
+        )
 
     def _grpo(self, first_step: int) -> Grpo:
-        raise NotImplementedError
+        tasks = [registry.get(problem.task) for problem in self.course.train]
+
+        def reward(owners: Sequence[int], tokens: Sequence[list[int]]) -> list[float]:
+            texts = (self.course.tokenizer.decode(one) for one in tokens)
+            return [
+                tasks[owner].verify(self.course.train[owner], text)
+                for owner, text in zip(owners, texts, strict=True)
+            ]
+
+        return Grpo(
+            self.recipe.grpo, self.course.prompts(self.course.train), seed=self.recipe.seed, pad_id=self.course.tokenizer.pad_id,
+            sampler=self.sample, score=self.stepper.score, reward=reward, first_step=first_step,
+        )  # fmt: skip
+
+    def _new_guard(self) -> Guard:
+        referee = open_accelerator("cpu")
+        return Guard(
+            self.recipe.guard, self.ledger, self.folder, self.pool, accelerator=self.accelerator, referee=referee,
+            snapshots=checkpoint, experts_per_token=self.course.model.num_experts_per_tok,
+        )  # fmt: skip
+
+    def _certify_last(self, step: int) -> None:
+        """No step follows the last snapshot, so one is computed for the referee and thrown away: the model that is exported
+        comes from a certified state, or the chip leaves here with its incident."""
+        path = checkpoint.path_of(self.folder.snapshots, step)
+        if step == 0 or not path.exists() or checkpoint.trust(path).state == "certified":
+            return
+        batch = self.objectives[self.plan.phase_of(step)].next_batch(step)
+        assert self.guard is not None
+        probe = replace(batch, step=step + 1)
+        if not self.guard.certify_last(self.stepper.propose, probe, self.stepper):
+            self.ledger.warn(
+                "last snapshot not certified",
+                f"the step after step {step} had nothing to learn from; the newest certified snapshot is older",
+                step=step,
+            )
 
     # ---- the end
 

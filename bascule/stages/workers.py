@@ -49,7 +49,12 @@ class Worker:
 def start(kind: str, arguments: Sequence[str], *, pool: str, log: Path, threads: int) -> Worker:
     """Start `bascule.stages.child KIND ARGUMENTS`. OpenMP's thread count is set before torch loads: later is too late."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**whole_environment(), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **whole_environment(),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with open(log, "ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "bascule.stages.child", kind, *arguments],

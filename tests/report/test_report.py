@@ -24,15 +24,35 @@ from bascule.records import (
 )
 from bascule.report.charts import Mark, Series, line_chart
 from bascule.report.page import render
-from bascule.report.story import corrupt_steps_left_behind, longest_uncertified_steps, sentences, status, summary
+from bascule.report.story import (
+    corrupt_steps_left_behind,
+    longest_uncertified_steps,
+    sentences,
+    status,
+    summary,
+)
 
 
 def step(number: int, pool: str, loss: float = 1.0, time_s: float | None = None) -> StepStats:
-    return StepStats(step=number, phase="sft", loss=loss, grad_norm=1.0, learning_rate=1e-3, tokens=10, seconds=0.1, pool=pool, attempt=1, time_s=100.0 + number if time_s is None else time_s)
+    return StepStats(
+        step=number,
+        phase="sft",
+        loss=loss,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        tokens=10,
+        seconds=0.1,
+        pool=pool,
+        attempt=1,
+        time_s=100.0 + number if time_s is None else time_s,
+    )
 
 
 def fallback_run() -> list:
-    replays = (Replay(where="same chip", agrees=True, error=0.0, bound=1e-6), Replay(where="referee", agrees=False, error=0.3, bound=1e-6))
+    replays = (
+        Replay(where="same chip", agrees=True, error=0.0, bound=1e-6),
+        Replay(where="referee", agrees=False, error=0.3, bound=1e-6),
+    )
     return [
         RunStarted(name="demo", version="0.1.0", machine="test box", attempt=1, time_s=100.0),
         RecipeResolved(recipe_sha256="ab", recipe={"name": "demo"}, attempt=1, time_s=100.0),
@@ -56,9 +76,28 @@ def fallback_run() -> list:
 def test_the_summary_holds_what_the_issue_promises() -> None:
     data = summary(fallback_run())
     assert data["status"] == "finished"
-    assert data["incidents"] == [{"id": "0001-checksum-step-14", "step": 14, "sentinel": "checksum", "attribution": "persistent chip fault", "pool": "ascend", "action": "pool condemned"}]
-    assert (data["steps_recomputed"], data["continuation_verified"], data["final_weights_sha256"]) == (3, True, "f" * 64)
-    assert data["eval"]["sft"] == {"pass_at_1": 0.5, "pass_at_8": 0.9, "greedy": 0.6, "n": 256, "samples": 8}
+    assert data["incidents"] == [
+        {
+            "id": "0001-checksum-step-14",
+            "step": 14,
+            "sentinel": "checksum",
+            "attribution": "persistent chip fault",
+            "pool": "ascend",
+            "action": "pool condemned",
+        }
+    ]
+    assert (
+        data["steps_recomputed"],
+        data["continuation_verified"],
+        data["final_weights_sha256"],
+    ) == (3, True, "f" * 64)
+    assert data["eval"]["sft"] == {
+        "pass_at_1": 0.5,
+        "pass_at_8": 0.9,
+        "greedy": 0.6,
+        "n": 256,
+        "samples": 8,
+    }
     assert {"placements", "verdicts"} <= data.keys()
 
 
@@ -69,13 +108,20 @@ def test_uncertain_steps_and_windows_are_counted() -> None:
 
 
 def test_a_rollback_without_a_chip_fault_left_no_corrupt_step_behind() -> None:
-    records = [one.model_copy(update={"attribution": "capacity"}) if isinstance(one, Incident) else one for one in fallback_run()]
+    records = [
+        one.model_copy(update={"attribution": "capacity"}) if isinstance(one, Incident) else one
+        for one in fallback_run()
+    ]
     assert corrupt_steps_left_behind(records) == 0
 
 
 def test_status_follows_the_last_word() -> None:
     records = fallback_run()
-    assert [status(records[:0]), status(records[:8]), status(records)] == ["empty", "unfinished", "finished"]
+    assert [status(records[:0]), status(records[:8]), status(records)] == [
+        "empty",
+        "unfinished",
+        "finished",
+    ]
 
 
 def test_the_story_is_in_order_and_names_the_simulated_chip() -> None:
@@ -122,7 +168,9 @@ def test_the_page_of_an_empty_run_says_so() -> None:
 
 
 def test_a_chart_draws_every_finite_point_and_no_other() -> None:
-    chart = line_chart("t", "x", [Series("s", "a", [(0, 1.0), (1, float("nan")), (2, 3.0)])], [Mark(1, "here")])
+    chart = line_chart(
+        "t", "x", [Series("s", "a", [(0, 1.0), (1, float("nan")), (2, 3.0)])], [Mark(1, "here")]
+    )
     (points,) = re.findall(r'points="([^"]*)"', chart)
     assert len(points.split()) == 2 and "here" in chart
     assert line_chart("t", "x", [Series("s", "a", [])]) == ""

@@ -17,7 +17,12 @@ RECIPE = '[pools.here]\naccelerator = "cpu"\n'
 
 
 def bascule(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "bascule.cli", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "bascule.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_help_answers_in_under_half_a_second_without_torch() -> None:
@@ -33,7 +38,9 @@ def test_help_answers_in_under_half_a_second_without_torch() -> None:
 
 
 @pytest.mark.parametrize("verb", [name for name, *_ in VERBS])
-def test_every_verb_has_help_with_an_example_and_the_exit_codes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_has_help_with_an_example_and_the_exit_codes(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     text = capsys.readouterr().out
@@ -53,7 +60,9 @@ def test_an_unknown_verb_is_a_usage_error() -> None:
         (RECIPE.replace("cpu", "gpu"), "is not an accelerator"),
     ],
 )
-def test_a_bad_recipe_ends_with_2_and_says_the_right_name(tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_recipe_ends_with_2_and_says_the_right_name(
+    tmp_path: Path, text: str, words: str
+) -> None:
     (tmp_path / "r.toml").write_text(text)
     done = bascule("run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and words in done.stderr
@@ -72,7 +81,11 @@ def test_a_changed_recipe_under_a_half_finished_run_is_refused(tmp_path: Path) -
     folder = tmp_path / "out" / "r"
     folder.mkdir(parents=True)
     code = f"from bascule.config import load_recipe; from pathlib import Path; print(load_recipe(Path({str(recipe)!r})).model_dump_json())"
-    (folder / "recipe.json").write_text(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    (folder / "recipe.json").write_text(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     done = bascule("run", str(recipe), "--out", str(tmp_path / "out"), "--set", "sft.steps=3")
     assert done.returncode == 2
     assert "sft.steps was 800, now 3" in done.stderr and "--name" in done.stderr
@@ -83,7 +96,10 @@ def test_a_finished_run_says_so_and_exits_0(tmp_path: Path) -> None:
     recipe.write_text(RECIPE)
     folder = tmp_path / "out" / "r"
     folder.mkdir(parents=True)
-    lines = [RunStarted(name="r", version="1", machine="m"), RunFinished(final_weights_sha256="0", steps=1, wall_s=1.0)]
+    lines = [
+        RunStarted(name="r", version="1", machine="m"),
+        RunFinished(final_weights_sha256="0", steps=1, wall_s=1.0),
+    ]
     (folder / "ledger.jsonl").write_text("".join(line.model_dump_json() + "\n" for line in lines))
     done = bascule("run", str(recipe), "--out", str(tmp_path / "out"))
     assert done.returncode == 0 and "already finished" in done.stdout

@@ -27,7 +27,9 @@ def command(out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
     start = time.perf_counter()
-    done = subprocess.run(command(tmp_path_factory.mktemp("whole")), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command(tmp_path_factory.mktemp("whole")), capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)["final_weights_sha256"], time.perf_counter() - start
 
 
@@ -37,12 +39,18 @@ def finish(out: Path) -> dict:  # type: ignore[type-arg]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_sigkill_at_random_moments_changes_no_bit(tmp_path: Path, undisturbed: tuple[str, float], seed: int) -> None:
+@pytest.mark.parametrize(
+    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_sigkill_at_random_moments_changes_no_bit(
+    tmp_path: Path, undisturbed: tuple[str, float], seed: int
+) -> None:
     whole, seconds = undisturbed
     moments = np.random.default_rng(seed).uniform(0.25, 0.95, size=2) * seconds
     for moment in moments:
-        process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(float(moment))
         process.kill()
         process.wait()
@@ -62,11 +70,17 @@ def _trainers(out: Path) -> list[int]:
     return found
 
 
-def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
+    tmp_path: Path, undisturbed: tuple[str, float]
+) -> None:
+    process = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     ledger = tmp_path / "tiny" / "ledger.jsonl"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (ledger.exists() and '"step_stats"' in ledger.read_text()):
+    while time.monotonic() < deadline and not (
+        ledger.exists() and '"step_stats"' in ledger.read_text()
+    ):
         time.sleep(0.05)
     for pid in _trainers(tmp_path):
         os.kill(pid, signal.SIGKILL)
@@ -76,19 +90,29 @@ def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(tmp_pat
     assert [one["sentinel"] for one in data["incidents"]] == ["watchdog: death"]
 
 
-def test_sigterm_finishes_the_step_snapshots_and_exits_75_then_resumes(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def test_sigterm_finishes_the_step_snapshots_and_exits_75_then_resumes(
+    tmp_path: Path, undisturbed: tuple[str, float]
+) -> None:
+    process = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     ledger = tmp_path / "tiny" / "ledger.jsonl"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (ledger.exists() and '"step_stats"' in ledger.read_text()):
+    while time.monotonic() < deadline and not (
+        ledger.exists() and '"step_stats"' in ledger.read_text()
+    ):
         time.sleep(0.05)
     process.terminate()
     assert process.wait(timeout=60) == 75
     assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
 
 
-def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before_and_says_so(tmp_path: Path, undisturbed: tuple[str, float]) -> None:
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before_and_says_so(
+    tmp_path: Path, undisturbed: tuple[str, float]
+) -> None:
+    process = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     snapshots = tmp_path / "tiny" / "snapshots"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(list(snapshots.glob("step-*"))) < 3:
