@@ -436,7 +436,6 @@ def set_environment_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
-
 def whole_environment() -> dict[str, str]:
     """A copy of the environment, to hand on to a child process."""
     return dict(os.environ)
