@@ -1,0 +1,183 @@
+"""The one script that sets every fitted constant of the training model, from the table of published runs.
+
+    python -m bascule.plan.fit [RUNS.csv] [--check]
+
+Reads the rows whose throughput was published and whose source was read (rows and cells marked `recall` are left out), finds the
+physics' constants (maximum a posteriori, Gauss-Newton on log time), then the sizes of the regression's terms (leave-one-family-out
+predictive density), and writes `data/constants.json`. `--check` compares instead of writing, for CI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bascule.plan.cost import NAMES, Constants, step_seconds
+from bascule.plan.features import NUMBERS, TERMS, constants_vector, gradient, point, prior_vector
+from bascule.plan.job import Job
+from bascule.plan.regress import Array, Point, Process
+from bascule.plan.table import Row, job_of, number, read_rows
+
+# Where the ascent starts: guesses of how much runs of one vendor, chip, stack... miss alike, and over what distance.
+START_SIZES = np.array([0.05, 0.09, 0.04, 0.04, 0.09, 0.15, 0.04, 0.05, 0.08, 0.06, 0.05, 0.03, 0.02, 0.2, 0.2, 0.35, 0.4, 0.15, 0.08])
+START_LENGTHS = np.array([1.8, 3.0, 2.5, 3.0, 4.0, 1.0, 4.0, 6.0, 1.5, 0.7, 0.4, 0.8, 0.6, 1.0, 0.7, 4.0, 2.0])
+START_NOISE = {"dense": 0.03, "moe": 0.12}
+
+DATA = Path(__file__).parent / "data"
+PRIOR = Constants()
+
+
+def usable(row: Row) -> bool:
+    """Published throughput (tier A or A-) and a source that was read, the layout included."""
+    return scoreable(row) and "recall" not in row["verified"]
+
+
+def scoreable(row: Row) -> bool:
+    return row["tier"] in ("A", "A-") and measured_tokens(row) is not None
+
+
+def measured_tokens(row: Row) -> float | None:
+    """The answer of a row: tokens per second and chip. Only fitting and scoring may call this."""
+    value = number(row, "tok_s_chip") or number(row, "d_tok_s_chip")
+    if value is None and number(row, "step_time_s"):
+        job = job_of(row)
+        value = job.tokens_per_step / (number(row, "step_time_s") or 1) / job.chips
+    return value
+
+
+def fit_physics(jobs: Sequence[Job], log_seconds: Array, *, rounds: int = 12, noise: float = 0.25) -> Constants:
+    """Maximum a posteriori constants; errors are taken robustly (weights fall off beyond `noise`)."""
+    start, sd = constants_vector(PRIOR), prior_vector()
+    theta, precision = start.copy(), np.diag(1 / sd**2)
+    for _ in range(rounds):
+        c = Constants(*theta.tolist())
+        missed = log_seconds - np.array([math.log(step_seconds(job, c)) for job in jobs])
+        slope = np.array([gradient(job, c) for job in jobs])
+        weight = 1 / (noise**2 * (1 + (missed / noise) ** 2 / 4))
+        system = slope.T @ (weight[:, None] * slope) + precision
+        step = np.linalg.solve(system, slope.T @ (weight * missed) - precision @ (theta - start))
+        theta = theta + np.clip(step, -0.5, 0.5)
+    return Constants(*theta.tolist())
+
+
+def build(rows: Sequence[Row], c: Constants, sizes: Array, lengths: Array, noise: dict[str, float]) -> Process:
+    """The regression over these rows. Targets are relative to the physics at the constants' prior, linearised at `c`."""
+    jobs = [job_of(row) for row in rows]
+    points = tuple(
+        point(job, c, family=row["family"], name=row["id"], noise=1.5 if row["tier"] == "A-" else 1.0) for job, row in zip(jobs, rows, strict=True)
+    )
+    return Process(points, targets(rows, jobs, points, c), TERMS, sizes, lengths, prior_vector(), noise)
+
+
+def targets(rows: Sequence[Row], jobs: Sequence[Job], points: Sequence[Point], c: Constants) -> Array:
+    back = constants_vector(PRIOR) - constants_vector(c)
+    result = []
+    for row, job, one in zip(rows, jobs, points, strict=True):
+        seconds = job.tokens_per_step / (measured_tokens(row) or 1) / job.chips
+        result.append(math.log(seconds) - math.log(step_seconds(job, c)) - float(np.array(one.gradient) @ back))
+    return np.array(result)
+
+
+def density(process: Process) -> float:
+    """Log predictive density, heavy-tailed so that a few odd rows do not rule it: 60 % with the row's whole family left out
+    (a run unlike any published), 40 % with the row alone left out (a sister run is known)."""
+    total = 0.0
+    for weight, groups in ((0.6, None), (0.4, [p.name for p in process.points])):
+        mean, sd = process.left_out(groups)
+        total += weight * float(np.mean(-np.log(sd) - 2.5 * np.log1p(((process.targets - mean) / sd) ** 2 / 4)))
+    return total
+
+
+def fit_sizes(process: Process, *, rounds: int = 60, pull: float = 0.002) -> Process:
+    """Ascend the density over sizes, lengths and noise (in logarithms), pulled weakly to where they start. Deterministic."""
+    parts, n = process.parts, len(process.sizes)
+    kinds = sorted(process.noise)
+    start = np.log(np.concatenate([process.sizes, process.lengths, [process.noise[kind] for kind in kinds]]))
+
+    def at(theta: Array) -> Process:
+        raw = np.exp(theta)
+        found = replace(process, sizes=raw[:n], lengths=raw[n : -len(kinds)], noise=dict(zip(kinds, raw[-len(kinds) :].tolist(), strict=True)))
+        found.__dict__["parts"] = parts  # the pairwise parts do not depend on the sizes
+        return found
+
+    def value(theta: Array) -> float:
+        return density(at(theta)) - pull * float(((theta - start) ** 2).sum())
+
+    theta, first, second, best = start.copy(), np.zeros_like(start), np.zeros_like(start), (-math.inf, start)
+    for step in range(1, rounds + 1):
+        here = value(theta)
+        best = max(best, (here, theta.copy()), key=lambda pair: pair[0])
+        slope = np.array([value(theta + 1e-3 * unit) - here for unit in np.eye(len(theta))]) / 1e-3
+        first, second = 0.8 * first + 0.2 * slope, 0.9 * second + 0.1 * slope**2
+        rate = 0.12 if step < 40 else 0.05
+        theta = theta + rate * first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.9**step)) + 1e-4)
+        theta = np.clip(theta, start - 3.5, start + 3.5)
+    return at(best[1])
+
+
+def interval_width(process: Process) -> float:
+    """The factor on the standard deviation at which left-out intervals held 80 % of the rows."""
+    mean, sd = process.left_out()
+    return float(np.quantile(np.abs(process.targets - mean) / sd, 0.80))
+
+
+def fit(rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything the planner loads, as plain values."""
+    jobs = [job_of(row) for row in rows]
+    seconds = np.array([math.log(j.tokens_per_step / (measured_tokens(r) or 1) / j.chips) for j, r in zip(jobs, rows, strict=True)])
+    c = fit_physics(jobs, seconds)
+    process = fit_sizes(build(rows, c, START_SIZES, START_LENGTHS, START_NOISE))
+    return to_plain(c, process)
+
+
+def to_plain(c: Constants, process: Process) -> dict[str, Any]:
+    return {
+        "constants": {name: round(getattr(c, name), 5) for name in NAMES},
+        "sizes": [round(float(x), 5) for x in process.sizes],
+        "lengths": dict(zip(NUMBERS, [round(float(x), 4) for x in process.lengths], strict=True)),
+        "noise": {kind: round(value, 5) for kind, value in process.noise.items()},
+        "interval_width": round(interval_width(process), 4),
+        "anchors": [
+            {
+                "name": p.name,
+                "family": p.family,
+                "words": dict(p.words),
+                "numbers": [round(x, 4) for x in p.numbers],
+                "gradient": [round(x, 5) for x in p.gradient],
+                "noise": p.noise,
+                "year": round(p.year, 4),
+                "target": round(float(t), 5),
+            }
+            for p, t in zip(process.points, process.targets, strict=True)
+        ],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", type=Path, default=DATA / "runs.csv")
+    parser.add_argument("--check", action="store_true", help="fail when the shipped constants differ from a fresh fit")
+    options = parser.parse_args(arguments)
+    result = fit([row for row in read_rows(options.runs) if usable(row)])
+    target = DATA / "constants.json"
+    text = json.dumps(result, indent=None, separators=(",", ":")) + "\n"
+    if options.check:
+        shipped = json.loads(target.read_text(encoding="utf-8"))
+        worst = max(abs(shipped["constants"][k] - v) for k, v in result["constants"].items())
+        print(f"largest difference of a constant (logarithm): {worst:.4f}")
+        return 0 if worst < 0.02 else 3
+    target.write_text(text, encoding="utf-8")
+    print(f"wrote {target} from {len(result['anchors'])} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

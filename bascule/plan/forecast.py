@@ -1,0 +1,105 @@
+"""The forecast of a training step: physics, corrected by the published runs most like it, with an 80 % interval."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from bascule.plan.cost import NAMES, Constants, step_components, step_seconds
+from bascule.plan.features import NUMBERS, TERMS, constants_vector, point, prior_vector
+from bascule.plan.job import Job
+from bascule.plan.regress import Point, Process
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of a step with its 80 % interval, its parts (already scaled to the corrected total), and what it rests on."""
+
+    seconds: float
+    low: float
+    high: float
+    parts: dict[str, float]
+    correction: float
+    basis: str
+
+    def tokens_per_second(self, job: Job) -> float:
+        """Tokens a second and chip."""
+        return job.tokens_per_step / self.seconds / job.chips
+
+
+@dataclass(frozen=True)
+class Model:
+    """Constants and regression as loaded from `data/constants.json`, or as refitted without some rows."""
+
+    constants: Constants
+    process: Process
+    interval_width: float
+
+    def correction(self, jobs: Sequence[Job]) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of log(actual / physics) for each job."""
+        points = [point(job, self.constants) for job in jobs]
+        mean, sd = self.process.predict(points)
+        back = constants_vector(Constants()) - constants_vector(self.constants)
+        shift = np.array([np.array(p.gradient) @ back for p in points])
+        return (mean + shift).tolist(), sd.tolist()
+
+    def predict(self, job: Job) -> Forecast:
+        (log_ratio,), (sd,) = self.correction([job])
+        parts = step_components(job, self.constants)
+        ratio = math.exp(log_ratio)
+        seconds = sum(parts.values()) * ratio
+        width = math.exp(self.interval_width * sd)
+        return Forecast(
+            seconds=seconds,
+            low=seconds / width,
+            high=seconds * width,
+            parts={name: value * ratio for name, value in parts.items()},
+            correction=ratio,
+            basis=self._basis(job, sd),
+        )
+
+    def _basis(self, job: Job, sd: float) -> str:
+        near = self.process.nearest(point(job, self.constants))
+        known = {p.words["chip"] for p in self.process.points}
+        words = f"physics on the chip's {job.chip.basis} figures, corrected by {len(self.process.points)} published runs (nearest: {', '.join(near)})"
+        if job.chip.name not in known:
+            words += f"; no published training run on {job.chip.name}"
+        return words
+
+    def with_anchor(self, job: Job, measured_s: float) -> Model:
+        """Take one measured run of the user's own as a further point, much trusted."""
+        one = replace(point(job, self.constants, family="own", name="your run"), noise=0.3)
+        back = constants_vector(Constants()) - constants_vector(self.constants)
+        target = math.log(measured_s) - math.log(step_seconds(job, self.constants)) - float(np.array(one.gradient) @ back)
+        grown = replace(self.process, points=(*self.process.points, one), targets=np.append(self.process.targets, target))
+        return replace(self, process=grown)
+
+
+def model_from(raw: dict[str, Any]) -> Model:
+    """Rebuild what fit.py wrote."""
+    points = tuple(
+        Point(a["words"], tuple(a["numbers"]), tuple(a["gradient"]), a["family"], a["name"], a["noise"], a["year"]) for a in raw["anchors"]
+    )
+    process = Process(
+        points=points,
+        targets=np.array([a["target"] for a in raw["anchors"]]),
+        terms=TERMS,
+        sizes=np.array(raw["sizes"]),
+        lengths=np.array([raw["lengths"][name] for name in NUMBERS]),
+        prior_sd=prior_vector(),
+        noise=raw["noise"],
+    )
+    return Model(Constants(*[raw["constants"][name] for name in NAMES]), process, raw["interval_width"])
+
+
+@functools.cache
+def shipped() -> Model:
+    with resources.files("bascule.plan").joinpath("data/constants.json").open(encoding="utf-8") as handle:
+        return model_from(json.load(handle))

@@ -1,0 +1,140 @@
+"""Learning from published runs: a Gaussian process on the logarithm of what the physics missed.
+
+The physics predicts; the runs say by how much it was off. Runs alike (chip, stack, precision, shape, layout) are off alike, so a
+new job borrows from the published runs nearest to it, and is given a wide interval where there are none. The physics' own
+constants enter as further uncertain directions (their gradients times their priors), so that leaving a family of runs out
+also unlearns what that family taught about the constants, exactly to first order and without a refit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run as the process sees it: words that may agree, numbers that may be near, gradients of the physics' log time.
+
+    `noise` scales the noise of its `kind` word; `year` is the software's date relative to a fixed origin.
+    """
+
+    words: Mapping[str, str]
+    numbers: tuple[float, ...]
+    gradient: tuple[float, ...]
+    family: str = ""
+    name: str = ""
+    noise: float = 1.0
+    year: float = 0.0
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the covariance; points must agree in all `words`. `flat`: they miss by the same; `near`: less so with the
+    distance of their numbers; `constants`: they share a deviation of the physics' constants (size in prior widths);
+    `drift`: they share a trend over the software's date (`year`, size per year)."""
+
+    words: tuple[str, ...]
+    kind: Literal["flat", "near", "constants", "drift"] = "flat"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the covariance of two lists of points is made of before its sizes are known."""
+
+    shared: Array
+    squares: Array
+    masks: tuple[Array, ...]
+    drift: Array
+    terms: tuple[Term, ...]
+
+    @classmethod
+    def between(cls, a: Sequence[Point], b: Sequence[Point], terms: tuple[Term, ...], prior_sd: Array) -> Parts:
+        ga, gb = (np.array([p.gradient for p in side]).reshape(len(side), -1) * prior_sd for side in (a, b))
+        na, nb = (np.array([p.numbers for p in side]).reshape(len(side), -1) for side in (a, b))
+        masks = []
+        for term in terms:
+            mask = np.ones((len(a), len(b)))
+            for word in term.words:
+                wa, wb = np.array([p.words[word] for p in a]), np.array([p.words[word] for p in b])
+                mask *= wa[:, None] == wb[None, :]
+            masks.append(mask)
+        drift = np.outer([p.year for p in a], [p.year for p in b])
+        return cls(ga @ gb.T, (na[:, None, :] - nb[None, :, :]) ** 2, tuple(masks), drift, terms)
+
+    def covariance(self, sizes: Array, lengths: Array) -> Array:
+        distance = self.squares @ (1 / lengths**2)
+        kinds = {
+            "flat": np.ones_like(distance),
+            "near": 0.5 * np.exp(-0.5 * distance) + 0.5 / (1 + distance),
+            "constants": self.shared,
+            "drift": self.drift,
+        }
+        total: Array = self.shared.copy()
+        for term, mask, size in zip(self.terms, self.masks, sizes, strict=True):
+            total += float(size) ** 2 * mask * kinds[term.kind]
+        return total
+
+
+@dataclass(frozen=True)
+class Process:
+    """A fitted process: its points, their targets (log measured minus log predicted), the terms' sizes, the numbers' lengths,
+    and the noise of each kind of point."""
+
+    points: tuple[Point, ...]
+    targets: Array
+    terms: tuple[Term, ...]
+    sizes: Array
+    lengths: Array
+    prior_sd: Array
+    noise: Mapping[str, float] = field(default_factory=dict)
+
+    def noise_variance(self, points: Sequence[Point]) -> Array:
+        return np.array([(self.noise[p.words["kind"]] * p.noise) ** 2 for p in points])
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts.between(self.points, self.points, self.terms, self.prior_sd)
+
+    @cached_property
+    def inverse(self) -> Array:
+        """Inverse of the points' covariance with noise."""
+        system = self.parts.covariance(self.sizes, self.lengths) + np.diag(self.noise_variance(self.points))
+        return np.asarray(np.linalg.inv(system))
+
+    def cross(self, new: Sequence[Point]) -> Array:
+        return Parts.between(new, self.points, self.terms, self.prior_sd).covariance(self.sizes, self.lengths)
+
+    def predict(self, new: Sequence[Point]) -> tuple[Array, Array]:
+        """Mean and standard deviation (noise included) of the log error at new points."""
+        cross = self.cross(new)
+        own = np.diag(Parts.between(new, new, self.terms, self.prior_sd).covariance(self.sizes, self.lengths))
+        spread = own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross) + self.noise_variance(new)
+        return cross @ self.inverse @ self.targets, np.sqrt(np.maximum(spread, 1e-8))
+
+    def left_out(self, groups: Sequence[str] | None = None) -> tuple[Array, Array]:
+        """Predictions at each point when its whole group (default: family) is left out; closed form from one inverse."""
+        names = list(groups) if groups is not None else [p.family for p in self.points]
+        blocks: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            blocks.setdefault(name, []).append(index)
+        weighted = self.inverse @ self.targets
+        alone = np.diag(self.inverse)
+        mean, sd = self.targets - weighted / alone, 1 / np.sqrt(alone)
+        for block in (block for block in blocks.values() if len(block) > 1):
+            inner = np.linalg.inv(self.inverse[np.ix_(block, block)])
+            mean[block] = self.targets[block] - inner @ weighted[block]
+            sd[block] = np.sqrt(np.maximum(np.diag(inner), 1e-8))
+        return mean, sd
+
+    def nearest(self, new: Point, count: int = 3) -> list[str]:
+        """Names of the published runs that the prediction leans on most."""
+        cross = self.cross([new])[0] / np.sqrt(np.diag(np.linalg.inv(self.inverse)))
+        return [self.points[int(i)].name for i in np.argsort(-np.abs(cross))[:count]]

@@ -1,0 +1,189 @@
+"""Rows in the format of runs.csv and inference.csv, read as inputs. The answer columns are never looked at here.
+
+A paper rarely prints the whole layout; what is missing is filled by rule (no free choice per row): no layout at all means fully
+sharded data parallel, an unknown micro-batch is 1 (a sharded replica's whole batch), unknown recomputation is none, an unprinted schedule of a
+pipeline is interleaved with two layers or more to a virtual stage, four virtual stages at most (two where only
+`interleaved` is printed).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bascule.errors import RecipeError
+from bascule.plan.architecture import Latent, Shape
+from bascule.plan.catalogue import find_chip
+from bascule.plan.job import Job, Layout, Recompute, precision_class
+
+Row = Mapping[str, str]
+
+# The stack is an input of a run; papers name it in the family or the source. First match wins.
+STACKS = {
+    "simumax": "megatron-core, no overlap", "mbridge": "megatron-bridge", "megatron-bridge": "megatron-bridge", "torchtitan": "torchtitan",
+    "mosaic": "llm-foundry", "llm-foundry": "llm-foundry", "megascale": "megascale", "korthikanti": "megatron-lm", "megatron": "megatron-lm",
+    "mindspeed": "mindspeed", "maxtext": "maxtext", "ironwood": "maxtext", "v6e": "maxtext", "v5p": "maxtext", "v5e": "maxtext",
+    "trn1": "neuronx", "gaudi": "habana", "primus": "primus", "pangu": "mindspeed", "llama3": "meta", "deepseek": "deepseek",
+}  # fmt: skip
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a table. Raises RecipeError when it cannot be read or lacks the columns that every table has."""
+    try:
+        with path.open(encoding="utf-8", newline="") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecipeError(f"The table '{path}' cannot be read ({error}).") from None
+    for column in ("id", "chip", "model"):
+        if rows and column not in rows[0]:
+            raise RecipeError(f"The table '{path}' has no column '{column}'; it must look like runs.csv or inference.csv.")
+    return rows
+
+
+def number(row: Row, key: str) -> float | None:
+    """A cell as a number: the first number in it ('1 per chip' is 1), None when there is none."""
+    found = re.search(r"[-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?", row.get(key) or "")
+    return float(found.group().replace(",", "")) if found else None
+
+
+def whole(row: Row, key: str, default: int) -> int:
+    value = number(row, key)
+    return max(1, round(value)) if value is not None else default
+
+
+def shape_of(row: Row) -> Shape:
+    """The model of a row. Raises RecipeError when the sizes that fix the FLOPs are not in it."""
+    extra: dict[str, Any] = json.loads(row.get("arch_json") or "{}")
+    missing = [key for key in ("layers", "hidden", "heads", "vocab") if number(row, key) is None]
+    if missing:
+        raise RecipeError(f"Row {row.get('id')}: the model's {', '.join(missing)} is missing.")
+    layers, hidden, heads = whole(row, "layers", 1), whole(row, "hidden", 1), whole(row, "heads", 1)
+    experts = int(number(row, "experts") or 0)
+    moe_ffn = int(number(row, "moe_ffn") or 0)
+    dense = int(number(row, "dense_layers_first") or 0) if experts else layers
+    if extra.get("moe_every", 1) == 2:
+        dense = layers // 2
+    mla = extra.get("mla")
+    local, window = _windows(row["model"], str(extra.get("note", "")), layers)
+    return Shape(
+        name=row["model"],
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=whole(row, "kv_heads", heads),
+        head_dim=whole(row, "head_dim", hidden // heads),
+        ffn=int(number(row, "ffn_hidden") or (0 if experts else 4 * hidden)),
+        vocab=whole(row, "vocab", 1),
+        gated=extra.get("ffn_matrices", 3) == 3,
+        tied=bool(extra.get("tied_embeddings", False)),
+        latent=Latent(q_lora=mla["q_lora"] or None, kv_lora=mla["kv_lora"], nope=mla["nope"], rope=mla["rope"], v=mla["v"]) if mla else None,
+        experts=experts,
+        topk=int(number(row, "topk") or 0),
+        moe_ffn=moe_ffn,
+        shared_ffn=int(extra.get("shared_ffn_total", 0)),
+        dense_layers=min(dense, layers),
+        mtp_layers=0 if "w/o MTP" in row.get("notes", "") or row.get("vendor") == "Google" else int(extra.get("mtp_layers", 0)),
+        window=window,
+        local_layers=local,
+    )
+
+
+def _windows(model: str, note: str, layers: int) -> tuple[int, int]:
+    """(layers that see a window, window): from a row's note on its attention, else from the model's own config.json."""
+    if model.startswith("Mistral-7B"):
+        return layers, 4096
+    if model.startswith(("Gemma2", "Gemma-2")):
+        return layers // 2, 4096
+    if "128-token sliding" in note:
+        return layers // 2, 128
+    if "5:1 local(1024)" in note:
+        return layers * 5 // 6, 1024
+    if "chunked attention 8192" in note:
+        return layers * 3 // 4, 8192
+    return 0, 0
+
+
+def job_of(row: Row) -> Job:
+    """A row of runs.csv as a job, from its inputs alone. Raises RecipeError naming what is missing."""
+    chips, sequence = number(row, "chips"), number(row, "seq_len")
+    if not chips or not sequence:
+        raise RecipeError(f"Row {row.get('id')}: the number of chips or the sequence length is missing.")
+    layout = layout_of(row, int(chips))
+    batch = number(row, "global_batch_seqs") or layout.micro_batch * layout.dp
+    notes = row.get("notes", "")
+    return Job(
+        shape=shape_of(row),
+        chip=find_chip(row["chip"]),
+        chips=int(chips),
+        sequence=int(sequence),
+        global_batch=max(1, round(batch)),
+        precision=precision_class(row.get("precision", "")),
+        layout=layout,
+        software=stack_of(row),
+        software_date=_container_date(notes),
+        balanced="force-balanced" in notes,
+    )
+
+
+def layout_of(row: Row, chips: int) -> Layout:
+    """The row's layout; blanks filled by rule."""
+    sharding = row.get("sharding", "").lower()
+    tp, cp = min(whole(row, "tp", 1), chips), whole(row, "cp", 1)
+    pp = min(whole(row, "pp", 1), max(1, chips // (tp * cp)))  # a layout printed for a larger run cannot exceed the chips
+    unknown = not row.get("tp") and not row.get("pp") and not sharding
+    zero = 3 if "fsdp" in sharding or unknown else 1 if "zero-1" in sharding or "distributed opt" in sharding else 0
+    zero = 2 if "shard_grad_op" in sharding or "zero-2" in sharding else zero
+    overlap = row.get("schedule_overlap", "")
+    vpp = _virtual(row, pp)
+    schedule = "zb" if "zero-bubble" in overlap.lower() else "dualpipe" if "dualpipe" in overlap.lower() else "interleaved" if vpp > 1 else "1f1b"
+    return Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        ep=whole(row, "ep", 1),
+        dp=max(1, chips // (tp * pp * cp)),
+        zero=zero,
+        micro_batch=whole(row, "micro_batch", _whole_local_batch(row, chips // (tp * pp * cp)) if zero == 3 and pp == 1 else 1),
+        recompute=_recompute(row.get("recompute", ""), sharding),
+        tp_overlap=any(word in overlap for word in ("MC2", "AsyncTP", "comm overlap", "MegaScale")),
+        schedule=schedule,
+    )
+
+
+def _whole_local_batch(row: Row, dp: int) -> int:
+    """Fully sharded runs take a replica's whole batch at once unless they say otherwise: each pass fetches all weights."""
+    return max(1, round(whole(row, "global_batch_seqs", dp) / max(1, dp)))
+
+
+def _virtual(row: Row, pp: int) -> int:
+    text, overlap = row.get("vpp", ""), row.get("schedule_overlap", "")
+    if "layers/virtual stage" in text:
+        per_stage = number(row, "vpp") or 1
+        return max(1, round(whole(row, "layers", 1) / pp / per_stage))
+    if not text and pp > 1 and "interleaved" in overlap:
+        return 2
+    if not text and pp > 1 and not overlap:
+        return max(1, min(4, whole(row, "layers", 1) // pp // 2))
+    return whole(row, "vpp", 1)
+
+
+def _recompute(text: str, sharding: str) -> Recompute:
+    word = text.lower()
+    if word.startswith(("full", "custom", "qkv")):
+        return "full" if word.startswith("full") else "selective"
+    return "selective" if "selective" in word or "minimal" in word else "none"
+
+
+def stack_of(row: Row) -> str:
+    text = f"{row.get('family', '')} {row.get('source', '')}".lower()
+    return next((stack for word, stack in STACKS.items() if word in text), "unknown")
+
+
+def _container_date(notes: str) -> float | None:
+    found = re.search(r"container (\d\d)\.(\d\d)", notes)
+    return 2000 + int(found.group(1)) + int(found.group(2)) / 12 if found else None
