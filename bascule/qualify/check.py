@@ -95,6 +95,11 @@ CHECKS: tuple[Check, ...] = (
         catches=("backward-wrong",),
     ),
     Check(
+        "numerics.optimizer", ("train",),
+        "Is each operator of the optimizer as precise as its type allows?",
+        "as numerics.forward", "numerics:optimizer",
+    ),
+    Check(
         "numerics.layers", BOTH,
         "Is the output of every layer of this model within the response to a one-ulp perturbation?",
         "RMS error at most 16 times the measured response; signed gain within the type's bar", "layers:forward",

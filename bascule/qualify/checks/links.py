@@ -1,0 +1,189 @@
+"""Do collectives between two processes return what was sent, to the last element?
+
+Every rank's part is whole numbers, so each sum is exact in any order and the tolerance is zero (as nccl-tests does). Sizes are odd,
+end in tails, and reach 1 MiB and beyond, where real all-reduces have lost their last eight values or one rank's part. The processes
+are our own, started from here; where the machine has one chip of this kind only, one process asks what a group of one can be asked.
+
+    python -m bascule.qualify.checks.links REQUEST.json RANK
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bascule.accelerators.base import Accelerator, Work
+from bascule.accelerators.registry import open_accelerator
+from bascule.errors import DeviceFault
+from bascule.folder import write_json_atomic
+from bascule.qualify.checks.exact import integers
+from bascule.qualify.context import ChipFailed, CheckContext, Measured, describe
+from bascule.records import Evidence
+
+SIZES_QUICK = (1, 7, 257, 1000, 4097, 262_144)  # the last is 1 MiB of fp32
+SIZES_FULL = (*SIZES_QUICK, 262_144 + 3, 16_777_216 + 5, 268_435_456)  # the last is 1 GiB of fp32
+DTYPES = (torch.float32, torch.bfloat16, torch.int64)
+EVERY_DTYPE_UP_TO = 10_000
+LIMIT_S = 45.0
+BANDWIDTH_ELEMENTS = 262_144
+
+
+def collectives(context: CheckContext) -> list[Evidence]:
+    ranks = _ranks(context.accelerator)
+    reports, trouble = _run_ranks(context, ranks)
+    if trouble:
+        raise ChipFailed(trouble)
+    wrong = [sentence for report in reports for sentence in report["wrong"]]
+    measured: Measured = {
+        "ranks": ranks,
+        "cases": reports[0]["cases"],
+        "wrong": len(wrong),
+        "latency_s": reports[0]["latency_s"],
+        "bandwidth_gb_per_s": reports[0]["bandwidth_gb_per_s"],
+    }
+    if wrong:
+        return [context.failed(f"{wrong[0]} ({len(wrong)} cases wrong on {ranks} ranks)", measured)]
+    return [
+        context.passed(
+            f"{reports[0]['cases']} collectives of {ranks} rank{'s' * (ranks > 1)} exact ({context.accelerator.collective_backend}, "
+            f"{1e6 * reports[0]['latency_s']:.0f} us, {reports[0]['bandwidth_gb_per_s']:.2f} GB/s)",
+            measured,
+        )
+    ]
+
+
+def _ranks(accelerator: Accelerator) -> int:
+    if accelerator.device.type == "cpu":
+        return 2
+    return min(2, torch.accelerator.device_count())
+
+
+def _run_ranks(context: CheckContext, ranks: int) -> tuple[list[dict[str, Any]], str | None]:
+    """Start the ranks, wait for their reports. The second value says what went wrong instead."""
+    folder = context.workdir / "links"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    request = folder / "request.json"
+    write_json_atomic(
+        request,
+        {
+            "accelerator": context.accelerator.name,
+            "ranks": ranks,
+            "store": str(folder / "store"),
+            "seed": context.seed,
+            "quick": context.quick,
+            "report": str(folder / "rank-"),
+            "threads": torch.get_num_threads(),
+        },
+    )
+    command = [sys.executable, "-m", "bascule.qualify.checks.links", str(request)]
+    processes = []
+    for rank in range(ranks):
+        with open(folder / f"rank-{rank}.log", "wb") as log:
+            processes.append(subprocess.Popen([*command, str(rank)], stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+    trouble = _wait(processes, LIMIT_S if context.quick else 10 * LIMIT_S)
+    if trouble:
+        return [], f"{trouble}; see {folder.name}/rank-*.log"
+    reports = [json.loads(Path(f"{folder / 'rank-'}{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    raised = [report["raised"] for report in reports if report["raised"]]
+    return reports, raised[0] if raised else None
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], limit_s: float) -> str | None:
+    ends_s = time.monotonic() + limit_s
+    trouble = None
+    for rank, process in enumerate(processes):
+        try:
+            code = process.wait(timeout=max(0.1, ends_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            trouble = trouble or f"rank {rank} did not finish its collectives within {limit_s:g} s"
+            continue
+        if code:
+            trouble = trouble or f"rank {rank} ended with code {code} in its collectives"
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return trouble
+
+
+# --- in the rank's own process ---------------------------------------------------------------------------------------------
+
+
+def _rank_main(request: dict[str, Any], rank: int) -> None:
+    accelerator = open_accelerator(_name_of(request["accelerator"], rank), seed=request["seed"])
+    accelerator.prepare(request["threads"])
+    report: dict[str, Any] = {"wrong": [], "cases": 0, "raised": None, "latency_s": 0.0, "bandwidth_gb_per_s": 0.0}
+    dist.init_process_group(
+        accelerator.collective_backend, init_method=f"file://{request['store']}", rank=rank, world_size=request["ranks"]
+    )
+    try:
+        with accelerator.session(Work("train", 1)):
+            _ask_all(accelerator, request, rank, report)
+            accelerator.synchronize()
+        dist.barrier()
+    except (RuntimeError, DeviceFault) as error:
+        report["raised"] = f"rank {rank}: {describe(error)}"
+    write_json_atomic(Path(f"{request['report']}{rank}.json"), report)
+    dist.destroy_process_group()
+
+
+def _name_of(name: str, rank: int) -> str:
+    """The rank's own chip: `cuda` is `cuda:1` for rank 1. Simulated chips and the CPU are shared."""
+    return name if rank == 0 or name.startswith("sim:") or name == "cpu" or ":" in name else f"{name}:{rank}"
+
+
+def _ask_all(accelerator: Accelerator, request: dict[str, Any], rank: int, report: dict[str, Any]) -> None:
+    ranks, seed = request["ranks"], request["seed"]
+    for size in SIZES_QUICK if request["quick"] else SIZES_FULL:
+        for dtype in DTYPES if size <= EVERY_DTYPE_UP_TO else DTYPES[:1]:
+            parts = [integers(seed, f"link {other}", (size,)).to(dtype) for other in range(ranks)]
+            mine = parts[rank].to(accelerator.device)
+            for name, got, want in _cases(mine, parts, rank):
+                report["cases"] += 1
+                wrong = int((got.cpu() != want).sum())
+                if wrong:
+                    at = int((got.cpu() != want).nonzero()[0])
+                    short = str(dtype).removeprefix("torch.")
+                    report["wrong"].append(f"{name} of {size} {short} values: {wrong} wrong on rank {rank}, first at {at}")
+    _time(accelerator, report)
+
+
+def _cases(mine: Tensor, parts: list[Tensor], rank: int) -> list[tuple[str, Tensor, Tensor]]:
+    total = torch.stack(parts).sum(0).to(mine.dtype)
+    summed, highest, sent = mine.clone(), mine.clone(), mine.clone()
+    dist.all_reduce(summed)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    dist.broadcast(sent, src=len(parts) - 1)
+    gathered = [torch.empty_like(mine) for _ in parts]
+    dist.all_gather(gathered, mine)
+    return [
+        ("sum over all ranks", summed, total),
+        ("maximum over all ranks", highest, torch.stack(parts).max(0).values),
+        ("broadcast", sent, parts[-1]),
+        ("gather from all ranks", torch.cat(gathered), torch.cat(parts)),
+    ]
+
+
+def _time(accelerator: Accelerator, report: dict[str, Any]) -> None:
+    one = torch.zeros(1, device=accelerator.device)
+    many = torch.zeros(BANDWIDTH_ELEMENTS, device=accelerator.device)
+    for tensor in (one, many):
+        dist.all_reduce(tensor)
+    report["latency_s"] = min(accelerator.timed(lambda: dist.all_reduce(one))[1] for _ in range(10))
+    seconds = min(accelerator.timed(lambda: dist.all_reduce(many))[1] for _ in range(3))
+    report["bandwidth_gb_per_s"] = many.numel() * many.element_size() / seconds / 1e9
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as request_file:
+        _rank_main(json.load(request_file), int(sys.argv[2]))
