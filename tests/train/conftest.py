@@ -41,7 +41,9 @@ class Tiny:
         return Plan({"sft": SFT_STEPS, "grpo": GRPO_STEPS}, folder, every)
 
     def fingerprint(self) -> str:
-        return weights.fingerprint_state({n: t.detach() for n, t in self.stepper.model_state().items()})
+        return weights.fingerprint_state(
+            {n: t.detach() for n, t in self.stepper.model_state().items()}
+        )
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +55,12 @@ def material():
         (tokenizer.encode(prompt), [*tokenizer.encode(text), tokenizer.eos_id])
         for prompt, text in corpus.sft_examples(problems, 0)
     ]
-    return tokenizer, problems, examples, [tokenizer.encode(chat.prompt(p.question)) for p in problems]
+    return (
+        tokenizer,
+        problems,
+        examples,
+        [tokenizer.encode(chat.prompt(p.question)) for p in problems],
+    )
 
 
 @pytest.fixture
@@ -61,7 +68,12 @@ def tiny(material):
     """Make a Tiny: `tiny()`; the same call always makes the same one. `reward` replaces the task's verifier."""
     tokenizer, problems, examples, prompts = material
 
-    def make(accelerator: Accelerator | None = None, judge: Judge | None = None, reward=None, max_tokens=24) -> Tiny:
+    def make(
+        accelerator: Accelerator | None = None,
+        judge: Judge | None = None,
+        reward=None,
+        max_tokens=80,
+    ) -> Tiny:
         accelerator = accelerator or CpuAccelerator()
         torch.set_num_threads(1)
         model = Transformer(ModelConfig(preset="tick", vocab_size=tokenizer.vocab_size))
@@ -69,13 +81,34 @@ def tiny(material):
         engine = Engine(model, accelerator, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 
         def sample(request: RolloutRequest) -> RolloutReply:
-            sampling = Sampling(max_tokens=request.max_tokens, seed=request.seed, purpose=request.purpose, step=request.step)
-            return RolloutReply(engine.generate(request.prompts, sampling, group_size=request.group_size), None, None, 0.0)
+            sampling = Sampling(
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                purpose=request.purpose,
+                step=request.step,
+            )
+            return RolloutReply(
+                engine.generate(request.prompts, sampling, group_size=request.group_size),
+                None,
+                None,
+                0.0,
+            )
 
         stepper = Stepper(model, accelerator, judge=judge, router_bias_speed=1e-3)
-        sft = Sft(SftConfig(steps=SFT_STEPS, batch_sequences=8, warmup_steps=1), examples, seed=0, pad_id=tokenizer.pad_id)
+        sft = Sft(
+            SftConfig(steps=SFT_STEPS, batch_sequences=8, warmup_steps=1),
+            examples,
+            seed=0,
+            pad_id=tokenizer.pad_id,
+        )
         grpo = Grpo(
-            GrpoConfig(steps=GRPO_STEPS, prompts=4, group_size=4, updates_per_rollout=2, max_completion_tokens=max_tokens),
+            GrpoConfig(
+                steps=GRPO_STEPS,
+                prompts=4,
+                group_size=4,
+                updates_per_rollout=2,
+                max_completion_tokens=max_tokens,
+            ),
             prompts,
             seed=0,
             pad_id=tokenizer.pad_id,

@@ -18,26 +18,46 @@ def test_advantage_is_reward_minus_group_mean_undivided():
 
 
 def test_a_group_without_contrast_is_dead_whether_all_right_or_all_wrong():
-    assert with_contrast(np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])).tolist() == [False, False, True]
+    assert with_contrast(np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])).tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_on_a_bandit_the_gradient_is_the_policy_gradient_in_closed_form():
     """One-token answers, softmax policy p, every arm sampled once per its advantage: d loss / d logit_k is known."""
     logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    arms, reward = torch.tensor([0, 1, 2, 2]), torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    arms, reward = (
+        torch.tensor([0, 1, 2, 2]),
+        torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
+    )
     advantage = reward - reward.mean()
     new = logits.log_softmax(0)[arms][:, None]
     ones = torch.ones_like(new)
     loss, _ = clipped_loss(new, new.detach(), advantage[:, None], ones, ones, 0.2, 0.28)
     (got,) = torch.autograd.grad(loss, logits)
     p = logits.detach().softmax(0)
-    expected = -sum(a * (torch.eye(3, dtype=torch.float64)[arm] - p) for a, arm in zip(advantage, arms, strict=True)) / 4
+    expected = (
+        -sum(
+            a * (torch.eye(3, dtype=torch.float64)[arm] - p)
+            for a, arm in zip(advantage, arms, strict=True)
+        )
+        / 4
+    )
     torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "moves"),
-    [(1.27, 1.0, True), (1.29, 1.0, False), (0.81, -1.0, True), (0.79, -1.0, False), (0.5, 1.0, True), (2.0, -1.0, True)],
+    [
+        (1.27, 1.0, True),
+        (1.29, 1.0, False),
+        (0.81, -1.0, True),
+        (0.79, -1.0, False),
+        (0.5, 1.0, True),
+        (2.0, -1.0, True),
+    ],
 )
 def test_the_clip_stops_the_gradient_beyond_its_own_side_only(ratio, advantage, moves):
     new = torch.tensor([[math.log(ratio)]], requires_grad=True)
@@ -45,13 +65,17 @@ def test_the_clip_stops_the_gradient_beyond_its_own_side_only(ratio, advantage, 
     loss, metrics = clipped_loss(new, torch.zeros(1, 1), advantage * one, one, one, 0.2, 0.28)
     (grad,) = torch.autograd.grad(loss, new)
     assert bool(grad.abs().sum() > 0) is moves
-    assert float(metrics["clipped_low_ratio"] + metrics["clipped_high_ratio"]) == (0.0 if moves else 1.0)
+    assert float(metrics["clipped_low_ratio"] + metrics["clipped_high_ratio"]) == (
+        0.0 if moves else 1.0
+    )
 
 
 def test_every_token_of_the_batch_weighs_the_same():
     new = torch.zeros(2, 3, requires_grad=True)
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    loss, _ = clipped_loss(new, torch.zeros(2, 3), torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3), mask, 0.2, 0.28)
+    loss, _ = clipped_loss(
+        new, torch.zeros(2, 3), torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3), mask, 0.2, 0.28
+    )
     (grad,) = torch.autograd.grad(loss, new)
     assert torch.equal(grad, torch.tensor([[-0.25, 0.0, 0.0], [0.25, 0.25, 0.25]]))
 
@@ -64,13 +88,21 @@ def test_importance_is_capped_and_carries_no_gradient():
 
 
 def test_entropy_of_a_uniform_policy_is_log_of_its_size():
-    assert float(entropy(torch.zeros(1, 2, 8), torch.tensor([[1.0, 0.0]]))) == pytest.approx(math.log(8))
+    assert float(entropy(torch.zeros(1, 2, 8), torch.tensor([[1.0, 0.0]]))) == pytest.approx(
+        math.log(8)
+    )
 
 
 def test_mismatch_figures_are_the_textbook_ones():
-    got = mismatch(torch.tensor([math.log(0.5), math.log(0.2)]), torch.tensor([math.log(0.25), math.log(0.4)]), 1.5)
+    got = mismatch(
+        torch.tensor([math.log(0.5), math.log(0.2)]),
+        torch.tensor([math.log(0.25), math.log(0.4)]),
+        1.5,
+    )
     d = [math.log(2.0), -math.log(2.0)]
-    assert got["mean_abs"] == pytest.approx(math.log(2.0)) and got["max_abs"] == pytest.approx(math.log(2.0))
+    assert got["mean_abs"] == pytest.approx(math.log(2.0)) and got["max_abs"] == pytest.approx(
+        math.log(2.0)
+    )
     assert got["k1_kl"] == pytest.approx(0.0, abs=1e-7)
     assert got["k3_kl"] == pytest.approx(((2 - 1 - d[0]) + (0.5 - 1 - d[1])) / 2)
     assert got["chi2"] == pytest.approx((4 + 0.25) / 2 - 1)
@@ -81,11 +113,28 @@ def test_mismatch_figures_are_the_textbook_ones():
 def test_equal_log_probabilities_have_no_mismatch():
     x = torch.tensor([-1.0, -2.0, -0.5])
     got = mismatch(x, x, 2.0)
-    assert got == {"mean_abs": 0, "max_abs": 0, "k1_kl": 0, "k3_kl": 0, "chi2": 0, "effective_sample_ratio": 1, "capped_ratio": 0, "tokens": 3}
+    assert got == {
+        "mean_abs": 0,
+        "max_abs": 0,
+        "k1_kl": 0,
+        "k3_kl": 0,
+        "chi2": 0,
+        "effective_sample_ratio": 1,
+        "capped_ratio": 0,
+        "tokens": 3,
+    }
 
 
 def test_the_ledgers_record_is_made_from_the_notes():
-    notes = {"reward": 0.5, **{f"mismatch_{k}": v for k, v in mismatch(torch.zeros(3), torch.zeros(3), 2.0).items()}}
+    notes = {
+        "reward": 0.5,
+        **{f"mismatch_{k}": v for k, v in mismatch(torch.zeros(3), torch.zeros(3), 2.0).items()},
+    }
     record = mismatch_record(7, notes, pool="ascend")
-    assert record is not None and record.tokens == 3 and record.pool == "ascend" and record.max_abs == 0.0
+    assert (
+        record is not None
+        and record.tokens == 3
+        and record.pool == "ascend"
+        and record.max_abs == 0.0
+    )
     assert mismatch_record(7, {"reward": 0.5}) is None

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bascule.errors import UsageError
+from bascule.train.grpo import Group, Grpo, deal
+from bascule.train.mismatch import mismatch_record
+
+FIRST = 4  # the tiny run's first GRPO step
+
+
+def at_grpo(run):
+    run.stepper.step = FIRST - 1
+    run.stepper.begin(run.grpo)
+    return run
+
+
+def test_groups_are_dealt_whole_and_evenly_and_none_is_lost():
+    groups = [Group([i], [], []) for i in range(5)]
+    hands = deal(groups, 2)
+    assert [len(hand) for hand in hands] == [3, 2]
+    assert sorted(g.prompt[0] for hand in hands for g in hand) == [0, 1, 2, 3, 4]
+    assert deal(groups[:1], 2) == [groups[:1], []]
+
+
+def test_one_rollout_serves_all_its_minibatches_and_asking_again_changes_nothing(tiny):
+    run = at_grpo(tiny())
+    asked = []
+    sampler = run.grpo.sampler
+    run.grpo.sampler = lambda request: asked.append(request.step) or sampler(request)
+    first, second, again = (run.grpo.next_batch(step) for step in (FIRST, FIRST + 1, FIRST))
+    assert asked == [FIRST] and again is first and second.step == FIRST + 1
+    run.grpo.next_batch(FIRST + 2)
+    assert asked == [FIRST, FIRST + 2]
+
+
+def test_the_first_minibatch_has_policy_ratio_exactly_one_and_the_engine_agrees_with_the_trainer(
+    tiny,
+):
+    run = at_grpo(tiny())
+    proposal = run.stepper.propose(run.grpo.next_batch(FIRST))
+    assert proposal.metrics["max_policy_ratio"] == 1.0
+    assert proposal.metrics["clipped_low_ratio"] == proposal.metrics["clipped_high_ratio"] == 0.0
+    record = mismatch_record(FIRST, proposal.metrics)
+    assert record is not None and record.tokens > 0
+    assert (
+        record.max_abs < 1e-4
+        and record.effective_sample_ratio > 0.9999
+        and record.capped_ratio == 0.0
+    )
+
+
+def test_the_second_minibatch_is_off_policy_by_the_first_update(tiny):
+    run = at_grpo(tiny())
+    run.stepper.commit(run.stepper.propose(run.grpo.next_batch(FIRST)))
+    assert run.stepper.propose(run.grpo.next_batch(FIRST + 1)).metrics["max_policy_ratio"] != 1.0
+
+
+def test_dead_groups_are_dropped_and_recorded(tiny):
+    def reward(owners, completions):
+        return [float(i % 4 == 0) if i < 4 else 1.0 for i in range(len(completions))]
+
+    run = at_grpo(tiny(reward=reward))
+    batches = [run.grpo.next_batch(step) for step in (FIRST, FIRST + 1)]
+    assert (
+        batches[0].notes["kept_group_ratio"] == 0.25
+        and batches[0].notes["dead_group_ratio"] == 0.75
+    )
+    assert batches[0].notes["reward"] == 13 / 16
+    assert batches[1].empty
+
+
+def test_when_all_groups_are_dead_the_steps_are_no_ops_with_a_note(tiny):
+    run = at_grpo(tiny(reward=lambda owners, completions: [1.0] * len(completions)))
+    before = run.fingerprint()
+    for step in (FIRST, FIRST + 1):
+        proposal = run.stepper.propose(run.grpo.next_batch(step))
+        run.stepper.commit(proposal)
+        assert proposal.tokens == 0
+    assert run.fingerprint() == before and run.stepper.step == FIRST + 1
+    assert run.grpo.next_batch(FIRST).notes["dead_group_ratio"] == 1.0
+    assert mismatch_record(FIRST, run.grpo.next_batch(FIRST).notes) is None
+
+
+def test_truncated_answers_count_in_the_group_mean_but_not_in_the_loss(tiny):
+    run = at_grpo(
+        tiny(
+            reward=lambda owners, completions: [float(i % 2) for i in range(len(completions))],
+            max_tokens=3,
+        )
+    )
+    batches = [run.grpo.next_batch(step) for step in (FIRST, FIRST + 1)]
+    notes = batches[0].notes
+    rows = sum(len(b.tensors["tokens"]) for b in batches if not b.empty)
+    assert notes["truncated_ratio"] > 0 and notes["kept_group_ratio"] == 1.0
+    assert rows == round(16 * (1 - notes["truncated_ratio"]))
+
+
+def test_advantages_are_those_of_the_samples_they_stand_beside(tiny, material):
+    run = at_grpo(tiny())
+    batch = run.grpo.next_batch(FIRST)
+    eos = material[0].eos_id
+    for row in range(len(batch.tensors["tokens"])):
+        said = batch.tensors["targets"][row][batch.tensors["mask"][row].bool()]
+        assert int(said[-1]) == eos
+        assert (float(batch.tensors["advantages"][row]) > 0) == (len(said) % 2 == 1)
+
+
+def test_state_in_the_middle_of_a_rollout_continues_with_equal_bits(tiny):
+    run = at_grpo(tiny())
+    run.stepper.commit(run.stepper.propose(run.grpo.next_batch(FIRST)))
+    state = run.grpo.state_dict()
+    other = at_grpo(tiny())
+    other.grpo.load_state_dict(state)
+    other.grpo.sampler = None  # a second rollout would fail here
+    mine, theirs = run.grpo.next_batch(FIRST + 1), other.grpo.next_batch(FIRST + 1)
+    assert mine.tensors.keys() == theirs.tensors.keys() and mine.notes == theirs.notes
+    assert all(torch.equal(t, theirs.tensors[n]) for n, t in mine.tensors.items())
+
+
+def test_the_tasks_own_verifier_pays_a_worked_solution_and_not_a_cut_off_one(tiny, material):
+    _, _, examples, _ = material
+    reward = tiny.verifier
+    whole = [completion for _, completion in examples[:4]]
+    assert reward(range(4), whole) == [1.0] * 4
+    assert reward(range(4), [tokens[:-1] for tokens in whole]) == [0.0] * 4
+    assert reward([0, 0], [whole[0], whole[1]])[0] == 1.0
+
+
+def test_a_short_reply_of_the_sampler_is_refused(tiny):
+    run = at_grpo(tiny())
+    sampler = run.grpo.sampler
+
+    def short(request):
+        reply = sampler(request)
+        return type(reply)(reply.completions[:-1], None, None, 0.0)
+
+    run.grpo.sampler = short
+    with pytest.raises(ValueError, match="gave 15"):
+        run.grpo.next_batch(FIRST)
+
+
+def test_no_prompts_is_refused():
+    with pytest.raises(UsageError, match="no prompts"):
+        Grpo(None, [], seed=0, pad_id=0, sampler=None, score=None, reward=None)
