@@ -1,0 +1,143 @@
+"""Where to go next: the ladder from a failed launch to the next one, as a pure function of the ledger. No torch, no I/O.
+
+    retry the step        the loop itself, inside one launch (guard and train)
+    start again here      a transient fault, a death or a hang, while the budget lasts; waits longer each time
+    another pool          a condemned chip, a refused continuation, or an exhausted budget
+    stop                  no pool is left, or the ladder went round without a newer certified snapshot
+
+Nothing is remembered outside the ledger, so a supervisor that was killed and started again decides the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bascule.errors import NoPoolLeft
+from bascule.ledger import of_kind
+from bascule.records import (
+    AnyRecord,
+    Incident,
+    Migration,
+    Placement,
+    PoolCondemned,
+    PoolReadmitted,
+    Role,
+    SnapshotEvent,
+)
+
+Action = Literal["start again", "move"]
+
+CONDEMNING = frozenset(
+    {
+        "ChipCondemned",
+        "ContinuationRefused",
+        "OperatorMissing",
+        "AcceleratorUnavailable",
+        "OutOfMemory",
+    }
+)
+"""Endings after which the chip is not asked again: proof, or something that waiting does not change."""
+
+LAUNCHES_PER_POOL = 3
+"""Launches on one pool that may end badly without a newer certified snapshot between them."""
+
+
+@dataclass(frozen=True)
+class Setback:
+    """A launch that ended badly. `ending`: the error's class name, or "Hang" or "Death"."""
+
+    pool: str
+    ending: str
+    step: int
+    reason: str
+    incident_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """What to do. `condemn`: the pool loses the role `train` first. `wait_s`: back-off before the launch."""
+
+    action: Action
+    pool: str
+    condemn: bool
+    wait_s: float
+    reason: str
+
+
+def condemned(records: Iterable[AnyRecord]) -> frozenset[tuple[str, Role]]:
+    """(pool, role) pairs condemned and not readmitted since. A pool is readmitted by its owner, never by itself."""
+    found: set[tuple[str, Role]] = set()
+    for record in records:
+        if isinstance(record, PoolCondemned) and record.pool:
+            found.add((record.pool, record.role))
+        elif isinstance(record, PoolReadmitted) and record.pool:
+            found.discard((record.pool, record.role))
+    return frozenset(found)
+
+
+def next_move(
+    records: Sequence[AnyRecord],
+    setback: Setback,
+    place: Callable[[frozenset[tuple[str, Role]]], Placement],
+    *,
+    budget: int = LAUNCHES_PER_POOL,
+) -> Move:
+    """Decide what follows `setback`, which is already in `records` (as an incident or a migration) or about to be.
+
+    `place` is place.placement.place with verdicts and the owner's order filled in: condemned pools in, placement out.
+    Raises NoPoolLeft, with the story so far, when nothing can be tried.
+    """
+    earlier = bad_launches(records)
+    here = 1 + sum(pool == setback.pool for pool in earlier)
+    out = set(condemned(records))
+    if setback.ending not in CONDEMNING and here < budget:
+        wait = 0.0 if setback.ending == "RollbackNeeded" else min(60.0, 2.0 ** (here - 1))
+        return Move(
+            "start again",
+            setback.pool,
+            False,
+            wait,
+            f"{setback.ending} {here} of {budget - 1} allowed on '{setback.pool}' since the last certified snapshot",
+        )
+    out.add((setback.pool, "train"))
+    try:
+        placement = place(frozenset(out))
+    except NoPoolLeft as nothing:
+        raise NoPoolLeft(f"{nothing} What happened: {_story(records, setback)}") from None
+    why = (
+        setback.reason
+        if setback.ending in CONDEMNING
+        else f"{here} launches on '{setback.pool}' ended badly without a newer certified snapshot; last: {setback.reason}"
+    )
+    return Move("move", placement.train, True, 0.0, why)
+
+
+def bad_launches(records: Sequence[AnyRecord]) -> list[str]:
+    """Pools of the launches that ended badly since the last new certified snapshot, oldest first.
+
+    A snapshot certified again after a rollback is not progress: only a step beyond every earlier certified one is.
+    """
+    pools: list[str] = []
+    furthest = -1
+    for record in records:
+        if (
+            isinstance(record, SnapshotEvent)
+            and record.state == "certified"
+            and record.step > furthest
+        ):
+            furthest = record.step
+            pools.clear()
+        elif isinstance(record, Migration):
+            pools.append(record.from_pool)
+    return pools
+
+
+def _story(records: Sequence[AnyRecord], setback: Setback) -> str:
+    told = [
+        f"step {one.step} on '{one.pool}': {one.attribution} ({one.action})"
+        for one in of_kind(records, Incident)
+    ]
+    told.append(f"step {setback.step} on '{setback.pool}': {setback.reason}")
+    return "; ".join(told[-6:]) + "."
