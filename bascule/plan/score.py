@@ -1,0 +1,152 @@
+"""How wrong the planner is: every scoreable row of a table predicted from its inputs alone, and the errors by vendor.
+
+A row that the planner refuses counts as a miss (coverage), never as absent. Error is predicted over published throughput minus
+one; the left-out score (`left_out_*`) predicts each row from the other families' rows only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bascule.errors import BasculeError, RecipeError
+from bascule.plan.fit import measured_tokens, scoreable
+from bascule.plan.forecast import Model, shipped
+from bascule.plan.table import Row, job_of
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row: published and predicted value, the interval's ends; `refused` says why nothing was predicted."""
+
+    name: str
+    vendor: str
+    family: str
+    published: float
+    predicted: float | None
+    low: float | None
+    high: float | None
+    refused: str = ""
+
+    @property
+    def error(self) -> float | None:
+        return None if self.predicted is None else self.predicted / self.published - 1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Fractions, not percent. `coverage`: rows predicted; errors over those; `kendall_tau` over pairs within a family."""
+
+    n: int
+    coverage: float
+    median_abs_error: float | None
+    p90_abs_error: float | None
+    bias: float | None
+    within_10: float | None
+    interval_coverage: float | None
+    kendall_tau: float | None
+
+
+def training_rows(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if scoreable(row)]
+
+
+def score_training(rows: Sequence[Row], model: Model | None = None) -> list[Scored]:
+    """Predict tokens per second and chip for every scoreable row with one model."""
+    used = model or shipped()
+    return [_training_row(row, used) for row in training_rows(rows)]
+
+
+def _training_row(row: Row, model: Model) -> Scored:
+    published = measured_tokens(row) or 1.0
+    try:
+        job = job_of(row)
+        found = model.predict(job)
+    except BasculeError as error:
+        return refused(row, published, str(error))
+    tokens = job.tokens_per_step / job.chips
+    return Scored(row["id"], row["vendor"], row["family"], published, tokens / found.seconds, tokens / found.high, tokens / found.low)
+
+
+def refused(row: Row, published: float, why: str) -> Scored:
+    return Scored(row["id"], row["vendor"], row["family"], published, None, None, None, why)
+
+
+def left_out(model: Model, rows: Sequence[Row], *, by: Callable[[Row], str] = lambda row: row["family"]) -> list[Scored]:
+    """Each anchor row predicted without its group (default: its family), the physics' constants unlearnt to first order."""
+    names = {row["id"]: row for row in rows}
+    points = model.process.points
+    groups = [by(names[p.name]) for p in points]
+    mean, sd = model.process.left_out(groups)
+    result = []
+    for point, target, middle, spread in zip(points, model.process.targets, mean, sd, strict=True):
+        row = names[point.name]
+        published = measured_tokens(row) or 1.0
+        predicted = published * math.exp(target - middle)
+        width = math.exp(model.interval_width * spread)
+        result.append(Scored(row["id"], row["vendor"], row["family"], published, predicted, predicted / width, predicted * width))
+    return result
+
+
+def summarise(rows: Sequence[Scored]) -> Summary:
+    done = [row for row in rows if row.predicted is not None]
+    if not done:
+        return Summary(len(rows), 0.0, None, None, None, None, None, None)
+    errors = np.array([row.error for row in done], dtype=float)
+    inside = [row.low <= row.published <= row.high for row in done if row.low is not None and row.high is not None]
+    return Summary(
+        n=len(rows),
+        coverage=len(done) / len(rows),
+        median_abs_error=float(np.median(np.abs(errors))),
+        p90_abs_error=float(np.quantile(np.abs(errors), 0.9)),
+        bias=float(np.median(errors)),
+        within_10=float(np.mean(np.abs(errors) <= 0.1)),
+        interval_coverage=float(np.mean(inside)) if inside else None,
+        kendall_tau=kendall(done),
+    )
+
+
+def kendall(rows: Sequence[Scored]) -> float | None:
+    """Concordant minus discordant over all pairs of one family, published values within 1 % of each other left out."""
+    agree = total = 0
+    families: dict[str, list[Scored]] = {}
+    for row in rows:
+        families.setdefault(row.family.split("|")[0], []).append(row)
+    for members in families.values():
+        for i, a in enumerate(members):
+            for b in members[i + 1 :]:
+                if a.predicted is None or b.predicted is None or abs(math.log(a.published / b.published)) < 0.01:
+                    continue
+                total += 1
+                agree += 1 if (a.published > b.published) == (a.predicted > b.predicted) else -1
+    return agree / total if total else None
+
+
+def report(rows: Sequence[Scored]) -> dict[str, Any]:
+    """The `--json` form: `overall`, `by_vendor`, and the refused rows with their reasons."""
+    if not rows:
+        raise RecipeError("The table has no scoreable row: training needs tier A or A- with a published throughput, inference a published rate or latency.")
+    vendors = dict.fromkeys(row.vendor for row in rows)
+    return {
+        "overall": asdict(summarise(rows)),
+        "by_vendor": {vendor: asdict(summarise([row for row in rows if row.vendor == vendor])) for vendor in vendors},
+        "refused": {row.name: row.refused for row in rows if row.refused},
+    }
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The same for people, one line a vendor, in percent."""
+    head = f"{'':<14}{'n':>5}{'covered':>9}{'median':>9}{'p90':>8}{'bias':>8}{'in 10 %':>9}{'80 % held':>11}{'tau':>7}"
+    lines = [head]
+    for name, one in [("all", result["overall"]), *result["by_vendor"].items()]:
+        cells = [one["coverage"], one["median_abs_error"], one["p90_abs_error"], one["bias"], one["within_10"], one["interval_coverage"]]
+        widths = (9, 9, 8, 8, 9, 11)
+        text = "".join(f"{'-' if c is None else f'{100 * c:.1f} %':>{w}}" for c, w in zip(cells, widths, strict=True))
+        tau = one["kendall_tau"]
+        lines.append(f"{name:<14}{one['n']:>5}{text}{'-' if tau is None else f'{tau:.2f}':>7}")
+    lines += [f"refused {name}: {why}" for name, why in result["refused"].items()]
+    return "\n".join(lines)
