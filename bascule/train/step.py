@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -47,7 +47,10 @@ class Judge(Protocol):
     """Decides whether a step may change the weights."""
 
     def watch(self, step: int, phase: str, model: Transformer) -> AbstractContextManager[None]:
-        """Entered around forward and backward, inside the accelerator's session: it sees what the chip really returned."""
+        """Entered around forward and backward, inside the accelerator's session: it sees what the chip really returned.
+
+        Entered once more, with phase `commit`, around the update of an accepted step.
+        """
         ...
 
     def judge(self, proposal: Proposal, stepper: Stepper) -> bool:
@@ -123,11 +126,34 @@ class Stepper:
         if proposal.grads:
             factor, _ = objective.learning_rate(proposal.step)
             clip = min(1.0, objective.clip_grad_norm / (proposal.grad_norm + 1e-6))
-            with self.accelerator.session(Work("train", proposal.step, proposal.attempt)):
+            work = Work("train", proposal.step, proposal.attempt)
+            with self.accelerator.session(work), self.judge.watch(proposal.step, "commit", self.model):
                 optimizer.step(proposal.grads, factor=factor, grad_scale=clip)
                 if proposal.expert_loads is not None and self.router_bias_speed:
                     self.model.update_router_bias(proposal.expert_loads, self.router_bias_speed)
         self.step = proposal.step
+
+    def rehearse(self, proposal: Proposal, accelerator: Accelerator) -> StateDict:
+        """The weights and router biases that `commit` would leave, worked out on a copy on another chip. Changes nothing."""
+        objective, optimizer = self._phase(proposal.phase)
+        twin = Stepper(
+            accelerator.move(copy.deepcopy(self.model)),
+            accelerator,
+            router_bias_speed=self.router_bias_speed,
+        )
+        twin.begin(objective)
+        twin._phase(proposal.phase)[1].load_state_dict(optimizer.state_dict())
+        twin.step = self.step
+        loads = proposal.expert_loads
+        grads = accelerator.to_device(proposal.grads)
+        twin.commit(
+            replace(
+                proposal,
+                grads=grads,
+                expert_loads=None if loads is None else accelerator.to_device(loads),
+            )
+        )
+        return twin.model_state()
 
     def discard(self, proposal: Proposal) -> None:
         """Drop a proposal. Nothing was changed, so nothing is put back; the gradients are freed."""

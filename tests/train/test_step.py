@@ -147,7 +147,7 @@ def test_the_judge_watches_inside_the_chips_session_and_a_replay_carries_its_att
     assert chip.log == [Work("train", 1, 2), "closed"]
     chip.log.clear()
     run.stepper.commit(proposal)
-    assert chip.log == [Work("train", 1, 0), "closed"]
+    assert chip.log == [Work("train", 1, 0), ("watching", 1, "commit"), "watched", "closed"]
 
 
 def test_a_referee_recomputes_the_step_from_a_copy_of_the_present_weights(tiny):
