@@ -29,8 +29,11 @@ from bascule.model.transformer import Transformer
 def initialise(model: Transformer, seed: int) -> None:
     """Fill every parameter as a function of (seed, its name, its shape); norms become 1, biases and router biases 0.
 
-    Matrices get a normal of variance 1/fan-in, the two that write to the residual stream (`o_proj`, `down_proj`) divided by
-    sqrt(2 * layers) so that its variance does not grow with depth; embedding and router 0.02.
+    Every matrix gets a normal of variance 1/fan-in, embedding and head included (first logits then have a deviation of about
+    1); the two that write to the residual stream (`o_proj`, `down_proj`) are divided by sqrt(2 * layers) so that its variance
+    does not grow with depth; the router gets 0.02. Chosen on `nano` after 120 SFT steps, held-out loss .262; embedding at
+    0.02 .346, everything at 0.02 .410; residual writers near 0 .225, but no better after 300 steps (.024 against .022), and they would
+    hide a broken layer from every check of fresh weights.
     """
     for name, parameter in model.named_parameters():
         std = _first_std(name, parameter, model.config)
@@ -47,7 +50,7 @@ def initialise(model: Transformer, seed: int) -> None:
 def _first_std(name: str, parameter: Tensor, config: ModelConfig) -> float | None:
     if parameter.ndim < 2:
         return None
-    if "embed_tokens" in name or "lm_head" in name or name.endswith("gate.weight"):
+    if name.endswith("gate.weight"):
         return 0.02
     std = float(parameter.shape[-1] ** -0.5)
     writes_residual = "o_proj" in name or "down_proj" in name

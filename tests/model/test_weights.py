@@ -56,9 +56,9 @@ def test_first_values_are_equal_in_another_process() -> None:
     assert found == weights.fingerprint(_model())
 
 
-def test_first_logits_are_near_uniform() -> None:
+def test_first_logits_have_a_deviation_of_about_one() -> None:
     logits = _model().requires_grad_(False)(torch.arange(100)[None]).logits_BTV
-    assert logits.isfinite().all() and 0.01 < float(logits.std()) < 1.0
+    assert logits.isfinite().all() and 0.5 < float(logits.std()) < 2.0
 
 
 def test_a_single_bit_changes_the_fingerprint() -> None:
