@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,7 @@ class Guard:
         self._refused: set[int] = set()
         self._diverging = 0
         self._unchecked_since_certified = 0
+        self._judged = False
         self._probation = self._under_probation()
 
     # ---- watching
@@ -153,6 +154,7 @@ class Guard:
             return True
         if proposal.step in self._refused:
             return False
+        self._judged = True
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
         for cry in cries:
@@ -232,17 +234,25 @@ class Guard:
     # ---- certifying
 
     def after_snapshot(self, step: int, path: Path) -> None:
-        """A snapshot of the present weights lies at `path`: the next step is watched in full and decides about its trust."""
+        """A snapshot of the present weights lies at `path`: the next step is watched in full and decides about its trust.
+
+        Called before the first step of a launch, it says that training resumes from a snapshot nobody certified yet.
+        """
+        if not self._judged and step > 0:
+            self._unchecked_since_certified += 1
         self._pending = Pending(step, path)
 
-    def certify_last(self, proposal_of: Any, batch: Any, stepper: Recomputer) -> bool:
-        """Certify the run's last snapshot, after which no step follows: `proposal_of(batch)` computes one that is never
+    def certify_last(self, propose: Callable[..., Any], batch: Any, stepper: Recomputer) -> bool:
+        """Certify the run's last snapshot, after which no step follows: `propose(batch, attempt=n)` computes one that is never
         committed. Returns False when the batch is empty or was refused; raises as `judge` does."""
-        if self._pending is None:
-            return False
         self._refused.discard(batch.step)
-        proposal = proposal_of(batch)
-        return bool(proposal.grads) and self.judge(proposal, stepper)
+        for attempt in range(2):
+            if self._pending is None:
+                break
+            proposal = propose(batch, attempt=attempt)
+            if proposal.grads and self.judge(proposal, stepper):
+                return True
+        return False
 
     def _certify(self, proposal: StepProposal, stepper: Recomputer) -> list[Cry]:
         """Replay the step that follows the snapshot on the referee, whole. Equal: certified, with the step as witness."""

@@ -127,7 +127,10 @@ class Stepper:
             factor, _ = objective.learning_rate(proposal.step)
             clip = min(1.0, objective.clip_grad_norm / (proposal.grad_norm + 1e-6))
             work = Work("train", proposal.step, proposal.attempt)
-            with self.accelerator.session(work), self.judge.watch(proposal.step, "commit", self.model):
+            with (
+                self.accelerator.session(work),
+                self.judge.watch(proposal.step, "commit", self.model),
+            ):
                 optimizer.step(proposal.grads, factor=factor, grad_scale=clip)
                 if proposal.expert_loads is not None and self.router_bias_speed:
                     self.model.update_router_bias(proposal.expert_loads, self.router_bias_speed)
