@@ -22,7 +22,7 @@ from bascule.model.cache import Cache
 from bascule.model.transformer import Transformer
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sequence on its way. `said` are the tokens of the completion so far; `finish` is set when it ends.
 
@@ -96,7 +96,9 @@ class Batch:
         last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
         ragged = len(set(map(len, prompts))) > 1
         output = self.model(tokens_BT, mask=mask_BT if ragged else None, cache=cache, at_B=last_B)
-        return self._enter(groups, cache, [len(prompt) for prompt in prompts], output.logits_BTV[:, 0])
+        return self._enter(
+            groups, cache, [len(prompt) for prompt in prompts], output.logits_BTV[:, 0]
+        )
 
     def enter(self, rows: Sequence[Row], prefill: Prefill) -> list[Row]:
         """Let rows of one prompt start from its prefill, which is done."""
@@ -132,7 +134,7 @@ class Batch:
 
     def cancel(self, row: Row) -> None:
         """Drop a row whose reader went away. A row that already left is no matter."""
-        if row in self.rows:
+        if any(row is one for one in self.rows):
             row.finish = "cancelled"
             self._drop_finished()
 
@@ -144,18 +146,32 @@ class Batch:
         if self._prefixes is not None:
             self._prefixes.clear()
 
-    def _enter(self, groups: Sequence[Sequence[Row]], cache: Cache, lengths: Sequence[int], logits_BV: Tensor) -> list[Row]:
+    def _enter(
+        self,
+        groups: Sequence[Sequence[Row]],
+        cache: Cache,
+        lengths: Sequence[int],
+        logits_BV: Tensor,
+    ) -> list[Row]:
         rows = [row for group in groups for row in group]
         for row in rows:
             self._check_length(row)
         if len(rows) > self.free:
-            raise UsageError(f"{len(rows)} rows were to join {len(self.rows)} running ones; the batch holds {self.slots}.")
+            raise UsageError(
+                f"{len(rows)} rows were to join {len(self.rows)} running ones; the batch holds {self.slots}."
+            )
         start, longest = len(self.rows), max(lengths)
-        source = torch.tensor([at for at, group in enumerate(groups) for _ in group], device=self._device)
+        source = torch.tensor(
+            [at for at, group in enumerate(groups) for _ in group], device=self._device
+        )
         for full, part in zip(self._full.buffers, cache.buffers, strict=True):
-            full[:, start : start + len(rows), :longest] = part[:, :, :longest].index_select(1, source)
+            full[:, start : start + len(rows), :longest] = part[:, :, :longest].index_select(
+                1, source
+            )
         self.rows += rows
-        self._lengths += [length for group, length in zip(groups, lengths, strict=True) for _ in group]
+        self._lengths += [
+            length for group, length in zip(groups, lengths, strict=True) for _ in group
+        ]
         self._knobs = None
         logits_BV = logits_BV.index_select(0, source)
         self._speak(rows, logits_BV, Knobs.of([row.sampling for row in rows], torch.device("cpu")))
@@ -169,8 +185,17 @@ class Batch:
         if not bool(torch.isfinite(logits_BV.sum())):
             _refuse(rows, logits_BV)
         positions = [len(row.said) for row in rows]
-        uniform = [0.0] * len(rows) if knobs.all_greedy else [row.draws.at(at) for row, at in zip(rows, positions, strict=True)]
-        extra = edits([row.sampling for row in rows], [row.said for row in rows], logits_BV.shape[1], logits_BV.device)
+        uniform = (
+            [0.0] * len(rows)
+            if knobs.all_greedy
+            else [row.draws.at(at) for row, at in zip(rows, positions, strict=True)]
+        )
+        extra = edits(
+            [row.sampling for row in rows],
+            [row.said for row in rows],
+            logits_BV.shape[1],
+            logits_BV.device,
+        )
         tokens_B, logprobs_B = choose(logits_BV, knobs, uniform, extra)
         if any(row.top is not None for row in rows):
             self._note_top(rows, logits_BV, tokens_B)

@@ -59,16 +59,24 @@ class Engine:
         if len(numbers) != wanted:
             raise UsageError(f"generate got {len(numbers)} indices for {wanted} completions.")
         self.requests += 1
-        rows = [Row(prompts[at // group_size], sampling, index=index) for at, index in enumerate(numbers)]
+        rows = [
+            Row(prompts[at // group_size], sampling, index=index)
+            for at, index in enumerate(numbers)
+        ]
         if sampling.max_tokens and rows:
             self._check(prompts, sampling)
             with self.accelerator.session(Work("infer", work_step or self.requests)):
                 for start in range(0, wanted, self.batch_size):
                     self._run(rows[start : start + self.batch_size])
-        return [Completion(row.said, row.logprobs, "stop" if row.finish == "stop" else "length") for row in rows]
+        return [
+            Completion(row.said, row.logprobs, "stop" if row.finish == "stop" else "length")
+            for row in rows
+        ]
 
     @torch.inference_mode()
-    def stream(self, prompt: Sequence[int], sampling: Sampling, *, index: int = 0) -> Iterator[tuple[int, float]]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, index: int = 0
+    ) -> Iterator[tuple[int, float]]:
         """(token, log-probability) one by one, the end token included."""
         self.requests += 1
         row = Row(prompt, sampling, index=index)
@@ -95,7 +103,9 @@ class Engine:
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         length = max(len(row.prompt) + row.sampling.max_tokens for row in rows)
-        return Batch(self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id)
+        return Batch(
+            self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id
+        )
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         longest = max(map(len, prompts))

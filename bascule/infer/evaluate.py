@@ -60,19 +60,25 @@ def evaluate(
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, purpose=purpose)
     drawn = engine.generate(prompts, sampling, group_size=samples)
     right = _count_right(drawn, verify, samples)
-    best = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=max_tokens)) if greedy else []
+    best = (
+        engine.generate(prompts, Sampling(temperature=0.0, max_tokens=max_tokens)) if greedy else []
+    )
     greedy_right = _count_right(best, verify, 1)
     return Score(
         problems=len(prompts),
         samples=samples,
-        pass_at={k: _mean([pass_at_k(samples, count, k) for count in right]) for k in ks if k <= samples},
+        pass_at={
+            k: _mean([pass_at_k(samples, count, k) for count in right]) for k in ks if k <= samples
+        },
         greedy=_mean([float(count) for count in greedy_right]),
         truncated_ratio=_mean([float(item.finish == "length") for item in drawn]),
         mean_tokens=_mean([float(len(item.tokens)) for item in drawn]),
     )
 
 
-def _count_right(completions: Sequence[Completion], verify: Verifier, per_problem: int) -> list[int]:
+def _count_right(
+    completions: Sequence[Completion], verify: Verifier, per_problem: int
+) -> list[int]:
     """Right completions of each problem. An unfinished one is wrong whatever it says: nobody could have read its answer."""
     counts = [0] * (len(completions) // per_problem)
     for at, item in enumerate(completions):

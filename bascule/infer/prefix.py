@@ -75,7 +75,9 @@ def _keys(prompt: Sequence[int]) -> Iterator[bytes]:
     """One key for each whole block, chained over the blocks before it."""
     key = b""
     for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
-        key = hashlib.blake2b(key + array("q", prompt[start : start + BLOCK]).tobytes(), digest_size=16).digest()
+        key = hashlib.blake2b(
+            key + array("q", prompt[start : start + BLOCK]).tobytes(), digest_size=16
+        ).digest()
         yield key
 
 

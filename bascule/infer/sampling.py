@@ -135,7 +135,9 @@ def choose(
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
-def edits(rows: Sequence[Sampling], said: Sequence[Sequence[int]], vocab: int, device: torch.device) -> Tensor | None:
+def edits(
+    rows: Sequence[Sampling], said: Sequence[Sequence[int]], vocab: int, device: torch.device
+) -> Tensor | None:
     """What penalties and logit bias add to the logits, (B, V); None when no row asks. `said`: each row's completion so far."""
     if not any(row.edits_logits for row in rows):
         return None
@@ -174,7 +176,12 @@ def _cut(probs_BV: Tensor, knobs: Knobs) -> Tensor:
 def _inverse_cdf(weights_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
     """The first token whose cumulative weight exceeds uniform * total: never one of weight 0, whatever the rounding."""
     cumulative_BV = weights_BV.cumsum(dim=-1)
-    target_B = torch.as_tensor(np.asarray(uniform_B, dtype=np.float32), device=weights_BV.device) * cumulative_BV[:, -1]
+    target_B = (
+        torch.as_tensor(np.asarray(uniform_B, dtype=np.float32), device=weights_BV.device)
+        * cumulative_BV[:, -1]
+    )
     # fp32 rounding may lift the target to the total itself; the step below the total keeps the index inside the weights
-    target_B = torch.minimum(target_B, torch.nextafter(cumulative_BV[:, -1], torch.zeros_like(target_B)))
+    target_B = torch.minimum(
+        target_B, torch.nextafter(cumulative_BV[:, -1], torch.zeros_like(target_B))
+    )
     return torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]

@@ -10,7 +10,14 @@ from typing import Any
 
 from bascule.records import Completion, RolloutReply, RolloutRequest
 
-__all__ = ["Completion", "RolloutReply", "RolloutRequest", "reply_from_json", "request_from_json", "to_json"]
+__all__ = [
+    "Completion",
+    "RolloutReply",
+    "RolloutRequest",
+    "reply_from_json",
+    "request_from_json",
+    "to_json",
+]
 
 
 def to_json(value: RolloutRequest | RolloutReply) -> dict[str, Any]:

@@ -110,7 +110,9 @@ class RolloutClient:
                 raise ConnectionResetError
             received += block
             if len(received) > LINE_LIMIT:
-                raise DeviceFault(f"The rollout engine at '{self.path}' sent a line of more than {LINE_LIMIT} bytes.")
+                raise DeviceFault(
+                    f"The rollout engine at '{self.path}' sent a line of more than {LINE_LIMIT} bytes."
+                )
         answer: dict[str, Any] = json.loads(received)
         return answer
 
@@ -128,6 +130,9 @@ class RolloutClient:
 def _error_from(report: dict[str, str]) -> BasculeError:
     """The error the engine named, if it is one of ours that takes a message alone; else a DeviceFault with the same words."""
     found = getattr(errors, report["kind"], DeviceFault)
-    if not (isinstance(found, type) and issubclass(found, BasculeError)) or found is errors.ChipCondemned:
+    if (
+        not (isinstance(found, type) and issubclass(found, BasculeError))
+        or found is errors.ChipCondemned
+    ):
         found = DeviceFault
     return found(f"{report['message']} (rollout engine on pool '{report['pool']}')")

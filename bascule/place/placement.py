@@ -41,7 +41,9 @@ def place(
     return Placement(train=chosen["train"], infer=chosen["infer"], reasons=reasons)
 
 
-def _objection(pool: str, role: Role, verdict: Verdict | None, condemned: Condemned, required: bool) -> str | None:
+def _objection(
+    pool: str, role: Role, verdict: Verdict | None, condemned: Condemned, required: bool
+) -> str | None:
     """Why `pool` may not take `role`, or None when it may."""
     if (pool, role) in condemned:
         return f"'{pool}' was condemned for {WORK[role]} during this run"
@@ -55,7 +57,11 @@ def _objection(pool: str, role: Role, verdict: Verdict | None, condemned: Condem
 
 
 def _reason(pool: str, role: Role, verdict: Verdict | None, refused: Sequence[str]) -> str:
-    word = f"its verdict for {WORK[role]} is {verdict.verdict}" if verdict else f"nobody qualified it for {WORK[role]}, and the recipe allows that"
+    word = (
+        f"its verdict for {WORK[role]} is {verdict.verdict}"
+        if verdict
+        else f"nobody qualified it for {WORK[role]}, and the recipe allows that"
+    )
     if not refused:
         return f"'{pool}' comes first in the owner's order and {word}."
     return f"'{pool}' is next in the owner's order and {word}; before it: {'; '.join(refused)}."

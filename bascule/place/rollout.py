@@ -44,7 +44,16 @@ IDLE_BEAT_S = 1.0
 class Host:
     """The model on its chip, and which version of the weights lies in it."""
 
-    def __init__(self, config: ModelConfig, accelerator: Accelerator, pool: str, *, eos_id: int, pad_id: int, heartbeat: Path) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        accelerator: Accelerator,
+        pool: str,
+        *,
+        eos_id: int,
+        pad_id: int,
+        heartbeat: Path,
+    ) -> None:
         self.pool = pool
         self.accelerator = accelerator
         self.version: int | None = None
@@ -52,7 +61,9 @@ class Host:
         self.served = 0
         self._heartbeat = heartbeat
         self.model = accelerator.move(Transformer(config)).eval()
-        self.engine = Engine(self.model, accelerator, eos_id=eos_id, pad_id=pad_id, on_progress=self._beat)
+        self.engine = Engine(
+            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, on_progress=self._beat
+        )
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         """Reply to one message. An error is a reply that names this pool; only what is not ours ends the process."""
@@ -96,11 +107,18 @@ class Host:
 
     def _take_weights(self, request: RolloutRequest) -> None:
         """Load the version asked for, if it is not here. The model is overwritten only after the hash agreed."""
-        if request.weights_version is None or (request.weights_version, request.weights_sha256) == (self.version, self.sha256):
+        if request.weights_version is None or (request.weights_version, request.weights_sha256) == (
+            self.version,
+            self.sha256,
+        ):
             return
         if request.weights_path is None or request.weights_sha256 is None:
-            raise DeviceFault(f"Weights of version {request.weights_version} were asked for without their path and SHA-256.")
-        state = sync.load(Path(request.weights_path), request.weights_sha256, request.weights_version)
+            raise DeviceFault(
+                f"Weights of version {request.weights_version} were asked for without their path and SHA-256."
+            )
+        state = sync.load(
+            Path(request.weights_path), request.weights_sha256, request.weights_version
+        )
         self.version = None  # half-written until the next line is through
         with self.accelerator.session(Work("infer", max(1, request.step))):
             self.model.load_state_dict(state)
@@ -108,10 +126,19 @@ class Host:
 
     def _hello(self) -> dict[str, Any]:
         chip = self.accelerator.info()
-        return {"pool": self.pool, "accelerator": self.accelerator.name, "chip": chip.name, "pid": os.getpid(), "version": self.version}
+        return {
+            "pool": self.pool,
+            "accelerator": self.accelerator.name,
+            "chip": chip.name,
+            "pid": os.getpid(),
+            "version": self.version,
+        }
 
     def _error(self, error: BasculeError) -> dict[str, Any]:
-        return {"ok": False, "error": {"kind": type(error).__name__, "message": str(error), "pool": self.pool}}
+        return {
+            "ok": False,
+            "error": {"kind": type(error).__name__, "message": str(error), "pool": self.pool},
+        }
 
 
 class Question:
@@ -130,7 +157,9 @@ def serve(host: Host, path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen(16)
-        threading.Thread(target=_accept, args=(listener, questions), daemon=True, name="accept").start()
+        threading.Thread(
+            target=_accept, args=(listener, questions), daemon=True, name="accept"
+        ).start()
         while True:
             host.beat_idle()
             try:
@@ -144,7 +173,9 @@ def serve(host: Host, path: Path) -> None:
 def _accept(listener: socket.socket, questions: queue.Queue[Question]) -> None:
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=_talk, args=(connection, questions), daemon=True, name="talk").start()
+        threading.Thread(
+            target=_talk, args=(connection, questions), daemon=True, name="talk"
+        ).start()
 
 
 def _talk(connection: socket.socket, questions: queue.Queue[Question]) -> None:
@@ -167,9 +198,13 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
     beat(heartbeat, 0, "starting")
     recipe: Recipe = read_resolved(folder.recipe)
     if pool not in recipe.pools:
-        raise UsageError(f"The recipe has no pool '{pool}'; pools: {', '.join(recipe.pools)}.{nearest(pool, recipe.pools)}")
+        raise UsageError(
+            f"The recipe has no pool '{pool}'; pools: {', '.join(recipe.pools)}.{nearest(pool, recipe.pools)}"
+        )
     accelerator = open_accelerator(
-        recipe.pools[pool].accelerator, seed=recipe.seed, fault_log=folder.ground_truth / f"{pool}-rollout.jsonl"
+        recipe.pools[pool].accelerator,
+        seed=recipe.seed,
+        fault_log=folder.ground_truth / f"{pool}-rollout.jsonl",
     )
     if accelerator.fallback_note:
         Ledger(folder.ledger, pool=pool).warn("accelerator", accelerator.fallback_note)
@@ -190,7 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Answer sampling requests of a run on one pool.")
     parser.add_argument("--run", type=Path, required=True, help="the run folder, out/NAME")
     parser.add_argument("--pool", required=True, help="the pool to open")
-    parser.add_argument("--socket", type=Path, required=True, help="path of the unix socket to listen on (under 100 characters)")
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        required=True,
+        help="path of the unix socket to listen on (under 100 characters)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: the recipe's)")
     options = parser.parse_args(arguments)
     serve(open_host(options.run, options.pool, options.threads), options.socket)

@@ -45,7 +45,9 @@ def load(path: Path, sha256: str, version: int) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise SnapshotError(f"The weights of version {version}, '{path}', do not exist. Publish them again.") from None
+        raise SnapshotError(
+            f"The weights of version {version}, '{path}', do not exist. Publish them again."
+        ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise SnapshotError(

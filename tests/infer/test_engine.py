@@ -21,7 +21,9 @@ PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 40, 41, 42, 43, 44, 45], [1, 9, 9]]
 
 def tick(attention: str = "mla", ffn: str = "moe", sharpen: float = 6.0) -> Transformer:
     """A random model whose distribution is far from flat, so that mistakes show."""
-    model = Transformer(ModelConfig(preset="tick", attention=attention, ffn=ffn, vocab_size=64)).eval()
+    model = Transformer(
+        ModelConfig(preset="tick", attention=attention, ffn=ffn, vocab_size=64)
+    ).eval()
     initialise(model, seed=3)
     with torch.no_grad():
         for block in model.model.layers:
@@ -37,9 +39,13 @@ def engine(model: Transformer | None = None) -> Engine:
 
 @pytest.mark.parametrize(("attention", "ffn"), [("mla", "moe"), ("gqa", "swiglu")])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_equal_the_trainers_full_forward(attention: str, ffn: str, temperature: float) -> None:
+def test_logprobs_equal_the_trainers_full_forward(
+    attention: str, ffn: str, temperature: float
+) -> None:
     model = tick(attention, ffn)
-    found = engine(model).generate(PROMPTS, Sampling(temperature=temperature, max_tokens=20), group_size=3)
+    found = engine(model).generate(
+        PROMPTS, Sampling(temperature=temperature, max_tokens=20), group_size=3
+    )
     worst = 0.0
     for at, completion in enumerate(found):
         prompt = PROMPTS[at // 3]
@@ -61,7 +67,12 @@ def test_greedy_batch_equals_greedy_one_by_one() -> None:
 def test_a_sample_does_not_depend_on_its_batch_or_order() -> None:
     sampling = Sampling(max_tokens=24, seed=7, step=3)
     together = engine().generate(PROMPTS, sampling, group_size=4)
-    backwards = engine().generate(PROMPTS[::-1], sampling, [*range(12, 16), *range(8, 12), *range(4, 8), *range(4)], group_size=4)
+    backwards = engine().generate(
+        PROMPTS[::-1],
+        sampling,
+        [*range(12, 16), *range(8, 12), *range(4, 8), *range(4)],
+        group_size=4,
+    )
     one = engine().generate([PROMPTS[2]], sampling, [9])
     assert one[0].tokens == together[9].tokens
     again = [backwards[12 - 4 * (at // 4) + at % 4].tokens for at in range(16)]
@@ -79,11 +90,15 @@ def test_small_batches_give_what_one_large_batch_gives() -> None:
     whole = engine().generate(PROMPTS, Sampling(max_tokens=12), group_size=3)
     small = engine()
     small.batch_size = 5
-    assert [item.tokens for item in small.generate(PROMPTS, Sampling(max_tokens=12), group_size=3)] == [item.tokens for item in whole]
+    assert [
+        item.tokens for item in small.generate(PROMPTS, Sampling(max_tokens=12), group_size=3)
+    ] == [item.tokens for item in whole]
 
 
 def test_the_end_token_ends_a_completion() -> None:
-    found = engine(tick(sharpen=0.1)).generate(PROMPTS, Sampling(max_tokens=100, temperature=1.0), group_size=8)
+    found = engine(tick(sharpen=0.1)).generate(
+        PROMPTS, Sampling(max_tokens=100, temperature=1.0), group_size=8
+    )
     assert {item.finish for item in found} == {"stop", "length"}
     for item in found:
         assert (item.tokens[-1] == EOS) == (item.finish == "stop")
@@ -114,7 +129,9 @@ def test_non_finite_logits_are_an_error() -> None:
 def test_rows_that_join_late_say_what_they_say_alone() -> None:
     model = tick()
     batch = Batch(model, slots=8, length=64, eos_id=EOS, pad_id=PAD)
-    rows = [Row(prompt, Sampling(max_tokens=10 + 5 * at), index=at) for at, prompt in enumerate(PROMPTS)]
+    rows = [
+        Row(prompt, Sampling(max_tokens=10 + 5 * at), index=at) for at, prompt in enumerate(PROMPTS)
+    ]
     for row in rows:
         batch.join([[row]])
         batch.step()
@@ -156,7 +173,10 @@ def test_the_prefix_store_keeps_its_budget_and_forgets_the_oldest_end_first() ->
     store.keep(first, cache)
     store.keep(second, cache)
     assert store.used_bytes <= store.budget_bytes
-    assert [store.fill([*tokens, 0], tick().new_cache(1, 80)) for tokens in (second, first)] == [32, 32]
+    assert [store.fill([*tokens, 0], tick().new_cache(1, 80)) for tokens in (second, first)] == [
+        32,
+        32,
+    ]
 
 
 @torch.inference_mode()

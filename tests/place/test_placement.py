@@ -14,13 +14,24 @@ from bascule.records import Role, Verdict, VerdictWord
 
 def verdict(pool: str, role: Role, word: VerdictWord) -> Verdict:
     return Verdict(
-        pool=pool, role=role, verdict=word, reasons=(f"because of {word}.",), accelerator="cpu", chip=f"chip of {pool}", driver="1", simulated=False
+        pool=pool,
+        role=role,
+        verdict=word,
+        reasons=(f"because of {word}.",),
+        accelerator="cpu",
+        chip=f"chip of {pool}",
+        driver="1",
+        simulated=False,
     )
 
 
 def verdicts(**words: str) -> list[Verdict]:
     """`ascend="fit unfit"`: the words for train and infer."""
-    return [verdict(pool, role, word) for pool, both in words.items() for role, word in zip(("train", "infer"), both.split(), strict=True)]  # type: ignore[arg-type]
+    return [
+        verdict(pool, role, word)
+        for pool, both in words.items()
+        for role, word in zip(("train", "infer"), both.split(), strict=True)
+    ]  # type: ignore[arg-type]
 
 
 def test_the_owners_first_choice_wins_when_it_is_fit() -> None:
@@ -31,11 +42,18 @@ def test_the_owners_first_choice_wins_when_it_is_fit() -> None:
 def test_roles_are_placed_apart() -> None:
     found = place(verdicts(ascend="unfit fit", nvidia="fit fit"), order=("ascend", "nvidia"))
     assert (found.train, found.infer) == ("nvidia", "ascend")
-    assert "'ascend' (chip of ascend) is unfit for training: because of unfit" in found.reasons["train"]
+    assert (
+        "'ascend' (chip of ascend) is unfit for training: because of unfit"
+        in found.reasons["train"]
+    )
 
 
 def test_a_condemned_pool_loses_only_the_role_it_was_condemned_for() -> None:
-    found = place(verdicts(ascend="fit fit", nvidia="fit fit"), order=("ascend", "nvidia"), condemned={("ascend", "train")})
+    found = place(
+        verdicts(ascend="fit fit", nvidia="fit fit"),
+        order=("ascend", "nvidia"),
+        condemned={("ascend", "train")},
+    )
     assert (found.train, found.infer) == ("nvidia", "ascend")
     assert "condemned for training" in found.reasons["train"]
 
@@ -57,8 +75,17 @@ def test_the_newest_verdict_counts() -> None:
 
 def test_no_pool_left_says_why_for_every_pool_and_what_to_do() -> None:
     with pytest.raises(NoPoolLeft) as caught:
-        place(verdicts(ascend="fit fit", nvidia="unfit fit"), order=("ascend", "nvidia"), condemned={("ascend", "train")})
-    for part in ("training", "'ascend' was condemned", "'nvidia' (chip of nvidia) is unfit", "[pools]"):
+        place(
+            verdicts(ascend="fit fit", nvidia="unfit fit"),
+            order=("ascend", "nvidia"),
+            condemned={("ascend", "train")},
+        )
+    for part in (
+        "training",
+        "'ascend' was condemned",
+        "'nvidia' (chip of nvidia) is unfit",
+        "[pools]",
+    ):
         assert part in str(caught.value)
 
 

@@ -39,13 +39,27 @@ class Running:
 
     def __init__(self, root: Path, accelerator: str = "cpu") -> None:
         self.folder = RunFolder(root / "run").create()
-        recipe = recipe_from({"name": "t", "model": {"preset": "tick"}, "pools": {"ascend": {"accelerator": accelerator}}}, source="test")
+        recipe = recipe_from(
+            {
+                "name": "t",
+                "model": {"preset": "tick"},
+                "pools": {"ascend": {"accelerator": accelerator}},
+            },
+            source="test",
+        )
         self.folder.recipe.write_text(json.dumps(recipe.model_dump(mode="json")))
         self.socket = Path(tempfile.mkdtemp(prefix="bascule")) / "s"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        arguments = ["--run", str(self.folder.root), "--pool", "ascend", "--socket", str(self.socket)]
+        arguments = [
+            "--run",
+            str(self.folder.root),
+            "--pool",
+            "ascend",
+            "--socket",
+            str(self.socket),
+        ]
         self.process = subprocess.Popen([sys.executable, "-m", "bascule.place.rollout", *arguments])
 
     def kill(self) -> None:
@@ -59,7 +73,9 @@ class Running:
         initialise(model, seed)
         path, sha256 = sync.publish(self.folder.weights, model.state_dict(), version)
         request = RolloutRequest(step=1, prompts=PROMPTS, group_size=3, max_tokens=12, seed=5)
-        return model, replace(request, weights_version=version, weights_path=str(path), weights_sha256=sha256)
+        return model, replace(
+            request, weights_version=version, weights_path=str(path), weights_sha256=sha256
+        )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +90,10 @@ def local(model: Transformer, request: RolloutRequest) -> list[list[int]]:
     tokenizer = Tokenizer()
     engine = Engine(model, CpuAccelerator(), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     sampling = Sampling(max_tokens=request.max_tokens, seed=request.seed, step=request.step)
-    return [item.tokens for item in engine.generate(request.prompts, sampling, group_size=request.group_size)]
+    return [
+        item.tokens
+        for item in engine.generate(request.prompts, sampling, group_size=request.group_size)
+    ]
 
 
 def test_the_reply_is_what_the_engine_says_here(running: Running) -> None:
@@ -94,7 +113,9 @@ def test_newer_weights_are_loaded_before_answering(running: Running) -> None:
     assert first.completions != second.completions
 
 
-def test_weights_that_do_not_match_their_hash_are_an_error_and_the_engine_goes_on(running: Running) -> None:
+def test_weights_that_do_not_match_their_hash_are_an_error_and_the_engine_goes_on(
+    running: Running,
+) -> None:
     client = RolloutClient(running.socket)
     _, good = running.weights(seed=1, version=4)
     with pytest.raises(SnapshotError, match="pool 'ascend'"):
@@ -104,7 +125,10 @@ def test_weights_that_do_not_match_their_hash_are_an_error_and_the_engine_goes_o
 
 def test_non_finite_weights_give_an_error_that_names_the_pool(running: Running) -> None:
     _, request = running.weights(seed=1, version=6)
-    state = {name: torch.full_like(tensor, float("nan")) for name, tensor in running.weights(1, 6)[0].state_dict().items()}
+    state = {
+        name: torch.full_like(tensor, float("nan"))
+        for name, tensor in running.weights(1, 6)[0].state_dict().items()
+    }
     path, sha256 = sync.publish(running.folder.weights, state, 7)
     bad = replace(request, weights_version=7, weights_path=str(path), weights_sha256=sha256)
     with pytest.raises(NonFiniteLogits, match="pool 'ascend'"):

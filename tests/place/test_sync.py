@@ -58,7 +58,10 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 def test_old_versions_are_removed(tmp_path: Path) -> None:
     for version in range(5):
         sync.publish(tmp_path, {"x": torch.ones(3)}, version)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights-00000003.safetensors", "weights-00000004.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "weights-00000003.safetensors",
+        "weights-00000004.safetensors",
+    ]
 
 
 def test_going_back_to_an_older_version_after_a_rollback_keeps_it(tmp_path: Path) -> None:

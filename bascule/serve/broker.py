@@ -1,0 +1,346 @@
+"""The server's hold on its engine: hands requests to the engine's process, tokens back to the requests, and when the chip fails,
+moves on: the next pool with an `infer` verdict takes over every unfinished request from its prompt, its seed and what it had said.
+Nothing is answered from the failed chip's cache, and nobody's stream breaks. No torch here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bascule.errors import DeviceFault
+from bascule.infer.sampling import Sampling
+
+State = Literal["starting", "serving", "moving", "down", "closed"]
+RESTARTS = 2  # of the same pool, when its process died and no other pool is left
+LINE_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pool that may answer, in the order of preference. `verdict` and `reasons` are of the run's ledger."""
+
+    pool: str | None
+    accelerator: str
+    verdict: str | None = None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """One token of one choice. `tops`: chosen token first, then the likeliest, as (token, log-probability at T=1)."""
+
+    choice: int
+    token: int
+    logprob: float
+    tops: list[tuple[int, float]] | None
+    finish: str | None
+
+
+class Refused(Exception):
+    """The engine cannot take or finish a request. `status` is the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request in flight: its choices, what each has said, and the queue its tokens come through."""
+
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    top: int | None
+    said: list[list[int]]
+    open: set[int]
+    submitted_s: float = field(default_factory=time.monotonic)
+    cached_tokens: int = 0
+    moves: int = 0
+    arrivals: asyncio.Queue[Said | Refused] = field(default_factory=asyncio.Queue)
+
+
+class Broker:
+    """Lives in the server's event loop. `note(kind, text)` tells the ledger about faults and moves."""
+
+    def __init__(
+        self,
+        model: Path,
+        candidates: Sequence[Candidate],
+        *,
+        threads: int = 1,
+        seed: int = 0,
+        slots: int = 256,
+        max_queue: int = 64,
+        hang_timeout_s: float = 30.0,
+        start_timeout_s: float = 180.0,
+        fault_logs: Path | None = None,
+        note: Callable[[str, Candidate, str], None] = lambda kind, candidate, text: None,
+    ) -> None:
+        self.candidates = list(candidates)
+        self.state: State = "starting"
+        self.trouble = ""
+        self.moves = 0
+        self.about: dict[str, Any] = {}
+        self.load: dict[str, float] = {}
+        self.tickets: dict[int, Ticket] = {}
+        self.changed = asyncio.Event()
+        self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
+        self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
+        self._fault_logs, self._note = fault_logs, note
+        self._failed: set[int] = set()
+        self._deaths = 0
+        self._at = 0
+        self._ids = itertools.count(1)
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._heard_s = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.candidates[self._at]
+
+    @property
+    def running(self) -> int:
+        """Sequences in flight, waiting ones included."""
+        return sum(len(ticket.open) for ticket in self.tickets.values())
+
+    async def start(self) -> None:
+        """Open the first candidate that works. Raises DeviceFault when none does."""
+        await self._open_next("start")
+        self._tasks.append(asyncio.create_task(self._watch(), name="watch engine"))
+
+    async def close(self) -> None:
+        self.state = "closed"
+        for task in self._tasks:
+            task.cancel()
+        await self._end_process()
+
+    def submit(
+        self, prompt: list[int], sampling: Sampling, *, choices: int = 1, top: int | None = None
+    ) -> Ticket:
+        """Raises Refused with 429 when the queue is full, 503 when no chip answers."""
+        if self.state in ("down", "closed"):
+            raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
+        limit = int(self.about.get("slots", self._slots)) + self._max_queue
+        if self.running + choices > limit:
+            raise Refused(
+                429,
+                f"{self.running} sequences are in flight, {limit} are the limit of this server. Try again in a moment.",
+                retry_after_s=1,
+            )
+        ticket = Ticket(
+            next(self._ids),
+            prompt,
+            sampling,
+            top,
+            [[] for _ in range(choices)],
+            set(range(choices)),
+        )
+        self.tickets[ticket.id] = ticket
+        self._hand_over(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
+        """The reader has enough of one choice, or of all. Safe to call at any time, more than once."""
+        if ticket.id not in self.tickets:
+            return
+        ticket.open -= {choice} if choice is not None else set(ticket.open)
+        if not ticket.open:
+            del self.tickets[ticket.id]
+        self._send({"cancel": [ticket.id, choice]})
+
+    def _hand_over(self, ticket: Ticket) -> None:
+        if not self.tickets or len(self.tickets) == 1:
+            self._heard_s = time.monotonic()  # the engine was idle and silent by right
+        self._send(
+            {
+                "submit": {
+                    "id": ticket.id,
+                    "prompt": ticket.prompt,
+                    "sampling": asdict(ticket.sampling),
+                    "top": ticket.top,
+                    "rows": [
+                        {"choice": choice, "said": ticket.said[choice]}
+                        for choice in sorted(ticket.open)
+                    ],
+                }
+            }
+        )
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """While a move is under way there is nobody to send to; the next engine gets every open ticket anyhow."""
+        if self._writer is not None and self.state == "serving":
+            self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    # ---- the engine's life
+
+    async def _open_next(self, why: str) -> None:
+        """Try candidates in order, those that failed left out."""
+        while True:
+            left = [at for at in range(len(self.candidates)) if at not in self._failed]
+            if not left:
+                self._give_up(why)
+                raise DeviceFault(
+                    f"No chip can serve this model: {self.trouble}. See `bascule qualify`, or name another with --on."
+                )
+            self._at = left[0]
+            try:
+                await self._open()
+            except DeviceFault as error:
+                self._fail(str(error))
+                continue
+            return
+
+    async def _open(self) -> None:
+        """Start the engine's process on the present candidate and hand it all open tickets."""
+        here, there = socket.socketpair()
+        arguments = ["--model", str(self._model), "--accelerator", self.candidate.accelerator, "--fd", str(there.fileno()),
+                     "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots)]  # fmt: skip
+        if self._fault_logs is not None:
+            arguments += [
+                "--fault-log",
+                str(self._fault_logs / f"{self.candidate.pool or 'chip'}-serve.jsonl"),
+            ]
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "bascule.serve.worker",
+            *arguments,
+            pass_fds=[there.fileno()],
+            start_new_session=True,
+        )
+        there.close()
+        reader, self._writer = await asyncio.open_connection(sock=here, limit=LINE_LIMIT)
+        try:
+            line = await asyncio.wait_for(reader.readline(), self._start_s)
+        except TimeoutError:
+            await self._end_process()
+            raise DeviceFault(
+                f"'{self.candidate.accelerator}' did not start within {self._start_s:g} s"
+            ) from None
+        first = (
+            json.loads(line)
+            if line
+            else {
+                "fault": {
+                    "message": f"its process ended with exit code {await self._process.wait()}"
+                }
+            }
+        )
+        if "ready" not in first:
+            await self._end_process()
+            raise DeviceFault(
+                f"'{self.candidate.accelerator}' did not start: {first['fault']['message'].rstrip('.')}"
+            )
+        self.about = first["ready"]
+        self.state = "serving"
+        self._heard_s = time.monotonic()
+        if self.about["fallback_note"]:
+            self._note("accelerator fallback", self.candidate, self.about["fallback_note"])
+        for ticket in self.tickets.values():
+            ticket.moves += self.moves > 0
+            self._hand_over(ticket)
+        self._tasks.append(asyncio.create_task(self._listen(reader), name="listen to engine"))
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Until the engine ends. A fault line, or an end without one, is a failure of the chip or its process."""
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if "fault" in message:
+                    await self._move(message["fault"]["message"], died=False)
+                    return
+                self._deliver(message)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        if self.state != "closed":
+            code = await self._process.wait() if self._process else None
+            await self._move(f"the engine's process ended with exit code {code}", died=True)
+
+    async def _watch(self) -> None:
+        """An engine that owes tokens and is silent for too long is hung: end it, which `_listen` then sees."""
+        while True:
+            await asyncio.sleep(min(1.0, self._hang_s / 4))
+            if (
+                self.state == "serving"
+                and self.tickets
+                and time.monotonic() - self._heard_s > self._hang_s
+                and self._process
+            ):
+                self.trouble = f"it said nothing for {self._hang_s:g} s"
+                self._failed.add(self._at)
+                self._process.kill()
+
+    async def _move(self, reason: str, *, died: bool) -> None:
+        """The present candidate failed. Go on elsewhere, or once more here if only its process died and nothing else is left."""
+        self.state = "moving"
+        self.moves += 1
+        await self._end_process()
+        self._deaths += died
+        only_one = all(at in self._failed for at in range(len(self.candidates)) if at != self._at)
+        again = died and only_one and self._at not in self._failed and self._deaths <= RESTARTS
+        if not again:
+            self._fail(reason)
+        else:
+            self._note(
+                "engine restarted",
+                self.candidate,
+                f"serving on '{self.candidate.accelerator}': {reason}; started again, unfinished answers go on",
+            )
+        try:
+            await self._open_next(reason)
+        except DeviceFault as error:
+            for ticket in list(self.tickets.values()):
+                ticket.arrivals.put_nowait(Refused(503, str(error)))
+            self.tickets.clear()
+        self._announce()
+
+    def _fail(self, reason: str) -> None:
+        self._failed.add(self._at)
+        self.trouble = f"{self.trouble}; {reason}" if self.trouble else reason
+        self._note("serving chip failed", self.candidate, reason)
+
+    def _give_up(self, why: str) -> None:
+        self.state = "down"
+        self._announce()
+
+    def _announce(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def _end_process(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        self._heard_s = time.monotonic()
+        self.load = message["load"]
+        for job, cached in message["began"]:
+            if job in self.tickets:
+                self.tickets[job].cached_tokens = cached
+        for job, choice, token, logprob, tops, finish in message["said"]:
+            ticket = self.tickets.get(job)
+            if ticket is None or choice not in ticket.open:
+                continue  # cancelled meanwhile
+            ticket.said[choice].append(token)
+            if finish is not None:
+                ticket.open.discard(choice)
+                if not ticket.open:
+                    del self.tickets[job]
+            ticket.arrivals.put_nowait(Said(choice, token, logprob, tops, finish))

@@ -1,0 +1,241 @@
+"""`bascule serve`: open the door, start the engine, answer until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Sequence
+from importlib import metadata, resources
+from typing import Any
+
+import uvicorn
+
+from bascule.config import Recipe, read_resolved
+from bascule.data.tasks.registry import get as get_task
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import UsageError
+from bascule.folder import RunFolder
+from bascule.ledger import Ledger, last, of_kind, read_ledger
+from bascule.records import (
+    AnyRecord,
+    Placement,
+    PoolCondemned,
+    PoolReadmitted,
+    RunFinished,
+    Verdict,
+)
+from bascule.serve.broker import Broker, Candidate
+from bascule.serve.door import Door
+from bascule.serve.openai import Api, application
+
+BODY_LIMIT_BYTES = 1 << 20
+DRAIN_S = 30
+EXAMPLES = 4
+EXAMPLE_SEED = 7
+
+
+def run(
+    folder: RunFolder,
+    accelerator: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    slots: int = 256,
+) -> None:
+    """Serve a finished run's model until SIGTERM or Ctrl-C. Other pools whose verdict says `infer` stand by.
+
+    Raises UsageError when the port is taken, DeviceFault when no chip can serve.
+    """
+    recipe = read_resolved(folder.recipe)
+    with bind(host, port) as listener:
+        asyncio.run(_serve(folder, recipe, accelerator, listener, api_key, slots))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before the model is loaded: a port in use is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"Cannot listen on {host}:{port} ({error.strerror}). Choose another with --port, or end what uses it."
+        ) from None
+    listener.listen(1024)
+    return listener
+
+
+async def _serve(
+    folder: RunFolder,
+    recipe: Recipe,
+    accelerator: str,
+    listener: socket.socket,
+    api_key: str | None,
+    slots: int,
+) -> None:
+    ledger = Ledger(folder.ledger)
+    records = read_ledger(folder.ledger)
+    broker = Broker(
+        folder.model,
+        candidates(recipe, records, accelerator),
+        threads=recipe.threads,
+        seed=recipe.seed,
+        slots=slots,
+        max_queue=recipe.serve.max_queue,
+        fault_logs=folder.ground_truth,
+        note=lambda what, candidate, text: _note(ledger, what, candidate, text),
+    )
+    name = recipe.name
+    tries = examples(recipe)
+    api = Api(
+        broker,
+        Tokenizer.load(folder.model),
+        model=name,
+        about=lambda: {**about(name, broker, records), "examples": tries},
+        page=page(),
+    )
+    local = listener.getsockname()[0] in ("127.0.0.1", "::1")
+    door = Door(
+        application(api), api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            door,
+            log_level="warning",
+            timeout_graceful_shutdown=DRAIN_S,
+            server_header=False,
+            access_log=False,
+            lifespan="off",
+        )
+    )
+    await broker.start()
+    try:
+        _say(
+            f"{name} answers on {_url(listener)} ({broker.about['chip']}, {broker.about['accelerator']}); the chat page is at the same address."
+        )
+        draining = asyncio.create_task(_note_draining(server, api))
+        with contextlib.suppress(asyncio.CancelledError):
+            await server.serve(sockets=[listener])
+        draining.cancel()
+    finally:
+        await broker.close()
+
+
+def candidates(recipe: Recipe, records: Sequence[AnyRecord], accelerator: str) -> list[Candidate]:
+    """The accelerator asked for first, then every other pool that is fit for `infer` and not condemned, in the owner's order."""
+    verdicts = {
+        record.pool: record for record in of_kind(records, Verdict) if record.role == "infer"
+    }
+    placed = last(records, Placement)
+    order = [placed.infer] if placed else []
+    order += [pool for pool in recipe.order if pool not in order]
+    first = next((pool for pool in order if recipe.pools[pool].accelerator == accelerator), None)
+    out = _condemned(records)
+    standby = [
+        pool
+        for pool in order
+        if pool != first
+        and pool not in out
+        and pool in verdicts
+        and verdicts[pool].verdict == "fit"
+    ]
+    found = [
+        _candidate(recipe, pool, verdicts.get(pool))
+        for pool in ([first] if first else []) + standby
+    ]
+    return found if first else [Candidate(None, accelerator), *found]
+
+
+def about(name: str, broker: Broker, records: Sequence[AnyRecord]) -> dict[str, Any]:
+    """What `/version` and the page tell: versions, the chip that answers, its verdict, and what stands by."""
+    candidate, finished = broker.candidate, last(records, RunFinished)
+    return {
+        "version": metadata.version("bascule"),
+        "model": name,
+        "status": broker.state,
+        "context": broker.about.get("context"),
+        "weights_sha256": broker.about.get("weights_sha256"),
+        "trained_steps": finished.steps if finished else None,
+        "chip": {
+            "pool": candidate.pool,
+            "accelerator": candidate.accelerator,
+            "name": broker.about.get("chip"),
+            "driver": broker.about.get("driver"),
+            "simulated": broker.about.get("simulated"),
+            "verdict": candidate.verdict,
+            "reasons": list(candidate.reasons),
+        },
+        "standby": [
+            other.pool or other.accelerator for other in broker.candidates if other is not candidate
+        ],
+        "moves": broker.moves,
+        "trouble": broker.trouble or None,
+    }
+
+
+def examples(recipe: Recipe) -> list[str]:
+    """Questions of the kind the model was trained on, for the page; drawn with a seed of their own."""
+    each = max(1, EXAMPLES // len(recipe.data.tasks))
+    return [
+        problem.question
+        for task in recipe.data.tasks
+        for problem in get_task(task.name).problems(EXAMPLE_SEED, each, task.options)
+    ]
+
+
+def page() -> str:
+    return resources.files("bascule.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+
+def _candidate(recipe: Recipe, pool: str, verdict: Verdict | None) -> Candidate:
+    return Candidate(
+        pool,
+        recipe.pools[pool].accelerator,
+        verdict.verdict if verdict else None,
+        verdict.reasons if verdict else (),
+    )
+
+
+def _condemned(records: Sequence[AnyRecord]) -> set[str | None]:
+    found: set[str | None] = set()
+    for record in records:
+        if isinstance(record, PoolCondemned) and record.role == "infer":
+            found.add(record.pool)
+        elif isinstance(record, PoolReadmitted) and record.role == "infer":
+            found.discard(record.pool)
+    return found
+
+
+def _note(ledger: Ledger, what: str, candidate: Candidate, text: str) -> None:
+    """Every failure and move is a warning in the run's ledger; a chip that failed while serving is condemned for `infer`."""
+    ledger.warn(what, f"{candidate.pool or candidate.accelerator}: {text}")
+    if what == "serving chip failed" and candidate.pool is not None:
+        ledger.append(
+            PoolCondemned(
+                pool=candidate.pool,
+                role="infer",
+                incident_id=None,
+                reason=f"failed while serving: {text}",
+            )
+        )
+
+
+async def _note_draining(server: uvicorn.Server, api: Api) -> None:
+    """`/ready` turns to 503 the moment a stop was asked for; running answers may finish."""
+    while not server.should_exit:
+        await asyncio.sleep(0.1)
+    api.draining = True
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,292 @@
+"""The engine's process: one model on one chip, requests in and tokens out over a socket, continuous batching between.
+
+    python -m bascule.serve.worker --model out/demo/model --accelerator cpu --fd 5
+
+Lines of JSON both ways. In: `submit`, `cancel`. Out: `ready` once; after every tick `said` (a list of
+[job, choice, token, logprob, alternatives, finish]), `began` ([job, tokens found in the prefix store]) and `load`; `fault` as
+the last line of a chip that failed. A process of its own, because a failing chip can take its process with it, and because
+the server must go on answering while the chip computes. It ends when the server closes the socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bascule.accelerators.base import Accelerator, Work
+from bascule.accelerators.registry import open_accelerator
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import BasculeError, OutOfMemory
+from bascule.infer.batch import Batch, Prefill, Row
+from bascule.infer.prefix import PrefixStore
+from bascule.infer.sampling import Sampling
+from bascule.model.transformer import Transformer
+from bascule.model.weights import fingerprint, load_hf
+
+CHUNK_TOKENS = 256  # read of a long prompt per tick: about what the others wait for it
+TOGETHER_TOKENS = 512  # short prompts that are read in one go per tick
+SHORT_TOKENS = 64
+PREFIX_BYTES = 64 << 20
+CACHE_BYTES = 1 << 30
+ALIVE_S = 1.0
+
+
+@dataclass(eq=False)
+class Seat(Row):
+    """A row and whose it is."""
+
+    job: int = 0
+    choice: int = 0
+
+
+class Desk:
+    """Takes jobs, runs the batch, hands out tokens. One thread owns it."""
+
+    def __init__(
+        self, model: Transformer, accelerator: Accelerator, *, eos_id: int, pad_id: int, slots: int
+    ) -> None:
+        length = model.config.max_position_embeddings
+        row_bytes = model.new_cache(1, length).memory_bytes
+        self.prefixes = PrefixStore(PREFIX_BYTES)
+        self.batch = Batch(
+            model, slots=max(1, min(slots, CACHE_BYTES // row_bytes)), length=length, eos_id=eos_id, pad_id=pad_id, prefixes=self.prefixes
+        )  # fmt: skip
+        self.accelerator = accelerator
+        self.waiting: deque[list[Seat]] = deque()
+        self.reading: tuple[list[Seat], Prefill] | None = None
+        self.jobs = 0
+        self._said: list[list[Any]] = []
+        self._began: list[list[int]] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.reading or self.batch.rows)
+
+    def submit(self, job: dict[str, Any]) -> None:
+        sampling = Sampling(
+            **{
+                **job["sampling"],
+                "logit_bias": tuple(
+                    (int(token), float(bias)) for token, bias in job["sampling"]["logit_bias"]
+                ),
+            }
+        )
+        seats = [
+            Seat(
+                job["prompt"],
+                sampling,
+                index=row["choice"],
+                top=job["top"],
+                said=list(row["said"]),
+                job=job["id"],
+                choice=row["choice"],
+            )
+            for row in job["rows"]
+        ]
+        self.jobs += 1
+        # Choices that have said different things already (another engine failed) no longer share what has to be read.
+        alike: dict[tuple[int, ...], list[Seat]] = {}
+        for seat in seats:
+            alike.setdefault(tuple(seat.said), []).append(seat)
+        self.waiting.extend(alike.values())
+
+    def cancel(self, job: int, choice: int | None) -> None:
+        def meant(seat: Row) -> bool:
+            return isinstance(seat, Seat) and seat.job == job and choice in (None, seat.choice)
+
+        self.waiting = deque(
+            left for group in self.waiting if (left := [seat for seat in group if not meant(seat)])
+        )
+        if self.reading is not None:
+            left = [seat for seat in self.reading[0] if not meant(seat)]
+            self.reading = (left, self.reading[1]) if left else None
+        for row in list(self.batch.rows):
+            if meant(row):
+                self.batch.cancel(row)
+
+    @torch.inference_mode()
+    def tick(self) -> dict[str, Any]:
+        """Read some prompts, say one token for every running row; returns the line to send."""
+        self._said, self._began = [], []
+        with self.accelerator.session(Work("infer", max(1, self.jobs))):
+            self._note(self.batch.step())
+            self._read_long()
+            self._read_short()
+        return {"said": self._said, "began": self._began, "load": self._load()}
+
+    def _read_long(self) -> None:
+        if (
+            self.reading is None
+            and self.waiting
+            and _length(self.waiting[0]) > SHORT_TOKENS
+            and self._fits(self.waiting[0])
+        ):
+            seats = self.waiting.popleft()
+            prefill = self.batch.prefill(seats[0])
+            self._began.append([seats[0].job, prefill.known])
+            self.reading = (seats, prefill)
+        if self.reading is not None:
+            seats, prefill = self.reading
+            prefill.advance(CHUNK_TOKENS)
+            if prefill.done:
+                self.reading = None
+                self._note(self.batch.enter(seats, prefill))
+
+    def _read_short(self) -> None:
+        groups: list[list[Seat]] = []
+        taken = 0
+        while self.waiting and taken < TOGETHER_TOKENS:
+            seats = self.waiting[0]
+            if _length(seats) > SHORT_TOKENS or not self._fits(
+                seats, [seat for group in groups for seat in group]
+            ):
+                break
+            groups.append(self.waiting.popleft())
+            self._began.append([seats[0].job, 0])
+            taken += _length(seats)
+        if groups:
+            self._note(self.batch.join(groups))
+
+    def _fits(self, seats: Sequence[Seat], besides: Sequence[Seat] = ()) -> bool:
+        reserved = len(self.reading[0]) if self.reading is not None else 0
+        return len(seats) + len(besides) + reserved <= self.batch.free
+
+    def _note(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            assert isinstance(row, Seat)
+            tops = row.tops[-1] if row.top is not None else None
+            self._said.append(
+                [row.job, row.choice, row.said[-1], row.logprobs[-1], tops, row.finish]
+            )
+
+    def _load(self) -> dict[str, float]:
+        return {
+            "running": len(self.batch.rows),
+            "waiting": sum(map(len, self.waiting)) + (len(self.reading[0]) if self.reading else 0),
+            "cache_used_ratio": self.batch.used_tokens / self.batch.capacity_tokens,
+            "prefix_queries": self.prefixes.queries,
+            "prefix_hits": self.prefixes.hits,
+        }
+
+
+def _length(seats: Sequence[Seat]) -> int:
+    return len(seats[0].prompt) + len(seats[0].said)
+
+
+class Line:
+    """The socket to the server: a thread reads, the owner writes. The process ends with its server."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.arrived: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True, name="listen").start()
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def _listen(self) -> None:
+        with self._connection.makefile("rb") as stream:
+            for line in stream:
+                self.arrived.put(json.loads(line))
+        os._exit(0)
+
+
+def work(desk: Desk, line: Line) -> None:
+    """For ever: take what arrived, tick, report. Waits without spinning while there is nothing to do."""
+    while True:
+        _take(desk, line, wait=not desk.busy)
+        while desk.busy:
+            line.send(desk.tick())
+            _take(desk, line, wait=False)
+
+
+def _take(desk: Desk, line: Line, *, wait: bool) -> None:
+    while True:
+        try:
+            message = line.arrived.get(block=wait)
+        except queue.Empty:
+            return
+        wait = False
+        if "submit" in message:
+            desk.submit(message["submit"])
+        elif "cancel" in message:
+            desk.cancel(*message["cancel"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Serve one model on one chip to a bascule server.")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--accelerator", required=True)
+    parser.add_argument(
+        "--fd", type=int, required=True, help="number of the connected socket this process inherits"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of simulated chips")
+    parser.add_argument(
+        "--slots", type=int, default=256, help="sequences that run together at most"
+    )
+    parser.add_argument("--fault-log", type=Path)
+    options = parser.parse_args(arguments)
+    line = Line(socket.socket(fileno=options.fd))
+    try:
+        start = time.perf_counter()
+        accelerator = open_accelerator(
+            options.accelerator, seed=options.seed, fault_log=options.fault_log
+        )
+        accelerator.prepare(options.threads)
+        tokenizer = Tokenizer.load(options.model)
+        model, _ = load_hf(options.model)
+        sha256 = fingerprint(model)
+        desk = Desk(
+            accelerator.move(model).eval(),
+            accelerator,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            slots=options.slots,
+        )
+        line.send({"ready": _about(desk, sha256, time.perf_counter() - start)})
+        work(desk, line)
+    except torch.OutOfMemoryError as error:
+        line.send(
+            {
+                "fault": {
+                    "kind": OutOfMemory.__name__,
+                    "message": f"The chip's memory is exhausted: {error}",
+                }
+            }
+        )
+    except BasculeError as error:
+        line.send({"fault": {"kind": type(error).__name__, "message": str(error)}})
+    return 1
+
+
+def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
+    chip = desk.accelerator.info()
+    return {
+        "accelerator": desk.accelerator.name,
+        "chip": chip.name,
+        "vendor": chip.vendor,
+        "driver": chip.driver,
+        "simulated": chip.simulated,
+        "fallback_note": desk.accelerator.fallback_note,
+        "weights_sha256": sha256,
+        "slots": desk.batch.slots,
+        "context": desk.batch.length,
+        "start_s": seconds,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
