@@ -175,10 +175,9 @@ class Stepper:
         policy ratio is exactly 1.
         """
         with self.accelerator.session(Work("train", step)), torch.no_grad():
-            placed = self.accelerator.to_device(
-                {"tokens": tensors["tokens"], "targets": tensors["targets"]}
-            )
-            logits_BTV = self.model(placed["tokens"]).logits_BTV
+            names = ("tokens", "targets", "real")
+            placed = self.accelerator.to_device({name: tensors[name] for name in names})
+            logits_BTV = self.model(placed["tokens"], mask=placed["real"]).logits_BTV
             return token_logprobs(logits_BTV / temperature, placed["targets"]).cpu()
 
     def model_state(self) -> StateDict:
