@@ -23,7 +23,7 @@ from bascule.accelerators.base import Accelerator
 from bascule.config import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
 from bascule.folder import RunFolder
-from bascule.guard import audit, incident, sentinels
+from bascule.guard import audit, incident, sentinels, update
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 from bascule.guard.replay import Finding, NoiseFloor, Recomputer, StepProposal, investigate
 from bascule.guard.sentinels import Cry, Seen, Watch
@@ -90,7 +90,10 @@ class Guard:
         self._parts: list[audit.Part] = []
         self._checksums: Checksums | None = None
         self._commit_checksums: Checksums | None = None
+        self._committing = 0
         self._capture: audit.Capture | None = None
+        self._expected: update.Expected | None = None
+        self._bits: Tensor | None = None
         self._pending: Pending | None = None
         self._refused: set[int] = set()
         self._diverging = 0
@@ -120,6 +123,8 @@ class Guard:
     @contextmanager
     def _watch_step(self, step: int, model: nn.Module) -> Iterator[None]:
         self._checksums, self._capture = None, None
+        if self._bits is None:
+            self._bits = update.bit_sums(model)
         with ExitStack() as stack:
             if self.audits(step):
                 self._parts = self._parts or audit.parts(model)
@@ -136,10 +141,12 @@ class Guard:
         with the next step, and leads to a rollback."""
         if not self.watches(step):
             yield
+            self._bits = update.bit_sums(model)
             return
-        self._commit_checksums = Checksums(names=self._names_of(model))
+        self._commit_checksums, self._committing = Checksums(names=self._names_of(model)), step
         with self._commit_checksums:
             yield
+        self._bits = update.bit_sums(model)
 
     def _names_of(self, model: nn.Module) -> dict[int, str]:
         if self._names[0] != id(model):
@@ -159,28 +166,28 @@ class Guard:
         watch, cries = self._watch.fold(seen)
         for cry in cries:
             self._alarm(proposal.step, cry)
-        suspicions = [cry for cry in cries if cry.suspect]
-        commit_violations = self._take_commit_violations()
+        spoilt = self._last_update(proposal.step, stepper)
         violations = self._checksums.violations() if self._checksums is not None else []
+        suspicions = [*spoilt, *(cry for cry in cries if cry.suspect)]
         suspicions += [
-            self._suspect(proposal.step, "checksum", v.ratio, str(v))
-            for v in (*commit_violations, *violations)[:1]
+            self._suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
         ]
         suspicions += self._audit(proposal)
-        certifiable = self._pending is not None and self._checksums is not None
-        if not suspicions and certifiable:
+        if not suspicions and self._pending is not None and self._checksums is not None:
             suspicions += self._certify(proposal, stepper)
         if suspicions:
-            return self._settle(
-                proposal, stepper, seen, suspicions[0], violations, commit_violations
-            )
+            return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
         self._accept(proposal, watch)
+        if self._capture is not None:
+            measure = not self._same_kernels()
+            self._expected = update.expect(proposal, stepper, self.referee, measure=measure)
         return True
 
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
         self._watch = watch
         self._diverging = 0
         self._pending = None
+        self._bits = None
         self._unchecked_since_certified += self._checksums is None
         if self._recent and self._recent[-1].phase != proposal.phase:
             self._recent.clear()
@@ -204,9 +211,24 @@ class Guard:
             memory_bytes=None if memory is None else float(memory),
         )
 
-    def _take_commit_violations(self) -> list[Violation]:
+    def _last_update(self, step: int, stepper: Recomputer) -> list[Cry]:
+        """What is wrong with the present weights: the update that led to them, where it was looked at, or their memory."""
         mode, self._commit_checksums = self._commit_checksums, None
-        return mode.violations() if mode is not None else []
+        expected, self._expected = self._expected, None
+        found = [] if mode is None else mode.violations()
+        cries = [
+            self._suspect(self._committing, "update checksum", v.ratio, str(v)) for v in found[:1]
+        ]
+        wrong = None if expected is None else update.check(expected, stepper.model)
+        if wrong is not None:
+            cries.append(
+                self._suspect(wrong.step, "update audit", wrong.error, str(wrong), wrong.bound)
+            )
+        rotten = None if self._bits is None else update.changed(self._bits, stepper.model)
+        if rotten is not None:
+            detail = f"the bits of {rotten} changed while nobody wrote to it"
+            cries.append(self._suspect(step, "memory", math.inf, detail))
+        return cries
 
     def _audit(self, proposal: StepProposal) -> list[Cry]:
         if self._capture is None:
@@ -291,7 +313,7 @@ class Guard:
         seen: Seen,
         cry: Cry,
         violations: list[Violation],
-        commit_violations: list[Violation],
+        state_is_hit: bool,
     ) -> bool:
         finding = investigate(
             proposal,
@@ -302,14 +324,12 @@ class Guard:
             looks_normal=self._looks_normal,
             same_kind=self._same_kind(),
         )
-        if commit_violations and not finding.attribution.endswith("chip fault"):
+        if state_is_hit and not finding.attribution.endswith("chip fault"):
             finding.attribution = "transient chip fault"
-            finding.evidence = f"the last update was computed wrong: {commit_violations[0]}"
+            finding.evidence = cry.detail
         match finding.attribution:
             case "transient chip fault":
-                return self._settle_transient(
-                    proposal, stepper, cry, finding, state_is_hit=bool(commit_violations)
-                )
+                return self._settle_transient(proposal, stepper, cry, finding, state_is_hit)
             case "persistent chip fault" | "software":
                 self._condemn(proposal, stepper, cry, finding)
             case "data":
@@ -324,7 +344,6 @@ class Guard:
         stepper: Recomputer,
         cry: Cry,
         finding: Finding,
-        *,
         state_is_hit: bool,
     ) -> bool:
         before = self._strike_steps()
@@ -384,6 +403,10 @@ class Guard:
     def _same_kind(self) -> bool:
         mine, theirs = self.accelerator.info(), self.referee.info()
         return (mine.vendor, mine.name) == (theirs.vendor, theirs.name)
+
+    def _same_kernels(self) -> bool:
+        """Chip and referee run the same code, so that right results are equal bit for bit (a simulated chip on its base)."""
+        return self.accelerator.device == self.referee.device
 
     # ---- records
 

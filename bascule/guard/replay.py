@@ -75,7 +75,8 @@ class StepProposal(Protocol):
 
 
 class Recomputer(Protocol):
-    """What the guard asks of train's Stepper: the same weights, any batch, any chip, nothing changed."""
+    """What the guard asks of train's Stepper: the same weights, any batch, any chip, nothing changed. `rehearse` gives the
+    weights by name that committing a proposal would leave, worked out on the given chip."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -87,6 +88,8 @@ class Recomputer(Protocol):
         attempt: int = 0,
         watch: Callable[[int, str, Any], AbstractContextManager[None]] | None = None,
     ) -> Any: ...
+
+    def rehearse(self, proposal: Any, accelerator: Accelerator) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
