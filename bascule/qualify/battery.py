@@ -31,7 +31,8 @@ from bascule.records import Evidence, Role, Verdict
 
 START_LIMIT_S = 120.0  # importing torch and opening a chip; a cold NPU runtime takes most of a minute
 FULL_BATTERY_PATIENCE = 10.0  # the full battery may take this many times a check's quick limit
-DEATHS_ALLOWED = 2  # after as many crashes or hangs in one role its verdict is clear; the time goes to the other role
+# After as many crashes, or one hang, in a role its verdict is clear; the time goes to the other role.
+DEATHS_ALLOWED = 2
 _POLL_S = 0.02
 
 OnEvidence = Callable[[Evidence], None]
@@ -141,22 +142,28 @@ class _Run:
         answers = self.folder / f"answers-{self.launches}.jsonl"
         answers.write_text("", encoding="utf-8")
         process = self._launch(answers)
+        try:
+            why = self._follow(process, answers)
+        finally:
+            _kill(process)
+        self._account(why, process.returncode)
+
+    def _follow(self, process: subprocess.Popen[bytes], answers: Path) -> str | None:
+        """Take lines as they come until the child ends (None) or must be stopped: "limit" or "hang"."""
         offset, since_s = 0, time.monotonic()
-        why: str | None = None
-        while why is None:
+        while True:
             ended = process.poll() is not None
             lines, offset = _new_lines(answers, offset)
             for line in lines:
                 self._take(line)
             if lines:
                 since_s = time.monotonic()
-            if ended and not lines:
-                break
-            why = None if ended else self._overdue(since_s)
-            if not lines and not ended:
+            elif ended:
+                return None
+            elif why := self._overdue(since_s):
+                return why
+            else:
                 time.sleep(_POLL_S)
-        _kill(process)
-        self._account(why, process.returncode)
 
     def _launch(self, answers: Path) -> subprocess.Popen[bytes]:
         request = self.folder / f"request-{self.launches}.json"
@@ -226,11 +233,11 @@ class _Run:
             self._skip_all(f"cut off by the time limit of {self.time_limit_s:g} s")
         elif why == "hang":
             limit_s = self._limit_s(self.at) if self.at else START_LIMIT_S
-            self._lost(f"hang: no answer within {limit_s:g} s, the process was ended")
+            self._lost(f"hang: no answer within {limit_s:g} s, the process was ended", weight=DEATHS_ALLOWED)
         elif self.left:
             self._lost(f"death: the process ended with {_ending(code)}")
 
-    def _lost(self, detail: str) -> None:
+    def _lost(self, detail: str, *, weight: int = 1) -> None:
         log = f"{self.folder.name}/child-{self.launches}.log"
         if self.at is None:
             roles = tuple(dict.fromkeys(ask.role for ask in self.left))
@@ -241,13 +248,12 @@ class _Run:
         ask = self.at
         self._add(self._against(ask, "error", f"{detail} while it was asked {ask.name}; see {log}"))
         self.left.remove(ask)
-        self.deaths[ask.role] = self.deaths.get(ask.role, 0) + 1
+        self.deaths[ask.role] = self.deaths.get(ask.role, 0) + weight
 
     def drop_lost_roles(self) -> None:
         """Skip what is left of a role in which the chip has died or hung often enough."""
         for ask in [ask for ask in self.left if self.deaths.get(ask.role, 0) >= DEATHS_ALLOWED]:
-            times = self.deaths[ask.role]
-            self._add(self._against(ask, "skipped", f"not asked: the chip died or hung {times} times in this role"))
+            self._add(self._against(ask, "skipped", "not asked: the chip hung, or died twice, in this role"))
             self.left.remove(ask)
 
     def _skip_all(self, detail: str) -> None:

@@ -31,7 +31,7 @@ class Check:
     bound: str
     entry: str
     catches: tuple[str, ...] = ()
-    limit_s: float = 30.0
+    limit_s: float = 60.0
     quick: bool = True
     decides: bool = True
 
@@ -150,7 +150,7 @@ CHECKS: tuple[Check, ...] = (
         "learning.curve", ("train",),
         "Does a short real training on the chip learn what it learns on the reference: same start, same data?",
         "two one-sided tests on late-window log loss, margin 0.5 %", "learning:curve",
-        catches=("backward-wrong", "nan"), limit_s=60.0,
+        catches=("backward-wrong", "nan"), limit_s=90.0,
     ),
     Check(
         "generation.logprobs", ("infer",),
@@ -160,7 +160,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "links.collectives", ("train",),
         "Do collectives of two processes return exact sums, odd sizes and tails included?",
-        "every element equal; tolerance zero", "links:collectives", limit_s=60.0,
+        "every element equal; tolerance zero", "links:collectives", limit_s=120.0,
     ),
     Check(
         "soak.training", ("train",),

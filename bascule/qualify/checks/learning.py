@@ -18,7 +18,7 @@ from bascule.qualify.context import CheckContext, Measured
 from bascule.records import Evidence
 
 QUICK_PAIRS, FULL_PAIRS = 3, 6
-QUICK_STEPS, FULL_STEPS = 16, 200
+QUICK_STEPS, FULL_STEPS = 12, 200
 WINDOW = 0.25
 MIN_COSINE = 0.999
 

@@ -1,0 +1,128 @@
+"""The supervisor's side: what it makes of a child that refuses, is cut off, or is not there; and reproducers that stand alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bascule.accelerators.registry import open_accelerator
+from bascule.config import ModelConfig
+from bascule.errors import UsageError
+from bascule.qualify import examine
+from bascule.qualify.battery import run_battery
+from bascule.qualify.trace import transplant
+from bascule.qualify.workload import Workload
+from bascule.records import Evidence
+
+TICK = ModelConfig(preset="tick")
+
+
+def test_answers_arrive_one_by_one_from_a_child(tmp_path: Path) -> None:
+    seen: list[str] = []
+    begun: list[tuple[str, int, int]] = []
+    result = run_battery(
+        "spare", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact", "soak.inference"],
+        on_evidence=lambda item: seen.append(item.check), on_progress=lambda *where: begun.append(where),
+    )  # fmt: skip
+    assert seen == ["exact.matmul", "exact.matmul", "exact.reduction", "exact.reduction", "soak.inference"]
+    assert begun[0] == ("exact.matmul[train]", 0, 5) and begun[-1] == ("soak.inference[infer]", 4, 5)
+    assert {item.pool for item in result.evidence} == {"spare"} == {verdict.pool for verdict in result.verdicts}
+    assert {verdict.verdict for verdict in result.verdicts} == {"unproven"}, "a partial battery proves nothing"
+    assert result.examined.driver.startswith("torch")
+
+
+def test_a_chip_that_is_not_there_is_unproven_and_the_reason_is_kept(tmp_path: Path) -> None:
+    result = run_battery("far", "npu", TICK, tmp_path, time_limit_s=120)
+    assert {verdict.verdict for verdict in result.verdicts} == {"unproven"}
+    assert {item.outcome for item in result.evidence} == {"skipped"}
+    assert "npu" in result.evidence[0].detail
+
+
+def test_an_accelerator_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="sim:no-such-profile|no-such-profile"):
+        run_battery("p", "sim:no-such-profile", TICK, tmp_path, time_limit_s=120)
+
+
+def test_the_time_limit_leaves_the_rest_unproven(tmp_path: Path) -> None:
+    result = run_battery("p", "cpu", TICK, tmp_path, time_limit_s=0.5)
+    assert {verdict.verdict for verdict in result.verdicts} == {"unproven"}
+    assert all("time limit of 0.5 s" in item.detail for item in result.evidence)
+
+
+def test_a_supervisor_that_is_interrupted_leaves_no_child_behind(tmp_path: Path) -> None:
+    def stop(*where: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, on_progress=stop)
+    request = str(tmp_path / "request-1.json")
+    alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if request.encode() in _bytes(path)]
+    assert alive == []
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Evidence]:
+    only = ["numerics.forward", "numerics.backward", "exact.matmul"]
+    evidence, _ = examine.qualify(
+        open_accelerator("sim:gain-0.2-percent"), TICK, only=only, workdir=tmp_path_factory.mktemp("found")
+    )
+    return [item for item in evidence if item.outcome == "fail"]
+
+
+def script_of(item: Evidence) -> Path:
+    return Path(item.reproduce.rpartition("python ")[2])
+
+
+def test_every_finding_on_operators_leaves_a_script_without_bascule(findings: list[Evidence]) -> None:
+    assert {item.family for item in findings} == {"numerics", "exact"}
+    for item in findings:
+        text = script_of(item).read_text(encoding="utf-8")
+        code = [line for line in text.splitlines() if line.startswith(("import", "from"))]
+        assert not any("bascule" in line for line in code)
+        assert len(text.splitlines()) < 80
+        assert (script_of(item).parent / "environment.json").exists()
+
+
+def test_scripts_run_and_say_that_a_right_device_is_right(findings: list[Evidence]) -> None:
+    """The planted fault acts only inside our session, so on the plain CPU every script must find nothing."""
+    for item in {script_of(item): item for item in findings}.values():
+        done = subprocess.run([sys.executable, str(script_of(item))], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+        if item.family == "exact":
+            assert "wrong" not in done.stdout
+        else:
+            gain = float(done.stdout.splitlines()[0].split()[-1])
+            assert abs(gain) < 1e-6 < abs(float(item.measured["gain"] or 0))
+
+
+def test_a_copied_tensor_keeps_strides_offsets_and_overlaps() -> None:
+    base = torch.arange(40.0)
+    for tensor in (base.view(5, 8).t(), base[3:33].view(5, 6)[:, 1:4], base[:1].expand(7, 3), torch.zeros(0, 4)):
+        copied = transplant(tensor, torch.device("cpu"), torch.float64)
+        assert copied.dtype == torch.float64 and copied.stride() == tensor.stride()
+        assert torch.equal(copied.float(), tensor)
+
+
+def test_the_trace_holds_forward_backward_optimizer_and_decode() -> None:
+    trace = Workload(TICK, 0).trace
+    names = {phase: {call.base_name for call in trace.of(phase)} for phase in ("forward", "backward", "optimizer", "inference")}
+    assert {"mm", "scaled_dot_product_attention", "topk", "embedding"} <= names["forward"]
+    assert {"embedding_dense_backward", "silu_backward"} <= names["backward"]
+    assert {"baddbmm", "lerp_"} <= names["optimizer"]
+    assert "_softmax" in names["inference"] and "silu_backward" not in names["inference"]
+
+
+def test_two_workloads_of_one_seed_are_the_same_and_of_two_seeds_are_not() -> None:
+    one, same, other = (Workload(TICK, seed).batch(3)["tokens"] for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
