@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,15 @@ class Shape:
     window: int = 0
     local_layers: int = 0
 
-    @property
+    @cached_property
     def moe(self) -> bool:
         return self.experts > 0
 
-    @property
+    @cached_property
     def moe_layers(self) -> int:
         return self.layers - self.dense_layers if self.moe else 0
 
-    @property
+    @cached_property
     def attention_weights(self) -> int:
         """Matmul weights of one layer's attention."""
         h = self.hidden
@@ -78,24 +79,24 @@ class Shape:
         latent = h * (m.kv_lora + m.rope) + m.kv_lora * self.heads * (m.nope + m.v)
         return query + latent + self.heads * m.v * h
 
-    @property
+    @cached_property
     def dense_ffn_weights(self) -> int:
         return (3 if self.gated else 2) * self.hidden * self.ffn
 
-    @property
+    @cached_property
     def expert_weights(self) -> int:
         """Matmul weights of one routed expert."""
         return (3 if self.gated else 2) * self.hidden * self.moe_ffn
 
-    @property
+    @cached_property
     def shared_weights(self) -> int:
         return (3 if self.gated else 2) * self.hidden * self.shared_ffn
 
-    @property
+    @cached_property
     def router_weights(self) -> int:
         return self.hidden * self.experts
 
-    @property
+    @cached_property
     def head_weights(self) -> int:
         return self.hidden * self.vocab
 
@@ -106,14 +107,14 @@ class Shape:
         routed = (self.topk if active else self.experts) * self.expert_weights
         return self.attention_weights + routed + self.shared_weights + self.router_weights
 
-    @property
+    @cached_property
     def mtp_weights(self) -> int:
         """Active matmul weights of one multi-token-prediction module, its projection and use of the head included."""
         return (
             self.layer_weights(active=True, moe=self.moe) + 2 * self.hidden**2 + self.head_weights
         )
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Weights held in memory, embeddings included; norms and biases (under 0.1 %) left out."""
         body = self.moe_layers * self.layer_weights(active=False, moe=True)
@@ -123,7 +124,7 @@ class Shape:
         )
         return body + mtp + self.head_weights * (1 if self.tied else 2)
 
-    @property
+    @cached_property
     def expert_parameters(self) -> int:
         """Parameters that expert parallelism divides."""
         return (
@@ -132,7 +133,7 @@ class Shape:
             * self.expert_weights
         )
 
-    @property
+    @cached_property
     def active_weights(self) -> int:
         """Matmul weights one trained token uses in all, head and MTP included."""
         body = self.moe_layers * self.layer_weights(active=True, moe=True)

@@ -23,6 +23,7 @@ import numpy as np
 from bascule.plan.cost import NAMES, Constants, step_seconds
 from bascule.plan.features import NUMBERS, TERMS, constants_vector, gradient, point, prior_vector
 from bascule.plan.job import Job
+from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Array, Point, Process
 from bascule.plan.table import Row, job_of, number, read_rows
 
@@ -121,6 +122,42 @@ def fit_sizes(process: Process, *, rounds: int = 60, pull: float = 0.002) -> Pro
         theta = theta + rate * first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.9**step)) + 1e-4)
         theta = np.clip(theta, start - 3.5, start + 3.5)
     return at(best[1])
+
+
+MEMORY_PRIOR = {"base_gib": (2.0, 0.5), "slack": (1.05, 0.05), "kept": (0.9, 0.2), "kept_selective": (0.4, 0.4), "logits_bytes": (9.0, 0.3)}
+STACK_SLACK_SD = 0.1
+
+
+def memory_rows(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if number(row, "mem_GiB_chip_pub") and "recall" not in row["verified"]]
+
+
+def fit_memory(rows: Sequence[Row]) -> MemoryConstants:
+    """Maximum a posteriori constants of the memory model; the spread is the 80 % quantile of what is still missed."""
+    jobs = [job_of(row) for row in rows]
+    published = np.log([(number(row, "mem_GiB_chip_pub") or 1) * GIB for row in rows])
+    stacks = sorted({job.software for job in jobs})
+    start = np.array([*[math.log(value) for value, _ in MEMORY_PRIOR.values()], *[0.0] * len(stacks)])
+    sd = np.array([*[width for _, width in MEMORY_PRIOR.values()], *[STACK_SLACK_SD] * len(stacks)])
+
+    def constants(theta: Array) -> MemoryConstants:
+        named = dict(zip(MEMORY_PRIOR, np.exp(theta).tolist(), strict=False))
+        return MemoryConstants(**named, slack_by_stack=dict(zip(stacks, np.exp(theta[len(named) :]).tolist(), strict=True)))
+
+    def predicted(theta: Array) -> Array:
+        c = constants(theta)
+        return np.log([memory_of(job, c).total for job in jobs])
+
+    theta = start.copy()
+    for _ in range(10):
+        here = predicted(theta)
+        slope = np.stack([(predicted(theta + 1e-3 * unit) - here) / 1e-3 for unit in np.eye(len(theta))], axis=1)
+        missed = published - here
+        weight = 1 / (0.08**2 * (1 + (missed / 0.08) ** 2 / 4))
+        system = slope.T @ (weight[:, None] * slope) + np.diag(1 / sd**2)
+        theta = theta + np.clip(np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2), -0.3, 0.3)
+    left = np.abs(published - predicted(theta))
+    return replace(constants(theta), spread=float(np.exp(max(0.08, np.quantile(left, 0.8) * 1.3))))
 
 
 def interval_width(process: Process) -> float:

@@ -50,6 +50,10 @@ class Model:
         shift = np.array([np.array(p.gradient) @ back for p in points])
         return (mean + shift).tolist(), sd.tolist()
 
+    def seconds(self, jobs: Sequence[Job]) -> list[float]:
+        """Corrected seconds of a step for several jobs at once, without intervals."""
+        return [step_seconds(job, self.constants) * math.exp(ratio) for job, ratio in zip(jobs, self.correction(jobs)[0], strict=True)]
+
     def predict(self, job: Job) -> Forecast:
         (log_ratio,), (sd,) = self.correction([job])
         parts = step_components(job, self.constants)
@@ -62,10 +66,10 @@ class Model:
             high=seconds * width,
             parts={name: value * ratio for name, value in parts.items()},
             correction=ratio,
-            basis=self._basis(job, sd),
+            basis=self._basis(job),
         )
 
-    def _basis(self, job: Job, sd: float) -> str:
+    def _basis(self, job: Job) -> str:
         near = self.process.nearest(point(job, self.constants))
         known = {p.words["chip"] for p in self.process.points}
         words = f"physics on the chip's {job.chip.basis} figures, corrected by {len(self.process.points)} published runs (nearest: {', '.join(near)})"

@@ -135,6 +135,7 @@ class Process:
         return mean, sd
 
     def nearest(self, new: Point, count: int = 3) -> list[str]:
-        """Names of the published runs that the prediction leans on most."""
-        cross = self.cross([new])[0] / np.sqrt(np.diag(np.linalg.inv(self.inverse)))
-        return [self.points[int(i)].name for i in np.argsort(-np.abs(cross))[:count]]
+        """Names of the published runs that are most alike in what makes a run miss the physics."""
+        own = self.parts.covariance(self.sizes, self.lengths).diagonal()
+        cross = self.cross([new])[0] / np.sqrt(own)
+        return [self.points[int(i)].name for i in np.argsort(-cross)[:count]]

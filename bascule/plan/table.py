@@ -1,7 +1,7 @@
 """Rows in the format of runs.csv and inference.csv, read as inputs. The answer columns are never looked at here.
 
 A paper rarely prints the whole layout; what is missing is filled by rule (no free choice per row): no layout at all means fully
-sharded data parallel, an unknown micro-batch is 1 (a sharded replica's whole batch), unknown recomputation is none, an unprinted schedule of a
+sharded data parallel, optimizer states are split (ZeRO-1) unless it says plain DDP, an unknown micro-batch is 1 (a sharded replica's whole batch), unknown recomputation is none, an unprinted schedule of a
 pipeline is interleaved with two layers or more to a virtual stage, four virtual stages at most (two where only
 `interleaved` is printed).
 """
@@ -135,7 +135,7 @@ def layout_of(row: Row, chips: int) -> Layout:
     tp, cp = min(whole(row, "tp", 1), chips), whole(row, "cp", 1)
     pp = min(whole(row, "pp", 1), max(1, chips // (tp * cp)))  # a layout printed for a larger run cannot exceed the chips
     unknown = not row.get("tp") and not row.get("pp") and not sharding
-    zero = 3 if "fsdp" in sharding or unknown else 1 if "zero-1" in sharding or "distributed opt" in sharding else 0
+    zero = 3 if "fsdp" in sharding or unknown else 0 if sharding == "ddp" else 1
     zero = 2 if "shard_grad_op" in sharding or "zero-2" in sharding else zero
     overlap = row.get("schedule_overlap", "")
     vpp = _virtual(row, pp)
@@ -149,7 +149,7 @@ def layout_of(row: Row, chips: int) -> Layout:
         dp=max(1, chips // (tp * pp * cp)),
         zero=zero,
         micro_batch=whole(row, "micro_batch", _whole_local_batch(row, chips // (tp * pp * cp)) if zero == 3 and pp == 1 else 1),
-        recompute=_recompute(row.get("recompute", ""), sharding),
+        recompute=_recompute(row.get("recompute", ""), stack_of(row)),
         tp_overlap=any(word in overlap for word in ("MC2", "AsyncTP", "comm overlap", "MegaScale")),
         schedule=schedule,
     )
@@ -172,8 +172,10 @@ def _virtual(row: Row, pp: int) -> int:
     return whole(row, "vpp", 1)
 
 
-def _recompute(text: str, sharding: str) -> Recompute:
+def _recompute(text: str, stack: str) -> Recompute:
     word = text.lower()
+    if not word and stack == "torchtitan":  # its default is op-level selective checkpointing
+        return "selective"
     if word.startswith(("full", "custom", "qkv")):
         return "full" if word.startswith("full") else "selective"
     return "selective" if "selective" in word or "minimal" in word else "none"

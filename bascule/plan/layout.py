@@ -1,0 +1,127 @@
+"""The search for a layout: which split over tensor, pipeline, expert, context and data parallelism is fastest and fits.
+
+Every candidate is costed by the physics (tens of microseconds each); the best dozen that fit are then costed with the
+published runs' correction, and the fastest wins. Nothing that does not fit is offered unless nothing fits at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from bascule.errors import RecipeError
+from bascule.plan.architecture import Shape
+from bascule.plan.catalogue import Chip
+from bascule.plan.cost import step_seconds
+from bascule.plan.forecast import Forecast, Model
+from bascule.plan.job import Job, Layout, Recompute
+from bascule.plan.memory import Memory, memory_of
+
+FINALISTS = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layout found, what was considered, and how the runner-up compares."""
+
+    job: Job
+    forecast: Forecast
+    memory: Memory
+    considered: int
+    fitting: int
+    notes: tuple[str, ...]
+
+
+def candidates(job: Job) -> Iterator[Job]:
+    """All layouts worth costing for the job's model, chips and batch; the batch is moved by up to 5 % to divide evenly."""
+    s, chip = job.shape, job.chip
+    domain = min(chip.scaleup_chips or 8, 64)
+    for tp in _powers(min(domain, s.heads, 16)):
+        for pp in _divisors(job.chips // tp, min(64, s.layers)):
+            for cp in _powers(min(16, max(1, job.sequence // 16384))):
+                if job.chips % (tp * pp * cp):
+                    continue
+                dp = job.chips // (tp * pp * cp)
+                for ep in _expert_splits(s, dp * cp * tp):
+                    yield from _batches(job, tp, pp, cp, dp, ep)
+
+
+def _batches(job: Job, tp: int, pp: int, cp: int, dp: int, ep: int) -> Iterator[Job]:
+    recomputes: tuple[Recompute, ...] = ("none", "full")
+    for micro in (1, 2, 4):
+        unit = dp * micro
+        batch = max(1, round(job.global_batch / unit)) * unit
+        if abs(batch / job.global_batch - 1) > 0.05:
+            continue
+        for recompute in recomputes:
+            for virtual in _virtuals(job.shape, pp, batch // unit):
+                for zero in (1,) if pp > 1 or job.shape.moe else (1, 3):
+                    layout = Layout(
+                        tp=tp, pp=pp, vpp=virtual, cp=cp, ep=ep, dp=dp, zero=zero, micro_batch=micro, recompute=recompute,
+                        tp_overlap=True, schedule="interleaved" if virtual > 1 else "1f1b",
+                    )  # fmt: skip
+                    yield replace(job, layout=layout, global_batch=batch)
+
+
+def _powers(limit: int) -> list[int]:
+    return [2**i for i in range(int(math.log2(max(1, limit))) + 1)]
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    """Pipeline depths: powers of two and three times them, as clusters come."""
+    return [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if n <= limit and number % n == 0]
+
+
+def _expert_splits(s: Shape, room: int) -> list[int]:
+    if not s.moe:
+        return [1]
+    return [n for n in _powers(min(s.experts, 256)) if s.experts % n == 0 and room % n == 0 and n >= min(4, s.experts)]
+
+
+def _virtuals(s: Shape, pp: int, micro_batches: int) -> list[int]:
+    if pp == 1:
+        return [1]
+    most = max(1, math.ceil(s.layers / pp))
+    return [1] + [v for v in (2, 4) if v <= most and micro_batches % pp == 0]
+
+
+def search(job: Job, model: Model) -> Choice:
+    """The fastest layout that fits. Raises RecipeError when no split of the chips is possible at all."""
+    costed = [(step_seconds(one, model.constants), one) for one in candidates(job)]
+    if not costed:
+        raise RecipeError(
+            f"No layout: {job.chips} chips and a global batch of {job.global_batch} sequences cannot be split evenly. "
+            f"Take a batch that is a multiple of a power of two of the chips, at least {max(1, job.chips // 512)}."
+        )
+    costed.sort(key=lambda pair: pair[0] / pair[1].tokens_per_step)
+    finalists: list[tuple[Job, Memory]] = []
+    spare: tuple[Job, Memory] | None = None
+    fitting = 0
+    for _, one in costed:
+        memory = memory_of(one)
+        if memory.verdict in ("fits", "unknown"):
+            fitting += 1
+            finalists.append((one, memory))
+        elif spare is None or memory.total < spare[1].total:
+            spare = (one, memory)
+        if len(finalists) >= FINALISTS:
+            break
+    notes = []
+    if not finalists:
+        assert spare is not None
+        finalists = [spare]
+        notes.append("nothing fits with margin; shown is the layout that needs least memory" if spare[1].verdict == "does not fit" else "only a tight fit was found")
+    seconds = model.seconds([one for one, _ in finalists])
+    best, memory = min(zip(finalists, seconds, strict=True), key=lambda pair: pair[1] / pair[0][0].tokens_per_step)[0]
+    if best.global_batch != job.global_batch:
+        notes.append(f"global batch {job.global_batch} became {best.global_batch} to divide evenly")
+    return Choice(best, model.predict(best), memory, len(costed), fitting, tuple(notes))
+
+
+def empty_job(shape: Shape, chip: Chip, chips: int, sequence: int, batch: int, precision: str, software: str) -> Job:
+    """A job whose layout is still to be found."""
+    return Job(
+        shape=shape, chip=chip, chips=chips, sequence=sequence, global_batch=batch, precision=precision, layout=Layout(dp=chips),
+        software=software, balanced=False,
+    )  # fmt: skip
