@@ -29,7 +29,9 @@ from bascule.qualify.check import BOTH, Ask, asks
 from bascule.qualify.judge import Examined, verdicts
 from bascule.records import Evidence, Role, Verdict
 
-START_LIMIT_S = 120.0  # importing torch and opening a chip; a cold NPU runtime takes most of a minute
+START_LIMIT_S = (
+    120.0  # importing torch and opening a chip; a cold NPU runtime takes most of a minute
+)
 FULL_BATTERY_PATIENCE = 10.0  # the full battery may take this many times a check's quick limit
 # After as many crashes, or one hang, in a role its verdict is clear; the time goes to the other role.
 DEATHS_ALLOWED = 2
@@ -233,7 +235,10 @@ class _Run:
             self._skip_all(f"cut off by the time limit of {self.time_limit_s:g} s")
         elif why == "hang":
             limit_s = self._limit_s(self.at) if self.at else START_LIMIT_S
-            self._lost(f"hang: no answer within {limit_s:g} s, the process was ended", weight=DEATHS_ALLOWED)
+            self._lost(
+                f"hang: no answer within {limit_s:g} s, the process was ended",
+                weight=DEATHS_ALLOWED,
+            )
         elif self.left:
             self._lost(f"death: the process ended with {_ending(code)}")
 
@@ -242,7 +247,15 @@ class _Run:
         if self.at is None:
             roles = tuple(dict.fromkeys(ask.role for ask in self.left))
             stage = "between two checks" if self.opened else "while the chip was opened"
-            self._add(_evidence("open", roles, "error", f"{detail}, {stage}; see {log}", "the chip opens and stays"))
+            self._add(
+                _evidence(
+                    "open",
+                    roles,
+                    "error",
+                    f"{detail}, {stage}; see {log}",
+                    "the chip opens and stays",
+                )
+            )
             self._skip_all("the chip could not be kept open")
             return
         ask = self.at
@@ -253,7 +266,11 @@ class _Run:
     def drop_lost_roles(self) -> None:
         """Skip what is left of a role in which the chip has died or hung often enough."""
         for ask in [ask for ask in self.left if self.deaths.get(ask.role, 0) >= DEATHS_ALLOWED]:
-            self._add(self._against(ask, "skipped", "not asked: the chip hung, or died twice, in this role"))
+            self._add(
+                self._against(
+                    ask, "skipped", "not asked: the chip hung, or died twice, in this role"
+                )
+            )
             self.left.remove(ask)
 
     def _skip_all(self, detail: str) -> None:
@@ -262,7 +279,14 @@ class _Run:
         self.left.clear()
 
     def _against(self, ask: Ask, outcome: str, detail: str) -> Evidence:
-        return _evidence(ask.check.name, (ask.role,), outcome, detail, ask.check.bound, reproduce=self._command(ask))
+        return _evidence(
+            ask.check.name,
+            (ask.role,),
+            outcome,
+            detail,
+            ask.check.bound,
+            reproduce=self._command(ask),
+        )
 
     def _command(self, ask: Ask) -> str:
         return f"bascule qualify {shlex.quote(self.accelerator)} --preset {self.model.preset} --check {ask.check.name} --seed {self.seed}"
@@ -275,7 +299,13 @@ class _Run:
 
 
 def _evidence(
-    check: str, roles: tuple[Role, ...], outcome: str, detail: str, bound: str, *, reproduce: str = ""
+    check: str,
+    roles: tuple[Role, ...],
+    outcome: str,
+    detail: str,
+    bound: str,
+    *,
+    reproduce: str = "",
 ) -> Evidence:
     return Evidence(
         check=check,

@@ -176,9 +176,7 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
-def asks(
-    *, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH
-) -> tuple[Ask, ...]:
+def asks(*, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH) -> tuple[Ask, ...]:
     """The battery in order. `only` keeps named checks or families; an unknown name raises UsageError."""
     known = {check.name for check in CHECKS} | {check.family for check in CHECKS}
     for name in only:

@@ -80,7 +80,9 @@ class CheckContext:
     ) -> Evidence:
         """A finding. `script` is a stand-alone reproducer; its path joins the command."""
         reproduce = (
-            self.command() if script is None else f"{self.command()}  |  python {shlex.quote(str(script))}"
+            self.command()
+            if script is None
+            else f"{self.command()}  |  python {shlex.quote(str(script))}"
         )
         return self._evidence("fail", detail, measured, reproduce)
 

@@ -51,18 +51,26 @@ class Equivalence:
             f"margin {100 * self.margin:g} %, power {self.power:.0%}, {self.runs[0]} and {self.runs[1]} runs"
         )
         if self.answer == "too few runs":
-            words += f"; {self.runs_needed} needed" if self.runs_needed else "; no number of runs below 10,000 would do"
+            words += (
+                f"; {self.runs_needed} needed"
+                if self.runs_needed
+                else "; no number of runs below 10,000 would do"
+            )
         return words + ")"
 
 
-def compare(a: Sequence[float], b: Sequence[float], *, margin: float = MARGIN, paired: bool = False) -> Equivalence:
+def compare(
+    a: Sequence[float], b: Sequence[float], *, margin: float = MARGIN, paired: bool = False
+) -> Equivalence:
     """Compare two groups of log losses, one number per run. `paired`: run i of both shares start and data order.
 
     Raises ValueError for empty groups, unequal pairs, or numbers that are not finite (a diverged run is no number: say so).
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if not len(x) or not len(y) or (paired and len(x) != len(y)):
-        raise ValueError(f"{len(x)} and {len(y)} runs cannot be compared{' as pairs' if paired else ''}")
+        raise ValueError(
+            f"{len(x)} and {len(y)} runs cannot be compared{' as pairs' if paired else ''}"
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("a loss is not finite")
     difference = float(x.mean() - y.mean())
@@ -88,13 +96,23 @@ def _welch_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
         return math.inf, 1.0, math.inf
     vx, vy = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
     total = vx + vy
-    freedom = len(x) + len(y) - 2.0 if total == 0 else total**2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))
+    freedom = (
+        len(x) + len(y) - 2.0
+        if total == 0
+        else total**2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))
+    )
     pooled = ((len(x) - 1) * x.var(ddof=1) + (len(y) - 1) * y.var(ddof=1)) / (len(x) + len(y) - 2)
     return math.sqrt(total), freedom, math.sqrt(float(pooled))
 
 
 def _judge(
-    difference: float, error: float, freedom: float, spread: float, runs: tuple[int, int], margin: float, paired: bool
+    difference: float,
+    error: float,
+    freedom: float,
+    spread: float,
+    runs: tuple[int, int],
+    margin: float,
+    paired: bool,
 ) -> Equivalence:
     p_lower = _tail((difference + margin), error, freedom)
     p_upper = _tail((margin - difference), error, freedom)
@@ -179,7 +197,16 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
         return 0.0 if x <= 0.0 else 1.0
     if x > (a + 1.0) / (a + b + 2.0):
         return 1.0 - _incomplete_beta(b, a, 1.0 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    front = (
+        math.exp(
+            math.lgamma(a + b)
+            - math.lgamma(a)
+            - math.lgamma(b)
+            + a * math.log(x)
+            + b * math.log1p(-x)
+        )
+        / a
+    )
     c, d = 1.0, 1.0 / _not_zero(1.0 - (a + b) * x / (a + 1.0))
     total = d
     for m in range(1, 300):

@@ -14,7 +14,7 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.config import ModelConfig
 from bascule.errors import OperatorMissing
 from bascule.qualify.check import BOTH, Ask, asks
-from bascule.qualify.context import ChipFailed, CheckContext, describe
+from bascule.qualify.context import CheckContext, ChipFailed, describe
 from bascule.qualify.judge import Examined, verdicts
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence, Role, Verdict

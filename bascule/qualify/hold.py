@@ -34,7 +34,12 @@ class Miss:
     floor: Comparison | None
 
     def measured(self) -> Measured:
-        result: Measured = {"operator": self.call.name, "signature": self.call.signature, "output": self.output, "calls": self.call.count}
+        result: Measured = {
+            "operator": self.call.name,
+            "signature": self.call.signature,
+            "output": self.output,
+            "calls": self.call.count,
+        }
         if self.found and self.floor:
             result |= {
                 "gain": self.found.gain,
@@ -59,7 +64,11 @@ class Held:
 
 
 def hold_call(
-    call: Call, answer: Sequence[Tensor], reference: Sequence[Tensor], native: Sequence[Tensor], moved: Sequence[Tensor]
+    call: Call,
+    answer: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    native: Sequence[Tensor],
+    moved: Sequence[Tensor],
 ) -> Held:
     """`answer` from the chip, `reference` in fp64, `native` from the CPU at the call's own type, `moved` the same with every
     input moved by one ulp. Four lists of the same outputs."""
@@ -73,7 +82,15 @@ def hold_call(
         if not plain.is_floating_point():
             if not torch.equal(got.to(CPU), plain):
                 wrong = int((got.to(CPU) != plain).sum())
-                misses.append(Miss(call, place, f"{wrong} of {plain.numel()} integers differ, allowed 0", None, None))
+                misses.append(
+                    Miss(
+                        call,
+                        place,
+                        f"{wrong} of {plain.numel()} integers differ, allowed 0",
+                        None,
+                        None,
+                    )
+                )
             continue
         found = numerics.compare(got, exact)
         floor = noise_floor(exact, plain, nudged)

@@ -33,7 +33,9 @@ def operator_script(context: CheckContext, miss: Miss) -> Path:
     inputs: dict[str, Tensor] = {}
     args, kwargs = tree_map(lambda leaf: _literal(leaf, inputs), (miss.call.args, miss.call.kwargs))
     save_file(inputs, str(folder / "inputs.safetensors"))
-    gradients = ask is not None and ask.check.name == "numerics.backward" and miss.call.phase == "forward"
+    gradients = (
+        ask is not None and ask.check.name == "numerics.backward" and miss.call.phase == "forward"
+    )
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         finding=f"{miss.call.name}: {miss.why}",
         command=context.command(),
@@ -66,7 +68,11 @@ class _Code(str):
 def _literal(leaf: Any, inputs: dict[str, Tensor]) -> Any:
     if isinstance(leaf, Tensor):
         key = f"t{len(inputs)}"
-        span = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True)) if leaf.numel() else 0
+        span = (
+            1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True))
+            if leaf.numel()
+            else 0
+        )
         inputs[key] = torch.as_strided(leaf, (span,), (1,), leaf.storage_offset()).clone()
         return _Code(f"load({key!r}, {tuple(leaf.shape)}, {leaf.stride()})")
     if isinstance(leaf, (torch.dtype, torch.layout, torch.memory_format)):

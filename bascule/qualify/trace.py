@@ -134,9 +134,9 @@ class Trace:
             yield
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, trace: Trace, phase: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
         self.phase = phase
 
@@ -176,7 +176,11 @@ def _neutral_attention(
     dropout = rest[0] if rest else 0.0
     causal = rest[1] if len(rest) > 1 else False
     neutral = (q, k, v, kwargs.get("attn_mask"), dropout, causal)
-    return torch.ops.aten.scaled_dot_product_attention.default, neutral, {"scale": kwargs.get("scale")}
+    return (
+        torch.ops.aten.scaled_dot_product_attention.default,
+        neutral,
+        {"scale": kwargs.get("scale")},
+    )
 
 
 def _keep(leaf: Any) -> Any:

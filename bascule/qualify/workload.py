@@ -24,7 +24,9 @@ from bascule.qualify.trace import Trace
 from bascule.train.optimizer import SplitOptimizer
 
 SUCCESSORS = 4
-PROBE_VOCABULARY_LIMIT = 512  # tokens the chain uses; a larger vocabulary's other rows stay untouched
+PROBE_VOCABULARY_LIMIT = (
+    512  # tokens the chain uses; a larger vocabulary's other rows stay untouched
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Workload:
         self.rows = rows
         self.tokens = min(tokens, config.max_position_embeddings - 1)
 
-    def new_model(self, *, seed: int | None = None, dtype: torch.dtype = torch.float32) -> Transformer:
+    def new_model(
+        self, *, seed: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> Transformer:
         """A freshly initialised model on the CPU; the same weights on every call."""
         model = Transformer(self.config)
         weights.initialise(model, self.seed if seed is None else seed)
@@ -63,7 +67,9 @@ class Workload:
         """`tokens` and `targets` (B,T) int64 of one step, on the CPU."""
         chain = self._chain
         key = draws.key(self.seed if seed is None else seed, "qualify.batch", step)
-        pick = draws.integers(key, SUCCESSORS * (SUCCESSORS + 1) // 2, self.rows * (self.tokens + 1))
+        pick = draws.integers(
+            key, SUCCESSORS * (SUCCESSORS + 1) // 2, self.rows * (self.tokens + 1)
+        )
         choice_BT = np.searchsorted(_TRIANGLE, pick, side="right").reshape(self.rows, -1)
         sequence_BT = np.empty((self.rows, self.tokens + 1), dtype=np.int64)
         sequence_BT[:, 0] = choice_BT[:, 0]
@@ -114,7 +120,9 @@ class Workload:
         return self.new_model(dtype=torch.float64)
 
 
-_TRIANGLE = np.cumsum(np.arange(SUCCESSORS, 0, -1))  # the first successor is the likeliest, the last the rarest
+_TRIANGLE = np.cumsum(
+    np.arange(SUCCESSORS, 0, -1)
+)  # the first successor is the likeliest, the last the rarest
 
 
 def loss(model: Transformer, batch: dict[str, Tensor]) -> Tensor:

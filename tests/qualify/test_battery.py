@@ -28,10 +28,26 @@ def test_answers_arrive_one_by_one_from_a_child(tmp_path: Path) -> None:
         "spare", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact", "soak.inference"],
         on_evidence=lambda item: seen.append(item.check), on_progress=lambda *where: begun.append(where),
     )  # fmt: skip
-    assert seen == ["exact.matmul", "exact.matmul", "exact.reduction", "exact.reduction", "soak.inference"]
-    assert begun[0] == ("exact.matmul[train]", 0, 5) and begun[-1] == ("soak.inference[infer]", 4, 5)
-    assert {item.pool for item in result.evidence} == {"spare"} == {verdict.pool for verdict in result.verdicts}
-    assert {verdict.verdict for verdict in result.verdicts} == {"unproven"}, "a partial battery proves nothing"
+    assert seen == [
+        "exact.matmul",
+        "exact.matmul",
+        "exact.reduction",
+        "exact.reduction",
+        "soak.inference",
+    ]
+    assert begun[0] == ("exact.matmul[train]", 0, 5) and begun[-1] == (
+        "soak.inference[infer]",
+        4,
+        5,
+    )
+    assert (
+        {item.pool for item in result.evidence}
+        == {"spare"}
+        == {verdict.pool for verdict in result.verdicts}
+    )
+    assert {verdict.verdict for verdict in result.verdicts} == {"unproven"}, (
+        "a partial battery proves nothing"
+    )
     assert result.examined.driver.startswith("torch")
 
 
@@ -60,7 +76,9 @@ def test_a_supervisor_that_is_interrupted_leaves_no_child_behind(tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, on_progress=stop)
     request = str(tmp_path / "request-1.json")
-    alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if request.encode() in _bytes(path)]
+    alive = [
+        path for path in Path("/proc").glob("[0-9]*/cmdline") if request.encode() in _bytes(path)
+    ]
     assert alive == []
 
 
@@ -75,7 +93,10 @@ def _bytes(path: Path) -> bytes:
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Evidence]:
     only = ["numerics.forward", "numerics.backward", "exact.matmul"]
     evidence, _ = examine.qualify(
-        open_accelerator("sim:gain-0.2-percent"), TICK, only=only, workdir=tmp_path_factory.mktemp("found")
+        open_accelerator("sim:gain-0.2-percent"),
+        TICK,
+        only=only,
+        workdir=tmp_path_factory.mktemp("found"),
     )
     return [item for item in evidence if item.outcome == "fail"]
 
@@ -84,7 +105,9 @@ def script_of(item: Evidence) -> Path:
     return Path(item.reproduce.rpartition("python ")[2])
 
 
-def test_every_finding_on_operators_leaves_a_script_without_bascule(findings: list[Evidence]) -> None:
+def test_every_finding_on_operators_leaves_a_script_without_bascule(
+    findings: list[Evidence],
+) -> None:
     assert {item.family for item in findings} == {"numerics", "exact"}
     for item in findings:
         text = script_of(item).read_text(encoding="utf-8")
@@ -97,7 +120,13 @@ def test_every_finding_on_operators_leaves_a_script_without_bascule(findings: li
 def test_scripts_run_and_say_that_a_right_device_is_right(findings: list[Evidence]) -> None:
     """The planted fault acts only inside our session, so on the plain CPU every script must find nothing."""
     for item in {script_of(item): item for item in findings}.values():
-        done = subprocess.run([sys.executable, str(script_of(item))], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            [sys.executable, str(script_of(item))],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
         assert done.returncode == 0, done.stderr
         if item.family == "exact":
             assert "wrong" not in done.stdout
@@ -108,7 +137,12 @@ def test_scripts_run_and_say_that_a_right_device_is_right(findings: list[Evidenc
 
 def test_a_copied_tensor_keeps_strides_offsets_and_overlaps() -> None:
     base = torch.arange(40.0)
-    for tensor in (base.view(5, 8).t(), base[3:33].view(5, 6)[:, 1:4], base[:1].expand(7, 3), torch.zeros(0, 4)):
+    for tensor in (
+        base.view(5, 8).t(),
+        base[3:33].view(5, 6)[:, 1:4],
+        base[:1].expand(7, 3),
+        torch.zeros(0, 4),
+    ):
         copied = transplant(tensor, torch.device("cpu"), torch.float64)
         assert copied.dtype == torch.float64 and copied.stride() == tensor.stride()
         assert torch.equal(copied.float(), tensor)
@@ -116,7 +150,10 @@ def test_a_copied_tensor_keeps_strides_offsets_and_overlaps() -> None:
 
 def test_the_trace_holds_forward_backward_optimizer_and_decode() -> None:
     trace = Workload(TICK, 0).trace
-    names = {phase: {call.base_name for call in trace.of(phase)} for phase in ("forward", "backward", "optimizer", "inference")}
+    names = {
+        phase: {call.base_name for call in trace.of(phase)}
+        for phase in ("forward", "backward", "optimizer", "inference")
+    }
     assert {"mm", "scaled_dot_product_attention", "topk", "embedding"} <= names["forward"]
     assert {"embedding_dense_backward", "silu_backward"} <= names["backward"]
     assert {"baddbmm", "lerp_"} <= names["optimizer"]

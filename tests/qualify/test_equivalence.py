@@ -13,7 +13,14 @@ from bascule.qualify.equivalence import compare, power, runs_needed, t_cdf, t_qu
 
 @pytest.mark.parametrize(
     ("p", "freedom", "t"),
-    [(0.95, 1, 6.3138), (0.95, 10, 1.8125), (0.975, 5, 2.5706), (0.95, 18, 1.7341), (0.995, 30, 2.7500), (0.95, 1000, 1.6464)],
+    [
+        (0.95, 1, 6.3138),
+        (0.95, 10, 1.8125),
+        (0.975, 5, 2.5706),
+        (0.95, 18, 1.7341),
+        (0.995, 30, 2.7500),
+        (0.95, 1000, 1.6464),
+    ],
 )
 def test_students_t_agrees_with_the_tables(p: float, freedom: float, t: float) -> None:
     assert t_quantile(p, freedom) == pytest.approx(t, abs=2e-4)
@@ -21,15 +28,25 @@ def test_students_t_agrees_with_the_tables(p: float, freedom: float, t: float) -
     assert t_cdf(-t, freedom) == pytest.approx(1 - p, abs=2e-5)
 
 
-@pytest.mark.parametrize(("spread", "margin", "paired", "runs"), [(0.0035, 0.005, False, 10), (0.005, 0.01, False, 6), (0.0035, 0.005, True, 6)])
-def test_runs_needed_agree_with_published_simulation(spread: float, margin: float, paired: bool, runs: int) -> None:
+@pytest.mark.parametrize(
+    ("spread", "margin", "paired", "runs"),
+    [(0.0035, 0.005, False, 10), (0.005, 0.01, False, 6), (0.0035, 0.005, True, 6)],
+)
+def test_runs_needed_agree_with_published_simulation(
+    spread: float, margin: float, paired: bool, runs: int
+) -> None:
     assert runs_needed(spread, margin, paired=paired) == pytest.approx(runs, abs=1)
 
 
-def groups(seed: int, count: int, runs: int, spread: float, shift: float) -> list[equivalence.Equivalence]:
+def groups(
+    seed: int, count: int, runs: int, spread: float, shift: float
+) -> list[equivalence.Equivalence]:
     generator = np.random.default_rng(seed)
     return [
-        compare(generator.normal(shift, spread, runs).tolist(), generator.normal(0.0, spread, runs).tolist())
+        compare(
+            generator.normal(shift, spread, runs).tolist(),
+            generator.normal(0.0, spread, runs).tolist(),
+        )
         for _ in range(count)
     ]
 

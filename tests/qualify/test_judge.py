@@ -20,11 +20,20 @@ def all_passed() -> list[Evidence]:
 
 
 def answer(check: str, role: Role, outcome: str, detail: str = "") -> Evidence:
-    return Evidence(check=check, family=check.partition(".")[0], roles=(role,), outcome=outcome, bound="", detail=detail)
+    return Evidence(
+        check=check,
+        family=check.partition(".")[0],
+        roles=(role,),
+        outcome=outcome,
+        bound="",
+        detail=detail,
+    )
 
 
 def replaced(evidence: list[Evidence], new: Evidence) -> list[Evidence]:
-    return [new if (item.check, item.roles) == (new.check, new.roles) else item for item in evidence]
+    return [
+        new if (item.check, item.roles) == (new.check, new.roles) else item for item in evidence
+    ]
 
 
 def words(evidence: list[Evidence]) -> dict[str, str]:
@@ -45,7 +54,9 @@ def test_no_evidence_at_all_is_unproven() -> None:
 
 @pytest.mark.parametrize("outcome", ["fail", "error"])
 def test_a_wrong_backward_pass_is_unfit_to_train_and_fit_to_infer(outcome: str) -> None:
-    evidence = replaced(all_passed(), answer("numerics.backward", "train", outcome, "gradient of aten::mm"))
+    evidence = replaced(
+        all_passed(), answer("numerics.backward", "train", outcome, "gradient of aten::mm")
+    )
     assert words(evidence) == {"train": "unfit", "infer": "fit"}
     assert "gradient of aten::mm" in of_role(evidence, "train").reasons[0]
 
@@ -73,18 +84,34 @@ def test_a_failure_outweighs_a_skipped_check() -> None:
 def test_speed_is_reported_and_never_decides() -> None:
     evidence = replaced(all_passed(), answer("speed.step", "train", "fail", "slow"))
     assert words(evidence) == {"train": "fit", "infer": "fit"}
-    assert words([item for item in all_passed() if item.family != "speed"]) == {"train": "fit", "infer": "fit"}
+    assert words([item for item in all_passed() if item.family != "speed"]) == {
+        "train": "fit",
+        "infer": "fit",
+    }
 
 
 def test_one_cause_seen_by_many_checks_is_said_once() -> None:
     evidence = all_passed()
     for name in ("coverage.forward", "determinism.training", "soak.training"):
-        evidence = replaced(evidence, answer(name, "train", "error", "an operator is missing: aten::silu"))
-    assert of_role(evidence, "train").reasons == ("coverage.forward and 2 checks more: an operator is missing: aten::silu",)
+        evidence = replaced(
+            evidence, answer(name, "train", "error", "an operator is missing: aten::silu")
+        )
+    assert of_role(evidence, "train").reasons == (
+        "coverage.forward and 2 checks more: an operator is missing: aten::silu",
+    )
 
 
 def test_a_chip_that_could_not_be_opened_is_unproven() -> None:
-    evidence = [Evidence(check="open", family="open", roles=("train", "infer"), outcome="skipped", bound="", detail="no driver")]
+    evidence = [
+        Evidence(
+            check="open",
+            family="open",
+            roles=("train", "infer"),
+            outcome="skipped",
+            bound="",
+            detail="no driver",
+        )
+    ]
     assert words(evidence) == {"train": "unproven", "infer": "unproven"}
 
 

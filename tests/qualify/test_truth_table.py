@@ -52,15 +52,21 @@ def put_all(context: CheckContext, check: Check) -> list[Evidence]:
     return [item for role in check.roles for item in examine.put(context, Ask(check, role))]
 
 
-@pytest.mark.parametrize(("check", "profile"), PROMISES, ids=[f"{check.name}-{profile}" for check, profile in PROMISES])
+@pytest.mark.parametrize(
+    ("check", "profile"), PROMISES, ids=[f"{check.name}-{profile}" for check, profile in PROMISES]
+)
 def test_check_catches_what_it_promises(check: Check, profile: str, on_chip: Ready) -> None:
     found = put_all(on_chip(f"sim:{profile}"), check)
     caught = {role for item in found if item.outcome in ("fail", "error") for role in item.roles}
     assert caught, [item.detail for item in found]
-    assert not caught & set(load_profile(profile).fit_for), "a role was blamed that this fault leaves alone"
+    assert not caught & set(load_profile(profile).fit_for), (
+        "a role was blamed that this fault leaves alone"
+    )
     for item in found:
         if item.outcome == "fail":
-            assert f"bascule qualify sim:{profile}" in item.reproduce and check.name in item.reproduce
+            assert (
+                f"bascule qualify sim:{profile}" in item.reproduce and check.name in item.reproduce
+            )
 
 
 def test_every_profile_is_promised_by_a_check_or_listed_as_out_of_reach() -> None:
@@ -72,17 +78,24 @@ def test_every_profile_is_promised_by_a_check_or_listed_as_out_of_reach() -> Non
 def test_a_chip_that_dies_is_unfit_for_the_role_it_died_in(tmp_path: Path) -> None:
     only = ["learning.curve", "determinism.inference"]
     result = run_battery("p", "sim:dies", NANO, tmp_path, time_limit_s=120, only=only)
-    assert outcomes(result) == {("learning.curve", "train"): "error", ("determinism.inference", "infer"): "pass"}
+    assert outcomes(result) == {
+        ("learning.curve", "train"): "error",
+        ("determinism.inference", "infer"): "pass",
+    }
     death = next(item for item in result.evidence if item.check == "learning.curve")
     assert "SIGKILL" in death.detail and death.pool == "p"
 
 
 def test_a_chip_that_hangs_is_evidence_and_the_battery_goes_on(tmp_path: Path) -> None:
     only = ["learning.curve", "soak.training", "soak.inference"]
-    result = run_battery("p", "sim:hang", NANO, tmp_path, time_limit_s=120, only=only, ask_limit_s=15)
+    result = run_battery(
+        "p", "sim:hang", NANO, tmp_path, time_limit_s=120, only=only, ask_limit_s=15
+    )
     found = outcomes(result)
     assert found["learning.curve", "train"] == "error"
-    assert found["soak.training", "train"] == "skipped", "after a hang the role is lost; the time goes to the other role"
+    assert found["soak.training", "train"] == "skipped", (
+        "after a hang the role is lost; the time goes to the other role"
+    )
     assert found["soak.inference", "infer"] == "pass"
     assert {verdict.role: verdict.verdict for verdict in result.verdicts}["train"] == "unfit"
 
@@ -91,7 +104,14 @@ def outcomes(result: BatteryResult) -> dict[tuple[str, str], str]:
     return {(item.check, role): item.outcome for item in result.evidence for role in item.roles}
 
 
-CLEAN_CHECKS = ("numerics.forward", "numerics.backward", "numerics.layers", "numerics.gradients", "numerics.shapes", "exact.matmul")
+CLEAN_CHECKS = (
+    "numerics.forward",
+    "numerics.backward",
+    "numerics.layers",
+    "numerics.gradients",
+    "numerics.shapes",
+    "exact.matmul",
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -104,7 +124,9 @@ def test_a_clean_chip_raises_no_false_alarm(seed: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", [name for name in profiles() if name not in BEYOND_QUICK])
 def test_whole_battery_gives_each_role_its_verdict(profile: str, tmp_path: Path) -> None:
-    result = run_battery(profile, f"sim:{profile}", NANO, tmp_path, time_limit_s=300, ask_limit_s=60)
+    result = run_battery(
+        profile, f"sim:{profile}", NANO, tmp_path, time_limit_s=300, ask_limit_s=60
+    )
     fit = load_profile(profile).fit_for
     expected = {role: "fit" if role in fit else "unfit" for role in ("train", "infer")}
     found = {verdict.role: verdict.verdict for verdict in result.verdicts}
@@ -115,7 +137,9 @@ def test_whole_battery_gives_each_role_its_verdict(profile: str, tmp_path: Path)
 @pytest.mark.parametrize("seed", range(5))
 def test_whole_battery_on_the_clean_cpu_is_fit_for_every_seed(seed: int, tmp_path: Path) -> None:
     result = run_battery("cpu", "cpu", NANO, tmp_path, time_limit_s=300, seed=seed)
-    assert {verdict.verdict for verdict in result.verdicts} == {"fit"}, [verdict.reasons for verdict in result.verdicts]
+    assert {verdict.verdict for verdict in result.verdicts} == {"fit"}, [
+        verdict.reasons for verdict in result.verdicts
+    ]
 
 
 @pytest.mark.slow

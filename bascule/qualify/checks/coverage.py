@@ -21,7 +21,10 @@ from bascule.qualify.trace import Call
 from bascule.records import Evidence
 
 # What PyTorch, torch_npu and others say when they send an operator to the host.
-_FELL_BACK = re.compile(r"fall(s|ing|en)?[\s_-]*back.*\bcpu\b|\bcpu\b.*fall(s|ing|en)?[\s_-]*back", re.IGNORECASE | re.DOTALL)
+_FELL_BACK = re.compile(
+    r"fall(s|ing|en)?[\s_-]*back.*\bcpu\b|\bcpu\b.*fall(s|ing|en)?[\s_-]*back",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,16 @@ def _cover(context: CheckContext, phases: Sequence[str]) -> list[Evidence]:
     calls = context.workload.trace.of(*phases)
     troubles = _play_all(context, calls)
     whole = _whole_step(context)
-    findings = [_finding(context, group, calls) for group in _clusters(troubles) if group[0].kind != "host"]
+    findings = [
+        _finding(context, group, calls) for group in _clusters(troubles) if group[0].kind != "host"
+    ]
     if whole and not findings:
-        findings = [context.failed(f"every call runs by itself but the whole step does not: {whole}", {"operator": None})]
+        findings = [
+            context.failed(
+                f"every call runs by itself but the whole step does not: {whole}",
+                {"operator": None},
+            )
+        ]
     if findings:
         return findings
     return [_all_there(context, calls, [trouble for trouble in troubles if trouble.kind == "host"])]
@@ -69,7 +79,9 @@ def _play_all(context: CheckContext, calls: Sequence[Call]) -> list[_Trouble]:
             if any(_FELL_BACK.search(str(warning.message)) for warning in said):
                 troubles.append(_Trouble(call, "host", str(said[-1].message)))
             said.clear()
-    return [trouble for trouble in troubles if trouble.kind != "raised" or _reference_runs(trouble.call)]
+    return [
+        trouble for trouble in troubles if trouble.kind != "raised" or _reference_runs(trouble.call)
+    ]
 
 
 def _reference_runs(call: Call) -> bool:
@@ -119,12 +131,21 @@ def _finding(context: CheckContext, group: list[_Trouble], calls: Sequence[Call]
         "calls": sum(trouble.call.count for trouble in group),
         "share_of_calls": share,
     }
-    return context.failed(f"{first.call.name} {verb}, {len(group)} signatures, {share:.1%} of calls: {first.words}", measured)
+    return context.failed(
+        f"{first.call.name} {verb}, {len(group)} signatures, {share:.1%} of calls: {first.words}",
+        measured,
+    )
 
 
-def _all_there(context: CheckContext, calls: Sequence[Call], on_host: Sequence[_Trouble]) -> Evidence:
+def _all_there(
+    context: CheckContext, calls: Sequence[Call], on_host: Sequence[_Trouble]
+) -> Evidence:
     operators = {call.name for call in calls}
-    measured: Measured = {"operators": len(operators), "signatures": len(calls), "on_host": len(on_host)}
+    measured: Measured = {
+        "operators": len(operators),
+        "signatures": len(calls),
+        "on_host": len(on_host),
+    }
     detail = f"{len(operators)} operators in {len(calls)} signatures, all on the chip"
     if on_host:
         names = sorted({trouble.call.name for trouble in on_host})

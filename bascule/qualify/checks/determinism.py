@@ -44,10 +44,16 @@ def inference(context: CheckContext) -> list[Evidence]:
 
     whole, alone = decode(tokens_BT), decode(tokens_BT[:1])
     gap = numerics.scale_free_error(alone, whole[:1])
-    return _repeat(context, lambda: {"logits": decode(tokens_BT)}, {"batch_gap": gap, "batch_invariant": int(gap == 0.0)})
+    return _repeat(
+        context,
+        lambda: {"logits": decode(tokens_BT)},
+        {"batch_gap": gap, "batch_invariant": int(gap == 0.0)},
+    )
 
 
-def _repeat(context: CheckContext, run: Callable[[], dict[str, Tensor]], extra: Measured) -> list[Evidence]:
+def _repeat(
+    context: CheckContext, run: Callable[[], dict[str, Tensor]], extra: Measured
+) -> list[Evidence]:
     first = run()
     for repeat in range(1, REPEATS):
         again = run()
@@ -55,11 +61,26 @@ def _repeat(context: CheckContext, run: Callable[[], dict[str, Tensor]], extra: 
         if differing:
             name = differing[0]
             error = numerics.scale_free_error(again[name], first[name])
-            measured: Measured = {"tensor": name, "differing": len(differing), "tensors": len(first), "error": error, **extra}
-            return [context.failed(f"{name} differs between equal runs (relative {error:.1e}; {len(differing)} of {len(first)} tensors differ, repeat {repeat})", measured)]
+            measured: Measured = {
+                "tensor": name,
+                "differing": len(differing),
+                "tensors": len(first),
+                "error": error,
+                **extra,
+            }
+            return [
+                context.failed(
+                    f"{name} differs between equal runs (relative {error:.1e}; {len(differing)} of {len(first)} tensors differ, repeat {repeat})",
+                    measured,
+                )
+            ]
     words = f"{len(first)} tensors bit-equal in {REPEATS} runs"
     if extra:
-        words += "; a row alone gives the bits it gives in a batch" if extra["batch_invariant"] else f"; a row alone differs from itself in a batch by {extra['batch_gap']:.1e}"
+        words += (
+            "; a row alone gives the bits it gives in a batch"
+            if extra["batch_invariant"]
+            else f"; a row alone differs from itself in a batch by {extra['batch_gap']:.1e}"
+        )
     return [context.passed(words, {"tensors": len(first), **extra})]
 
 
@@ -67,4 +88,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bytes: NaN equals the same NaN, 0 is not -0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return bool(torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)))
+    return bool(
+        torch.equal(
+            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+        )
+    )

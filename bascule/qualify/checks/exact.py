@@ -50,7 +50,9 @@ class _Tally:
         got = got.cpu()
         if got.shape != want.shape:
             self.wrong += want.numel()
-            self.first = self.first or f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            self.first = (
+                self.first or f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            )
             return
         different = int((got != want).sum())  # NaN differs from everything
         self.wrong += different
@@ -69,7 +71,10 @@ class _Tally:
 def integers(seed: int, what: str, shape: tuple[int, ...], low: int = -8, high: int = 8) -> Tensor:
     """Whole numbers in [low, high] as fp32 on the CPU."""
     count = int(torch.Size(shape).numel())
-    values = draws.integers(draws.key(seed, f"qualify.exact/{what}", *shape), high - low + 1, count) + low
+    values = (
+        draws.integers(draws.key(seed, f"qualify.exact/{what}", *shape), high - low + 1, count)
+        + low
+    )
     return torch.from_numpy(values).reshape(shape).float()
 
 
@@ -81,7 +86,9 @@ def matmul(context: CheckContext) -> list[Evidence]:
     _bf16(context, tally)
     if context.role == "train":
         _gradients(context, tally)
-    return tally.evidence(context, "exact.matmul", _MATMUL_BODY.replace("$shapes", repr(SHAPES_MKN)))
+    return tally.evidence(
+        context, "exact.matmul", _MATMUL_BODY.replace("$shapes", repr(SHAPES_MKN))
+    )
 
 
 def _shapes(context: CheckContext, tally: _Tally) -> None:
@@ -91,7 +98,9 @@ def _shapes(context: CheckContext, tally: _Tally) -> None:
     on_chip = [(a.to(device), b.to(device), b.t().contiguous().to(device).t()) for a, b in cases]
     with context.chip():
         # The second operand once as it lies and once transposed in memory; repeated, because a bad unit may act now and then.
-        got = [[(a @ b).cpu(), (a @ turned).cpu()] for _ in range(REPEATS) for a, b, turned in on_chip]
+        got = [
+            [(a @ b).cpu(), (a @ turned).cpu()] for _ in range(REPEATS) for a, b, turned in on_chip
+        ]
         batched = torch.bmm(on_chip[0][0].expand(5, -1, -1), on_chip[0][1].expand(5, -1, -1)).cpu()
     for place, answers in enumerate(got):
         m, k, n = SHAPES_MKN[place % len(SHAPES_MKN)]
@@ -105,7 +114,10 @@ def _scales(context: CheckContext, tally: _Tally) -> None:
     device, seed = context.accelerator.device, context.seed
     a, b = integers(seed, "scaled a", (48, 64)), integers(seed, "scaled b", (64, 40))
     want = (a.double() @ b.double()).float()
-    operands = [((a * 2.0 ** (octave // 2)).to(device), (b * 2.0 ** (octave - octave // 2)).to(device)) for octave in SCALES]
+    operands = [
+        ((a * 2.0 ** (octave // 2)).to(device), (b * 2.0 ** (octave - octave // 2)).to(device))
+        for octave in SCALES
+    ]
     with context.chip():
         got = [(left @ right).cpu() for left, right in operands]
     for octave, answer in zip(SCALES, got, strict=True):
@@ -124,14 +136,20 @@ def _bf16(context: CheckContext, tally: _Tally) -> None:
 def _gradients(context: CheckContext, tally: _Tally) -> None:
     """d(sum g*(x@w)) / dx = g@w^T and /dw = x^T@g, all whole numbers."""
     device, seed = context.accelerator.device, context.seed
-    x, w, g = integers(seed, "x", (257, 48)), integers(seed, "w", (48, 65)), integers(seed, "g", (257, 65))
+    x, w, g = (
+        integers(seed, "x", (257, 48)),
+        integers(seed, "w", (48, 65)),
+        integers(seed, "g", (257, 65)),
+    )
     dx, dw = (g.double() @ w.double().t()).float(), (x.double().t() @ g.double()).float()
     x_chip, w_chip, g_chip = (value.to(device) for value in (x, w, g))
     found = []
     with context.chip():
         for _ in range(REPEATS):
             left, right = x_chip.detach().requires_grad_(True), w_chip.detach().requires_grad_(True)
-            found.append([part.cpu() for part in torch.autograd.grad(left @ right, (left, right), g_chip)])
+            found.append(
+                [part.cpu() for part in torch.autograd.grad(left @ right, (left, right), g_chip)]
+            )
     for got_x, got_w in found:
         tally.hold("gradient of a product by its left operand", got_x, dx)
         tally.hold("gradient of a product by its right operand", got_w, dw)
@@ -143,8 +161,12 @@ def reduction(context: CheckContext) -> list[Evidence]:
     tally = _Tally()
     for size in (255, 1000, 4097, 65537):
         x = integers(seed, "sum", (size,))
-        distinct = torch.from_numpy(draws.permutation(draws.key(seed, "qualify.exact/top", size), size)).float()
-        index = torch.from_numpy(draws.permutation(draws.key(seed, "qualify.exact/index", size), size))
+        distinct = torch.from_numpy(
+            draws.permutation(draws.key(seed, "qualify.exact/top", size), size)
+        ).float()
+        index = torch.from_numpy(
+            draws.permutation(draws.key(seed, "qualify.exact/index", size), size)
+        )
         x_chip, distinct_chip, index_chip = x.to(device), distinct.to(device), index.to(device)
         with context.chip():
             got = {
@@ -176,9 +198,20 @@ def reduction(context: CheckContext) -> list[Evidence]:
 
 def _row_top(context: CheckContext, tally: _Tally) -> None:
     """Top-k along rows, as a router asks it."""
-    rows = torch.stack([torch.from_numpy(draws.permutation(draws.key(context.seed, "qualify.exact/row", row), 64)) for row in range(65)]).float()
+    rows = torch.stack(
+        [
+            torch.from_numpy(
+                draws.permutation(draws.key(context.seed, "qualify.exact/row", row), 64)
+            )
+            for row in range(65)
+        ]
+    ).float()
     rows_chip = rows.to(context.accelerator.device)
     with context.chip():
         values, places = (part.cpu() for part in rows_chip.topk(8, dim=-1))
     tally.hold("top 8 of each row", values, torch.arange(63, 55, -1).float().expand(65, -1))
-    tally.hold("places of the top 8 of each row", rows.gather(1, places), torch.arange(63, 55, -1).float().expand(65, -1))
+    tally.hold(
+        "places of the top 8 of each row",
+        rows.gather(1, places),
+        torch.arange(63, 55, -1).float().expand(65, -1),
+    )

@@ -50,11 +50,15 @@ def greedy(context: CheckContext) -> list[Evidence]:
     twin = work.new_model(dtype=torch.float64)
     twin.load_state_dict(trained.state_dict())
     prompts = [row[:PROMPT_TOKENS] for row in work.batch(10_001)["tokens"].tolist()][:PROMPTS]
-    engine = Engine(context.accelerator.move(_copy(context, trained)), context.accelerator, eos_id=-1, pad_id=0)
+    engine = Engine(
+        context.accelerator.move(_copy(context, trained)), context.accelerator, eos_id=-1, pad_id=0
+    )
     worst: _Gap | None = None
     for request in range(1, REQUESTS + 1):
         with context.chip(step=request):
-            said = engine.generate(prompts, Sampling(temperature=0.0, max_tokens=NEW_TOKENS), work_step=request)
+            said = engine.generate(
+                prompts, Sampling(temperature=0.0, max_tokens=NEW_TOKENS), work_step=request
+            )
         gap = _gap(twin, prompts, said)
         if worst is None or gap.max_abs > worst.max_abs or math.isnan(gap.max_abs):
             worst = gap
@@ -78,16 +82,24 @@ def _copy(context: CheckContext, model: Transformer) -> Transformer:
     return copied
 
 
-def _response(context: CheckContext, trained: Transformer, twin: Transformer, prompts: list[list[int]]) -> _Gap:
+def _response(
+    context: CheckContext, trained: Transformer, twin: Transformer, prompts: list[list[int]]
+) -> _Gap:
     """The reference's own gap: its fp32 engine with all weights moved by one ulp, against the fp64 twin."""
     model = _copy(context, trained)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(numerics.perturb_one_ulp(parameter, draws.key(context.seed, f"qualify.generation/{name}")))
+            parameter.copy_(
+                numerics.perturb_one_ulp(
+                    parameter, draws.key(context.seed, f"qualify.generation/{name}")
+                )
+            )
     return _gap(twin, prompts, _decode(model, context.referee, prompts))
 
 
-def _decode(model: Transformer, accelerator: Accelerator, prompts: list[list[int]]) -> list[Completion]:
+def _decode(
+    model: Transformer, accelerator: Accelerator, prompts: list[list[int]]
+) -> list[Completion]:
     engine = Engine(model, accelerator, eos_id=-1, pad_id=0)
     return engine.generate(prompts, Sampling(temperature=0.0, max_tokens=NEW_TOKENS), work_step=1)
 
@@ -130,7 +142,10 @@ def _evidence(context: CheckContext, gap: _Gap, floor: _Gap, said: list[Completi
     if not gap.mean_abs <= bound or not gap.max_abs <= bound_max:
         return context.failed(words, measured)
     if gap.disagreements:
-        return context.failed(f"{gap.disagreements} of {gap.tokens} greedy tokens are not the reference's choice; {words}", measured)
+        return context.failed(
+            f"{gap.disagreements} of {gap.tokens} greedy tokens are not the reference's choice; {words}",
+            measured,
+        )
     if run >= REPEATED_RUN:
         measured["note"] = "the reference repeats itself as well"
     return context.passed(f"greedy tokens agree; {words}", measured)

@@ -27,7 +27,9 @@ Look = Callable[[Transformer, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def forward(context: CheckContext) -> list[Evidence]:
-    return _judge(context, _outputs if context.role == "train" else _outputs_without_grad, "output of")
+    return _judge(
+        context, _outputs if context.role == "train" else _outputs_without_grad, "output of"
+    )
 
 
 def gradients(context: CheckContext) -> list[Evidence]:
@@ -43,7 +45,11 @@ def _outputs(model: Transformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Output of every block, and the logits."""
     seen: dict[str, Tensor] = {}
     hooks = [
-        block.register_forward_hook(lambda _module, _inputs, out, name=f"layer {place}": seen.__setitem__(name, out.x_BTD.detach()))
+        block.register_forward_hook(
+            lambda _module, _inputs, out, name=f"layer {place}": seen.__setitem__(
+                name, out.x_BTD.detach()
+            )
+        )
         for place, block in enumerate(model.model.layers)
     ]
     try:
@@ -87,7 +93,9 @@ def _judge(context: CheckContext, look: Look, what: str) -> list[Evidence]:
 
 def _floor(exact: Tensor, plain: Tensor, nudged: Tensor) -> Comparison:
     floor = widest(
-        numerics.rounding_floor(exact, plain.dtype), numerics.compare(plain, exact), numerics.compare(nudged, plain)
+        numerics.rounding_floor(exact, plain.dtype),
+        numerics.compare(plain, exact),
+        numerics.compare(nudged, plain),
     )
     return replace(floor, rms=RESPONSE_MARGIN * floor.rms, tail=RESPONSE_MARGIN * floor.tail)
 
@@ -96,12 +104,17 @@ def _nudged(model: Transformer, seed: int) -> Transformer:
     """Move every weight by one ulp, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(numerics.perturb_one_ulp(parameter, draws.key(seed, f"qualify.layers/{name}")))
+            parameter.copy_(
+                numerics.perturb_one_ulp(parameter, draws.key(seed, f"qualify.layers/{name}"))
+            )
     return model
 
 
 def _finding(
-    context: CheckContext, what: str, findings: list[tuple[str, str, Comparison, Comparison]], total: int
+    context: CheckContext,
+    what: str,
+    findings: list[tuple[str, str, Comparison, Comparison]],
+    total: int,
 ) -> Evidence:
     """The first wrong tensor in the model's order is nearest to the cause of a forward error, the last to a backward one."""
     name, why, found, floor = findings[0] if what.startswith("output") else findings[-1]

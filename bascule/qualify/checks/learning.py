@@ -33,8 +33,17 @@ def curve(context: CheckContext) -> list[Evidence]:
         losses, grads = _run(context, context.accelerator, seed, steps, guarded=True)
         reference, reference_grads = _run(context, context.referee, seed, steps, guarded=False)
         if not all(math.isfinite(value) and value > 0 for value in losses):
-            at = next(step for step, value in enumerate(losses, start=1) if not (math.isfinite(value) and value > 0))
-            return [context.failed(f"the loss is {losses[at - 1]} at step {at} of a training that stays finite on the reference", {"step": at})]
+            at = next(
+                step
+                for step, value in enumerate(losses, start=1)
+                if not (math.isfinite(value) and value > 0)
+            )
+            return [
+                context.failed(
+                    f"the loss is {losses[at - 1]} at step {at} of a training that stays finite on the reference",
+                    {"step": at},
+                )
+            ]
         here.append(equivalence.late_mean_log(losses, WINDOW))
         there.append(equivalence.late_mean_log(reference, WINDOW))
         for name, grad in grads.items():
@@ -63,7 +72,10 @@ def _evidence(
     }
     words = f"{answer.runs[0]} paired trainings of {steps} steps, {answer.sentence()}"
     if cosine < MIN_COSINE:
-        return context.failed(f"the first gradient of {name} points elsewhere (cosine {cosine:.4f}, allowed {MIN_COSINE}); {words}", measured)
+        return context.failed(
+            f"the first gradient of {name} points elsewhere (cosine {cosine:.4f}, allowed {MIN_COSINE}); {words}",
+            measured,
+        )
     if answer.answer == "different":
         return context.failed(words, measured)
     if answer.answer == "too few runs":

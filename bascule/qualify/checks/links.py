@@ -25,7 +25,7 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.errors import DeviceFault
 from bascule.folder import write_json_atomic
 from bascule.qualify.checks.exact import integers
-from bascule.qualify.context import ChipFailed, CheckContext, Measured, describe
+from bascule.qualify.context import CheckContext, ChipFailed, Measured, describe
 from bascule.records import Evidence
 
 SIZES_QUICK = (1, 7, 257, 1000, 4097, 262_144)  # the last is 1 MiB of fp32
@@ -89,11 +89,18 @@ def _run_ranks(context: CheckContext, ranks: int) -> tuple[list[dict[str, Any]],
     processes = []
     for rank in range(ranks):
         with open(folder / f"rank-{rank}.log", "wb") as log:
-            processes.append(subprocess.Popen([*command, str(rank)], stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+            processes.append(
+                subprocess.Popen(
+                    [*command, str(rank)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+            )
     trouble = _wait(processes, LIMIT_S if context.quick else 10 * LIMIT_S)
     if trouble:
         return [], f"{trouble}; see {folder.name}/rank-*.log"
-    reports = [json.loads(Path(f"{folder / 'rank-'}{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    reports = [
+        json.loads(Path(f"{folder / 'rank-'}{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(ranks)
+    ]
     raised = [report["raised"] for report in reports if report["raised"]]
     return reports, raised[0] if raised else None
 
@@ -122,9 +129,18 @@ def _wait(processes: list[subprocess.Popen[bytes]], limit_s: float) -> str | Non
 def _rank_main(request: dict[str, Any], rank: int) -> None:
     accelerator = open_accelerator(_name_of(request["accelerator"], rank), seed=request["seed"])
     accelerator.prepare(request["threads"])
-    report: dict[str, Any] = {"wrong": [], "cases": 0, "raised": None, "latency_s": 0.0, "bandwidth_gb_per_s": 0.0}
+    report: dict[str, Any] = {
+        "wrong": [],
+        "cases": 0,
+        "raised": None,
+        "latency_s": 0.0,
+        "bandwidth_gb_per_s": 0.0,
+    }
     dist.init_process_group(
-        accelerator.collective_backend, init_method=f"file://{request['store']}", rank=rank, world_size=request["ranks"]
+        accelerator.collective_backend,
+        init_method=f"file://{request['store']}",
+        rank=rank,
+        world_size=request["ranks"],
     )
     try:
         with accelerator.session(Work("train", 1)):
@@ -139,10 +155,16 @@ def _rank_main(request: dict[str, Any], rank: int) -> None:
 
 def _name_of(name: str, rank: int) -> str:
     """The rank's own chip: `cuda` is `cuda:1` for rank 1. Simulated chips and the CPU are shared."""
-    return name if rank == 0 or name.startswith("sim:") or name == "cpu" or ":" in name else f"{name}:{rank}"
+    return (
+        name
+        if rank == 0 or name.startswith("sim:") or name == "cpu" or ":" in name
+        else f"{name}:{rank}"
+    )
 
 
-def _ask_all(accelerator: Accelerator, request: dict[str, Any], rank: int, report: dict[str, Any]) -> None:
+def _ask_all(
+    accelerator: Accelerator, request: dict[str, Any], rank: int, report: dict[str, Any]
+) -> None:
     ranks, seed = request["ranks"], request["seed"]
     for size in SIZES_QUICK if request["quick"] else SIZES_FULL:
         for dtype in DTYPES if size <= EVERY_DTYPE_UP_TO else DTYPES[:1]:
@@ -154,7 +176,9 @@ def _ask_all(accelerator: Accelerator, request: dict[str, Any], rank: int, repor
                 if wrong:
                     at = int((got.cpu() != want).nonzero()[0])
                     short = str(dtype).removeprefix("torch.")
-                    report["wrong"].append(f"{name} of {size} {short} values: {wrong} wrong on rank {rank}, first at {at}")
+                    report["wrong"].append(
+                        f"{name} of {size} {short} values: {wrong} wrong on rank {rank}, first at {at}"
+                    )
     _time(accelerator, report)
 
 

@@ -15,7 +15,9 @@ BLOCK_BYTES = 16 * 2**20
 PATTERNS = (0x00000000, 0x7FFFFFFF, 0x55555555, 0x2AAAAAAA)
 LEAK_STEPS = 24
 LEAK_WARMUP = 8
-LEAK_BYTES_PER_STEP = 256 * 1024  # the allocator's own wobble stays below; 4 MB a step fills 64 GB in a night
+LEAK_BYTES_PER_STEP = (
+    256 * 1024
+)  # the allocator's own wobble stays below; 4 MB a step fills 64 GB in a night
 
 
 def capacity(context: CheckContext) -> list[Evidence]:
@@ -31,18 +33,37 @@ def capacity(context: CheckContext) -> list[Evidence]:
     device = accelerator.device
     with context.chip():
         for pattern in PATTERNS if context.quick else (*PATTERNS, 0x0F0F0F0F):
-            held = [torch.full((words,), pattern, dtype=torch.int32, device=device) for _ in range(blocks)]
+            held = [
+                torch.full((words,), pattern, dtype=torch.int32, device=device)
+                for _ in range(blocks)
+            ]
             wrong += sum(int((block != pattern).sum()) for block in held)
             del held
-        held = [torch.arange(words, dtype=torch.int32, device=device).add_(place) for place in range(blocks)]
-        wrong += sum(int((block - place != torch.arange(words, dtype=torch.int32, device=device)).sum()) for place, block in enumerate(held))
+        held = [
+            torch.arange(words, dtype=torch.int32, device=device).add_(place)
+            for place in range(blocks)
+        ]
+        wrong += sum(
+            int((block - place != torch.arange(words, dtype=torch.int32, device=device)).sum())
+            for place, block in enumerate(held)
+        )
         del held
     accelerator.empty_cache()
     measured: Measured = {"bytes": blocks * BLOCK_BYTES, "wrong_words": wrong, "total_bytes": total}
     if wrong:
-        return [context.failed(f"{wrong} words read back other than written, in {blocks * BLOCK_BYTES / 2**20:.0f} MiB", measured)]
+        return [
+            context.failed(
+                f"{wrong} words read back other than written, in {blocks * BLOCK_BYTES / 2**20:.0f} MiB",
+                measured,
+            )
+        ]
     held_words = f"{blocks * BLOCK_BYTES / 2**20:.0f} MiB held and read back right"
-    return [context.passed(held_words + ("" if context.quick is False else " (quick: not the whole memory)"), measured)]
+    return [
+        context.passed(
+            held_words + ("" if context.quick is False else " (quick: not the whole memory)"),
+            measured,
+        )
+    ]
 
 
 def leak(context: CheckContext) -> list[Evidence]:
@@ -57,11 +78,21 @@ def leak(context: CheckContext) -> list[Evidence]:
             workload.forward_backward(model, batch)
         allocated = accelerator.memory().allocated_bytes
         if allocated is None:
-            return [context.passed("the chip does not tell how much memory is in use; steps ran without running out", {"steps": LEAK_STEPS})]
+            return [
+                context.passed(
+                    "the chip does not tell how much memory is in use; steps ran without running out",
+                    {"steps": LEAK_STEPS},
+                )
+            ]
         used.append(allocated)
     slope = float(np.median(np.diff(np.array(used[LEAK_WARMUP:], dtype=np.float64))))
     grown = used[-1] - used[LEAK_WARMUP]
     measured: Measured = {"bytes_per_step": slope, "grown_bytes": grown, "steps": LEAK_STEPS}
     if slope > LEAK_BYTES_PER_STEP and grown > LEAK_BYTES_PER_STEP * (LEAK_STEPS - LEAK_WARMUP):
         return [context.failed(f"memory grows by {slope / 2**20:.2f} MiB a step", measured)]
-    return [context.passed(f"memory level over {LEAK_STEPS} steps ({grown / 2**20:+.1f} MiB after the first {LEAK_WARMUP})", measured)]
+    return [
+        context.passed(
+            f"memory level over {LEAK_STEPS} steps ({grown / 2**20:+.1f} MiB after the first {LEAK_WARMUP})",
+            measured,
+        )
+    ]

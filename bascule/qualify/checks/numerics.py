@@ -36,7 +36,9 @@ def optimizer(context: CheckContext) -> list[Evidence]:
 
 def backward(context: CheckContext) -> list[Evidence]:
     trace = context.workload.trace
-    differentiated = [(call, _differentiate) for call in trace.of("forward") if _differentiable(call)]
+    differentiated = [
+        (call, _differentiate) for call in trace.of("forward") if _differentiable(call)
+    ]
     return examine(context, differentiated + [(call, _play) for call in trace.of("backward")])
 
 
@@ -56,7 +58,9 @@ def examine(context: CheckContext, questions: Iterable[tuple[Call, Runner]]) -> 
     held = [_hold(one, answer) for one, answer in zip(asked, answers, strict=True)]
     misses = [miss for one in held for miss in one.misses]
     if misses:
-        return [_finding(context, operator, of_it) for operator, of_it in _by_operator(misses).items()]
+        return [
+            _finding(context, operator, of_it) for operator, of_it in _by_operator(misses).items()
+        ]
     worst = max(held, key=lambda one: one.worst_ratio, default=Held(0, 0.0, "", ()))
     detail = f"{len(held)} calls right; largest RMS error {worst.worst_ratio:.2f} times the noise floor ({worst.worst})"
     return [context.passed(detail, {"calls": len(held), "worst_ratio": worst.worst_ratio})]
@@ -104,7 +108,9 @@ def _answer(one: _Question, device: torch.device, inputs: Moved) -> list[Tensor]
 
 def _hold(one: _Question, answer: list[Tensor] | str) -> Held:
     if isinstance(answer, str):
-        return Held(0, 0.0, one.call.name, (Miss(one.call, 0, f"the chip raised {answer}", None, None),))
+        return Held(
+            0, 0.0, one.call.name, (Miss(one.call, 0, f"the chip raised {answer}", None, None),)
+        )
     return hold_call(one.call, answer, one.truth.exact, one.truth.plain, one.truth.nudged)
 
 
@@ -122,7 +128,10 @@ def _differentiate(call: Call, device: torch.device, placed: Moved) -> list[Tens
     outputs = [out for out in call.run(device, moved=placed) if out.requires_grad]
     incoming = [_incoming(out) for out in outputs]
     grads = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, grads, strict=True)]
+    return [
+        torch.zeros_like(leaf) if grad is None else grad
+        for leaf, grad in zip(inputs, grads, strict=True)
+    ]
 
 
 def _incoming(out: Tensor) -> Tensor:

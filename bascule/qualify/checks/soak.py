@@ -56,10 +56,19 @@ def _soak(context: CheckContext, once: Callable[[int], str], what: str) -> list[
     counts = Counter(seen)
     usual, agreeing = counts.most_common(1)[0]
     wrong = len(seen) - agreeing
-    measured: Measured = {"repetitions": len(seen), "differing": wrong, "rate_seen_with_95_percent": 3.0 / len(seen)}
+    measured: Measured = {
+        "repetitions": len(seen),
+        "differing": wrong,
+        "rate_seen_with_95_percent": 3.0 / len(seen),
+    }
     if wrong:
         first = next(place for place, one in enumerate(seen, start=1) if one != usual)
-        return [context.failed(f"{wrong} of {len(seen)} equal {what} gave other bits, first at repetition {first}", measured)]
+        return [
+            context.failed(
+                f"{wrong} of {len(seen)} equal {what} gave other bits, first at repetition {first}",
+                measured,
+            )
+        ]
     return [
         context.passed(
             f"{len(seen)} equal {what}, all bit-equal: a corruption of more than {3.0 / len(seen):.1%} of them would have shown with 95 % confidence",

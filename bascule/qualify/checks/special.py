@@ -34,20 +34,47 @@ def ranges(context: CheckContext) -> list[Evidence]:
     with context.chip(), torch.no_grad():
         got = {name: _FUNCTIONS[name][1](x).cpu() for name, x in inputs_chip.items()}
         shown = {name: _OVERFLOWS[name](x).cpu() for name, x in hidden_chip.items()}
-    worst: dict[str, float] = {name: _units(got[name], _FUNCTIONS[name][1](inputs[name].double())) for name in got}
-    hides = [name for name in shown if not torch.equal(_kind(shown[name]), _kind(_OVERFLOWS[name](hidden[name])))]
+    worst: dict[str, float] = {
+        name: _units(got[name], _FUNCTIONS[name][1](inputs[name].double())) for name in got
+    }
+    hides = [
+        name
+        for name in shown
+        if not torch.equal(_kind(shown[name]), _kind(_OVERFLOWS[name](hidden[name])))
+    ]
     findings = []
     for name, units in worst.items():
         if units > UNITS_ALLOWED:
             measured: Measured = {"function": name, "units": units}
-            findings.append(context.failed(f"{name}: off by {units:.3g} units of roundoff, allowed {UNITS_ALLOWED:g}", measured))
+            findings.append(
+                context.failed(
+                    f"{name}: off by {units:.3g} units of roundoff, allowed {UNITS_ALLOWED:g}",
+                    measured,
+                )
+            )
     if hides:
-        script = reproduce.plain_script(context, f"numerics.special-{context.role}", f"hidden overflow in {', '.join(hides)}", _OVERFLOW_BODY)
-        findings.append(context.failed(f"overflow or NaN is hidden: {', '.join(hides)}", {"hidden": len(hides)}, script=script))
+        script = reproduce.plain_script(
+            context,
+            f"numerics.special-{context.role}",
+            f"hidden overflow in {', '.join(hides)}",
+            _OVERFLOW_BODY,
+        )
+        findings.append(
+            context.failed(
+                f"overflow or NaN is hidden: {', '.join(hides)}",
+                {"hidden": len(hides)},
+                script=script,
+            )
+        )
     if findings:
         return findings
     name = max(worst, key=lambda key: worst[key])
-    return [context.passed(f"{len(worst)} functions within {worst[name]:.2g} units ({name}); overflow and NaN are shown", {"units": worst[name]})]
+    return [
+        context.passed(
+            f"{len(worst)} functions within {worst[name]:.2g} units ({name}); overflow and NaN are shown",
+            {"units": worst[name]},
+        )
+    ]
 
 
 def _units(got: Tensor, want: Tensor) -> float:
@@ -55,7 +82,9 @@ def _units(got: Tensor, want: Tensor) -> float:
     if numerics.nonfinite_mismatches(got, want.float()):
         return math.inf
     both = torch.isfinite(want)
-    size = want[both].abs().clamp_min(2.0**-126)  # below, the gap between numbers no longer shrinks, or is flushed
+    size = (
+        want[both].abs().clamp_min(2.0**-126)
+    )  # below, the gap between numbers no longer shrinks, or is flushed
     error = (got.double()[both] - want[both]).abs()
     return float((error / size).max()) / numerics.tolerance(got.dtype).unit
 
@@ -82,8 +111,14 @@ _FUNCTIONS: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] =
     "reciprocal": (_octaves(-100, 100), torch.reciprocal),
     "sigmoid": (_line(-60.0, 20.0), torch.sigmoid),
     "silu": (_line(0.01, 60.0), F.silu),
-    "cos of large angles": (lambda: torch.arange(POINTS).float() * 97.0, lambda x: 2.0 + torch.cos(x)),
-    "sin of large angles": (lambda: torch.arange(POINTS).float() * 97.0, lambda x: 2.0 + torch.sin(x)),
+    "cos of large angles": (
+        lambda: torch.arange(POINTS).float() * 97.0,
+        lambda x: 2.0 + torch.cos(x),
+    ),
+    "sin of large angles": (
+        lambda: torch.arange(POINTS).float() * 97.0,
+        lambda x: 2.0 + torch.sin(x),
+    ),
 }
 
 
@@ -138,11 +173,28 @@ def shapes(context: CheckContext) -> list[Evidence]:
         if why:
             findings.append((name, why, found))
     if tuple(empty.shape) != (0, 8):
-        findings.append(("product without rows", f"has shape {tuple(empty.shape)}, expected (0, 8)", numerics.Comparison(0, 0, 0, 0, 0, 0)))
+        findings.append(
+            (
+                "product without rows",
+                f"has shape {tuple(empty.shape)}, expected (0, 8)",
+                numerics.Comparison(0, 0, 0, 0, 0, 0),
+            )
+        )
     if findings:
         name, why, found = findings[0]
-        measured: Measured = {"case": name, "wrong": len(findings), "cases": len(cases), "rms": found.rms, "gain": found.gain, "gain_z": found.gain_z}
-        return [context.failed(f"{name}: {why} ({len(findings)} of {len(cases)} shapes wrong)", measured)]
+        measured: Measured = {
+            "case": name,
+            "wrong": len(findings),
+            "cases": len(cases),
+            "rms": found.rms,
+            "gain": found.gain,
+            "gain_z": found.gain_z,
+        }
+        return [
+            context.failed(
+                f"{name}: {why} ({len(findings)} of {len(cases)} shapes wrong)", measured
+            )
+        ]
     return [context.passed(f"{len(cases)} shapes right", {"cases": len(cases)})]
 
 
@@ -160,7 +212,9 @@ def _cases(seed: int) -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
             short = str(dtype).removeprefix("torch.")
             cases.append((f"softmax {rows}x{width} {short}", _softmax, x.to(dtype)))
             cases.append((f"rms_norm {rows}x{width} {short}", _rms_norm, x.to(dtype)))
-        cases.append((f"softmax {rows}x{width} of a transposed tensor", _softmax, x.t().contiguous().t()))
+        cases.append(
+            (f"softmax {rows}x{width} of a transposed tensor", _softmax, x.t().contiguous().t())
+        )
     return cases
 
 
