@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bascule.config import Recipe
+from bascule.fallback.policy import condemned
 from bascule.ledger import Ledger, last, of_kind
 from bascule.place.placement import place
-from bascule.records import AnyRecord, Placement, PoolCondemned, PoolReadmitted, Role, Verdict
+from bascule.records import Placement, Verdict
 from bascule.stages.answer import say
 
 
@@ -15,7 +16,7 @@ def place_roles(recipe: Recipe, ledger: Ledger) -> Placement:
     wanted = place(
         of_kind(records, Verdict),
         order=recipe.order,
-        condemned=condemned_pools(records),
+        condemned=condemned(records),
         required=recipe.qualify.required,
     )
     present = last(records, Placement)
@@ -26,14 +27,3 @@ def place_roles(recipe: Recipe, ledger: Ledger) -> Placement:
         f"train on {wanted.train} ({wanted.reasons.get('train', '')}); infer on {wanted.infer} ({wanted.reasons.get('infer', '')})"
     )
     return wanted
-
-
-def condemned_pools(records: list[AnyRecord]) -> frozenset[tuple[str, Role]]:
-    """(pool, role) pairs condemned and not readmitted since."""
-    found: set[tuple[str, Role]] = set()
-    for record in records:
-        if isinstance(record, PoolCondemned) and record.pool:
-            found.add((record.pool, record.role))
-        elif isinstance(record, PoolReadmitted) and record.pool:
-            found.discard((record.pool, record.role))
-    return frozenset(found)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bascule.config import Recipe
@@ -21,15 +21,19 @@ from bascule.errors import (
     CheckFailed,
     DeviceFault,
     GuardStopped,
+    NoPoolLeft,
     OutOfMemory,
     Preempted,
     UsageError,
 )
-from bascule.fallback import migrate
+from bascule.fallback import migrate, policy
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.ledger import Ledger, last, of_kind
+from bascule.place.placement import place
 from bascule.records import (
+    AnyRecord,
+    Attribution,
     Incident,
     Migration,
     Placement,
@@ -37,6 +41,7 @@ from bascule.records import (
     Role,
     SnapshotEvent,
     StepStats,
+    Verdict,
 )
 from bascule.stages import workers
 from bascule.stages.answer import say
@@ -44,8 +49,21 @@ from bascule.stages.place import place_roles
 from bascule.stages.progress import LedgerTail, ProgressLine
 
 POLL_S = 0.1
-DEATHS_ALLOWED = 2  # of one worker on one pool without a new certified snapshot in between
+ENGINE_DEATHS_ALLOWED = 2  # on one pool without a new certified snapshot in between
 ENDING_FILE = "trainer.end.json"
+SETBACKS: dict[str, tuple[Attribution, str]] = {
+    "ChipCondemned": ("persistent chip fault", "condemned"),
+    "RollbackNeeded": ("transient chip fault", "rollback"),
+    "ContinuationRefused": ("unknown", "continuation refused"),
+    "OutOfMemory": ("capacity", "out of memory"),
+    "OperatorMissing": ("software", "operator missing"),
+    "AcceleratorUnavailable": ("software", "accelerator unavailable"),
+    "DeviceFault": ("unknown", "device error"),
+    "Hang": ("unknown", "hang"),
+    "Death": ("unknown", "death"),
+}
+"""Endings that another launch may mend, here or on another pool: attribution and word of the incident where the worker
+left none."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Supervisor:
         self.ledger = ledger
         self.should_stop = should_stop
         self.from_certified = False
-        self.deaths: dict[tuple[str, str], int] = {}
+        self.deaths: dict[str, int] = {}
         self.progress = ProgressLine(recipe.total_steps())
         self.tail = LedgerTail(folder.ledger)
         self.placement: Placement | None = None
@@ -105,35 +123,16 @@ class Supervisor:
     def react(self, ending: Ending) -> None:
         """Record what an unfinished launch means, and prepare the next one; raise when there is no next one."""
         assert self.placement is not None
-        pool = self.placement.train
-        match ending.error:
-            case "Preempted":
-                raise Preempted(
-                    "Stopped on request; the last finished step is in a snapshot. Run the same command again to go on."
-                )
-            case "ChipCondemned":
-                self._condemn(pool, "train", ending)
-                self._leave(pool, self._failed_step(ending))
-            case "RollbackNeeded":
-                self._leave(pool, self._failed_step(ending))
-            case "ContinuationRefused":
-                self._condemn(pool, "train", ending)
-            case "RolloutFailed":
-                self._condemn(self.placement.infer, "infer", ending)
-            case "OutOfMemory":
-                self._incident("capacity", "watchdog: out of memory", pool, ending)
-                self._condemn(pool, "train", ending)
-                self._leave_or_raise(
-                    pool, OutOfMemory(f"Pool {pool} ran out of memory: {ending.message}")
-                )
-            case "OperatorMissing" | "AcceleratorUnavailable":
-                self._incident("software", f"watchdog: {ending.error}", pool, ending)
-                self._condemn(pool, "train", ending)
-                self._leave_or_raise(pool, DeviceFault(ending.message))
-            case "Hang" | "Death":
-                self._after_death(pool, ending)
-            case _:
-                raise _error_of(ending)
+        if ending.error == "Preempted":
+            raise Preempted(
+                "Stopped on request; the last finished step is in a snapshot. Run the same command again to go on."
+            )
+        if ending.error == "RolloutFailed":
+            self._condemn(self.placement.infer, "infer", ending)
+        elif ending.error in SETBACKS:
+            self._setback(self.placement.train, ending)
+        else:
+            raise _error_of(ending)
 
     # ---- workers
 
@@ -221,6 +220,13 @@ class Supervisor:
             told = json.loads(path.read_text(encoding="utf-8"))
             return Ending(told["error"], told["message"], code, told.get("incident_id"))
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if code == 1:
+            words = trainer.last_words()
+            return Ending(
+                "OwnFault",
+                f"The trainer on {trainer.pool} ended by an error of our own, not the chip's; the log {trainer.log} ends:\n{words}",
+                1,
+            )
         return Ending(
             "Death",
             f"the trainer on {trainer.pool} died with {how} and left no word; its log ends:\n{trainer.last_words()}",
@@ -249,7 +255,7 @@ class Supervisor:
         self.ledger.warn(
             "rollout engine restarted", f"the engine on {engine.pool} {why}; its log: {engine.log}"
         )
-        if self._count_death("rollout", engine.pool) >= DEATHS_ALLOWED:
+        if self._count_death(engine.pool) >= ENGINE_DEATHS_ALLOWED:
             self._condemn(
                 engine.pool, "infer", Ending("RolloutFailed", f"the rollout engine {why}", 1)
             )
@@ -282,63 +288,59 @@ class Supervisor:
         )
         say(f"{pool} is condemned for the role {role}: {ending.message.splitlines()[0]}")
 
-    def _after_death(self, pool: str, ending: Ending) -> None:
-        """The first death or hang may be bad luck (someone killed it): start again there. A second one condemns the pool."""
-        deaths = self._count_death("trainer", pool)
-        condemn = deaths >= DEATHS_ALLOWED
-        incident = self._incident(
-            "persistent chip fault" if condemn else "unknown", f"watchdog: {str(ending.error).lower()}", pool, ending,
-            action="pool condemned for training" if condemn else "started again on the same pool",
-        )  # fmt: skip
-        if condemn:
-            told = Ending(
-                ending.error,
-                f"{deaths} times in a row, last: {ending.message}",
-                ending.exit_code,
-                incident.incident_id,
-            )
-            self._condemn(pool, "train", told)
-            self._leave(pool, incident.step)
+    def _setback(self, pool: str, ending: Ending) -> None:
+        """A launch failed: leave the incident, ask the policy, go back to the newest certified snapshot."""
+        if ending.incident_id is None:
+            ending = replace(ending, incident_id=self._incident(pool, ending).incident_id)
+        records = self.ledger.read()
+        failed_step = self._failed_step(ending)
+        setback = policy.Setback(
+            pool, str(ending.error), failed_step, ending.message, ending.incident_id
+        )
+        try:
+            move = policy.next_move(records, setback, lambda out: self._place(records, out))
+        except NoPoolLeft as nothing:
+            self._condemn(pool, "train", ending)
+            raise OutOfMemory(str(nothing)) if ending.error == "OutOfMemory" else nothing from None
+        if move.condemn:
+            self._condemn(pool, "train", replace(ending, message=move.reason))
+        self._go_back(pool, move.pool, failed_step)
+        time.sleep(move.wait_s)
 
-    def _count_death(self, kind: str, pool: str) -> int:
-        self.deaths[kind, pool] = self.deaths.get((kind, pool), 0) + 1
-        return self.deaths[kind, pool]
+    def _place(self, records: list[AnyRecord], condemned: frozenset[tuple[str, Role]]) -> Placement:
+        return place(
+            of_kind(records, Verdict),
+            self.recipe.order,
+            condemned,
+            required=self.recipe.qualify.required,
+        )
 
-    def _incident(
-        self,
-        attribution: str,
-        sentinel: str,
-        pool: str,
-        ending: Ending,
-        *,
-        action: str = "pool condemned for training",
-    ) -> Incident:
+    def _incident(self, pool: str, ending: Ending) -> Incident:
         """An incident that the worker could not write itself: it was dead, silent, or out of memory."""
         number = len(of_kind(self.ledger.read(), Incident)) + 1
         step = self._last_step() + 1
+        attribution, word = SETBACKS[str(ending.error)]
         incident = Incident(
             pool=pool,
-            incident_id=f"{number:04d}-{sentinel.partition(': ')[2].replace(' ', '-')}-step-{step}",
+            incident_id=f"{number:04d}-{word.replace(' ', '-')}-step-{step}",
             step=step,
-            sentinel=sentinel,
-            attribution=attribution,  # type: ignore[arg-type]
-            action=action,
+            sentinel=f"watchdog: {word}",
+            attribution=attribution,
+            action="back to the last certified snapshot; the policy decides where",
             evidence=ending.message,
         )
         self.ledger.append(incident)
         return incident
 
-    def _leave_or_raise(self, pool: str, error: BasculeError) -> None:
-        """Go back for the next pool; where there is none, the run ends with what happened, not with the search."""
-        if all(name == pool for name in self.recipe.order):
-            raise error
-        self._leave(pool, self._last_step() + 1)
+    def _count_death(self, pool: str) -> int:
+        self.deaths[pool] = self.deaths.get(pool, 0) + 1
+        return self.deaths[pool]
 
-    def _leave(self, pool: str, failed_step: int) -> None:
-        """Prepare to go on elsewhere (or here again) from the newest certified snapshot; newer ones are rejected."""
-        to_pool = place_roles(self.recipe, self.ledger).train
+    def _go_back(self, pool: str, to_pool: str, failed_step: int) -> None:
+        """Choose the snapshot to go on from; later ones are rejected. What it costs is recorded."""
         choice = migrate.choose(self.folder.snapshots, self.ledger)
         reached_s = self._reached(choice.step)
+        again = max(0, failed_step - 1 - choice.step)
         self.ledger.append(
             Migration(
                 pool=to_pool,
@@ -346,14 +348,12 @@ class Supervisor:
                 to_pool=to_pool,
                 failed_at_step=failed_step,
                 resumed_from_step=choice.step,
-                steps_recomputed=max(0, failed_step - 1 - choice.step),
+                steps_recomputed=again,
                 seconds_lost=max(0.0, time.time() - reached_s),
                 snapshot=choice.path.name,
             )
         )
-        say(
-            f"back to step {choice.step} (certified), on {to_pool}; {max(0, failed_step - 1 - choice.step)} steps to compute again"
-        )
+        say(f"back to step {choice.step} (certified), on {to_pool}; {again} steps to compute again")
         self.from_certified = True
 
     def _reached(self, step: int) -> float:

@@ -20,7 +20,15 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
-from bascule.errors import BasculeError, CheckFailed, OutOfMemory, RolloutFailed, UsageError
+from bascule.errors import (
+    BasculeError,
+    CheckFailed,
+    DeviceFault,
+    OutOfMemory,
+    RolloutFailed,
+    UsageError,
+)
+from bascule.fallback import verify
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.guard.guard import Guard
@@ -68,6 +76,10 @@ def main(arguments: Sequence[str]) -> int:
     except BasculeError as error:
         watchdog.write_ending(folder.heartbeats / ENDING_FILE, error)
         return error.exit_code
+    except torch.AcceleratorError as error:
+        fault = DeviceFault(f"The chip's runtime gave up: {error}")
+        watchdog.write_ending(folder.heartbeats / ENDING_FILE, fault)
+        return fault.exit_code
     except torch.OutOfMemoryError as error:
         watchdog.write_ending(
             folder.heartbeats / ENDING_FILE, OutOfMemory(f"The chip's memory is exhausted: {error}")
@@ -156,7 +168,8 @@ class Trainer:
         state, warnings = loop.resume(self.stepper, self.objectives, path, state)
         for text in warnings:
             self.ledger.warn("resumed elsewhere", text)
-        self._prove_continuation(path)
+        if checkpoint.load(path).extra.get("pool") != self.pool:
+            verify.prove(path, self.stepper, open_accelerator("cpu"), self.ledger)
         if self.guard and checkpoint.trust(path).state != "certified":
             self.guard.after_snapshot(state.step, path)
         return state
