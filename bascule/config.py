@@ -175,6 +175,9 @@ class SftConfig(Section):
 class GrpoConfig(Section):
     """GRPO: group advantage by mean only, token-level loss, clip-higher, no KL (training.md 2.6)."""
 
+    algorithm: Literal["default", "grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
+        "default", description="advantage and loss as published (train/policy.py); gspo wants clips near 3e-4"
+    )
     steps: int = Field(
         150,
         ge=0,

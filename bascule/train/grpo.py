@@ -22,7 +22,14 @@ from bascule.train import schedule
 from bascule.train.mismatch import mismatch
 from bascule.train.objective import Batch, choose, collate, spread, token_logprobs
 from bascule.train.optimizer import SplitOptimizer
-from bascule.train.policy import advantages, clipped_loss, entropy, importance, with_contrast
+from bascule.train.policy import (
+    ALGORITHMS,
+    Clip,
+    clip_metrics,
+    entropy,
+    importance,
+    with_contrast,
+)
 from bascule.train.state import StateDict
 
 Sampler = Callable[[RolloutRequest], RolloutReply]
@@ -81,6 +88,8 @@ class Grpo:
         self.first_step = first_step
         self.steps = config.steps
         self.clip_grad_norm = config.clip_grad_norm
+        self.algorithm = ALGORITHMS[config.algorithm]
+        self.clip = Clip(config.clip_low, config.clip_high, config.max_completion_tokens)
         self._rollout = -1
         self._dealt: list[Batch] = []
 
@@ -115,15 +124,9 @@ class Grpo:
         mask_BT, old_BT = tensors["mask"], tensors["old_logprobs"]
         new_BT = token_logprobs(logits_BTV, tensors["targets"])
         weight_BT = importance(old_BT, tensors["rollout_logprobs"], self.config.importance_cap)
-        loss, metrics = clipped_loss(
-            new_BT,
-            old_BT,
-            tensors["advantages"][:, None],
-            weight_BT,
-            mask_BT,
-            self.config.clip_low,
-            self.config.clip_high,
-        )
+        advantage_B1 = tensors["advantages"][:, None]
+        loss = self.algorithm.loss(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, self.clip)
+        metrics = clip_metrics(new_BT, old_BT, advantage_B1, mask_BT, self.clip)
         metrics["entropy"] = entropy(logits_BTV, mask_BT)
         return loss, metrics
 
@@ -190,7 +193,7 @@ class Grpo:
     def _contrasting(
         self, chosen: Sequence[int], completions: list[Completion], rewards_PG: NDArray[np.float64]
     ) -> list[Group]:
-        size, advantages_PG = self.config.group_size, advantages(rewards_PG)
+        size, advantages_PG = self.config.group_size, self.algorithm.advantages(rewards_PG)
         return [
             Group(
                 self.prompts[chosen[p]],

@@ -9,12 +9,24 @@ import pytest
 import torch
 
 from bascule.train.mismatch import mismatch, mismatch_record
-from bascule.train.policy import advantages, clipped_loss, entropy, importance, with_contrast
+from bascule.train.policy import (
+    ALGORITHMS,
+    Clip,
+    clip_metrics,
+    entropy,
+    importance,
+    standardised,
+    with_contrast,
+)
+
+CLIP = Clip(0.2, 0.28, longest=4)
+ONE = torch.ones(1, 1)
 
 
-def test_advantage_is_reward_minus_group_mean_undivided():
-    got = advantages(np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+def test_the_default_advantage_is_reward_minus_group_mean_undivided():
+    got = ALGORITHMS["default"].advantages(np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
     assert np.array_equal(got, [[0.75, -0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(standardised(np.array([[1.0, 0.0]])), [[1.0, -1.0]], atol=1e-5)
 
 
 def test_a_group_without_contrast_is_dead_whether_all_right_or_all_wrong():
@@ -25,29 +37,43 @@ def test_a_group_without_contrast_is_dead_whether_all_right_or_all_wrong():
     ]
 
 
-def test_on_a_bandit_the_gradient_is_the_policy_gradient_in_closed_form():
-    """One-token answers, softmax policy p, every arm sampled once per its advantage: d loss / d logit_k is known."""
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("default", [1 / 4, 1 / 4, 1 / 4]),  # every token of the batch alike
+        ("dapo", [1 / 4, 1 / 4, 1 / 4]),
+        ("cispo", [1 / 4, 1 / 4, 1 / 4]),
+        (
+            "grpo",
+            [1 / 3, 1 / 3, 1 / 6],
+        ),  # every sample alike: the tokens of the sample with two get half each
+        ("gspo", [1 / 3, 1 / 3, 1 / 6]),
+        ("dr_grpo", [1 / 12, 1 / 12, 1 / 12]),  # three samples of at most four tokens
+    ],
+)
+def test_on_a_bandit_each_algorithms_gradient_is_the_policy_gradient_in_closed_form(name, weights):
+    """Three samples from one softmax policy p, the last of two tokens. d loss / d logits = -sum_tokens w A (onehot - p)."""
     logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    arms, reward = (
-        torch.tensor([0, 1, 2, 2]),
-        torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64),
+    arms = torch.tensor([[0, 0], [1, 0], [2, 1]])
+    mask = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    advantage = ALGORITHMS[name].advantages(np.array([[1.0, 0.0, 0.0]]))[0]
+    new = logits.log_softmax(0)[arms]
+    loss = ALGORITHMS[name].loss(
+        new, new.detach(), torch.tensor(advantage)[:, None], torch.ones_like(new), mask, CLIP
     )
-    advantage = reward - reward.mean()
-    new = logits.log_softmax(0)[arms][:, None]
-    ones = torch.ones_like(new)
-    loss, _ = clipped_loss(new, new.detach(), advantage[:, None], ones, ones, 0.2, 0.28)
     (got,) = torch.autograd.grad(loss, logits)
-    p = logits.detach().softmax(0)
-    expected = (
-        -sum(
-            a * (torch.eye(3, dtype=torch.float64)[arm] - p)
-            for a, arm in zip(advantage, arms, strict=True)
-        )
-        / 4
-    )
+    p, expected = logits.detach().softmax(0), torch.zeros(3, dtype=torch.float64)
+    for row in range(3):
+        for t in range(int(mask[row].sum())):
+            expected -= (
+                weights[row]
+                * advantage[row]
+                * (torch.eye(3, dtype=torch.float64)[arms[row, t]] - p)
+            )
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["default", "grpo", "dr_grpo", "dapo", "gspo"])
 @pytest.mark.parametrize(
     ("ratio", "advantage", "moves"),
     [
@@ -59,22 +85,42 @@ def test_on_a_bandit_the_gradient_is_the_policy_gradient_in_closed_form():
         (2.0, -1.0, True),
     ],
 )
-def test_the_clip_stops_the_gradient_beyond_its_own_side_only(ratio, advantage, moves):
+def test_the_clip_stops_the_gradient_beyond_its_own_side_only(name, ratio, advantage, moves):
     new = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    one = torch.ones(1, 1)
-    loss, metrics = clipped_loss(new, torch.zeros(1, 1), advantage * one, one, one, 0.2, 0.28)
+    loss = ALGORITHMS[name].loss(new, torch.zeros(1, 1), advantage * ONE, ONE, ONE, CLIP)
     (grad,) = torch.autograd.grad(loss, new)
     assert bool(grad.abs().sum() > 0) is moves
+    metrics = clip_metrics(new, torch.zeros(1, 1), advantage * ONE, ONE, CLIP)
     assert float(metrics["clipped_low_ratio"] + metrics["clipped_high_ratio"]) == (
         0.0 if moves else 1.0
     )
+    assert float(metrics["max_policy_ratio"]) == pytest.approx(ratio)
 
 
-def test_every_token_of_the_batch_weighs_the_same():
+def test_cispo_caps_the_weight_but_never_stops_the_gradient():
+    new = torch.tensor([[math.log(2.0)]], requires_grad=True)
+    loss = ALGORITHMS["cispo"].loss(new, torch.zeros(1, 1), ONE, ONE, ONE, CLIP)
+    (grad,) = torch.autograd.grad(loss, new)
+    assert float(grad) == pytest.approx(-1.28)
+
+
+def test_importance_weights_scale_the_gradient_in_every_algorithm():
+    for algorithm in ALGORITHMS.values():
+        new = torch.zeros(1, 1, requires_grad=True)
+        grads = [
+            torch.autograd.grad(
+                algorithm.loss(new, torch.zeros(1, 1), ONE, w * ONE, ONE, CLIP), new
+            )[0]
+            for w in (1.0, 1.7)
+        ]
+        assert float(grads[1]) == pytest.approx(1.7 * float(grads[0]))
+
+
+def test_by_default_every_token_of_the_batch_weighs_the_same():
     new = torch.zeros(2, 3, requires_grad=True)
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    loss, _ = clipped_loss(
-        new, torch.zeros(2, 3), torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3), mask, 0.2, 0.28
+    loss = ALGORITHMS["default"].loss(
+        new, torch.zeros(2, 3), torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3), mask, CLIP
     )
     (grad,) = torch.autograd.grad(loss, new)
     assert torch.equal(grad, torch.tensor([[-0.25, 0.0, 0.0], [0.25, 0.25, 0.25]]))
