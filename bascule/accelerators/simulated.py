@@ -4,9 +4,9 @@ Faults on operators act through a TorchDispatchMode, which sees forward, backwar
 is entered before any mode that the code inside the session enters, so it lies nearer the chip: a guard's checksum mode sees what
 the chip made. No mode is entered when no fault can act on the work, and then a session costs nothing.
 
-Backward: on the CPU autograd runs in the calling thread. On CUDA it runs in a device thread, into which PyTorch carries the
-dispatch modes with the rest of the thread-local state (at::ThreadLocalState); we have not seen that on a CUDA chip ourselves,
-tests/accelerators/test_contract.py asks it of one when there is one.
+Backward: on the CPU autograd runs in the calling thread. On other devices it runs in a device thread, into which PyTorch carries the
+dispatch modes with the rest of the thread-local state (at::ThreadLocalState). Seen on the stand-in npu, whose backward has such a
+thread; not yet on a CUDA chip: tests/accelerators/test_contract.py asks it of one when there is one.
 
 Trap: everything computed inside the session counts as computed by the chip, a guard's own arithmetic included, as it would on a real
 one. Three things keep a checked step and an unchecked step at the same count of calls: arithmetic faults neither strike nor count

@@ -1,4 +1,5 @@
-"""One behaviour suite, handed every accelerator that opens here: the CPU, simulated chips over it, and real ones with `-m gpu`."""
+"""One behaviour suite, handed every accelerator that opens here: the CPU, simulated chips over it, real ones with `-m gpu`, and an
+`npu` where there is one (tests/standin runs this very file under its stand-in)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,10 @@ NAMES = [
     pytest.param("sim:clean@cuda", marks=pytest.mark.gpu),
     pytest.param("sim:ascend-r2?onset_step=1@cuda", marks=pytest.mark.gpu),
 ]
+if (
+    torch._C._get_privateuse1_backend_name() == "npu"
+):  # a real Ascend chip, or the stand-in of tests/standin
+    NAMES += ["npu", "sim:clean@npu", "sim:ascend-r2?onset_step=1@npu"]
 TRAIN = Work("train", step=3)
 
 pytestmark = pytest.mark.each_accelerator
@@ -118,9 +123,12 @@ def test_an_exception_inside_a_session_comes_out_and_leaves_the_chip_usable(
     test_a_product_is_right_before_any_fault_sets_in(chip)
 
 
-@pytest.mark.parametrize("base", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+BASES = [name for name in NAMES if name in ("cpu", "npu")]
+
+
+@pytest.mark.parametrize("base", [*BASES, pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_faults_of_the_backward_pass_reach_the_gradients_on_this_base(base: str) -> None:
-    """On CUDA this asks whether dispatch modes follow autograd into its device thread."""
+    """On devices this asks whether dispatch modes follow autograd into its device thread."""
     chip = open_accelerator(f"sim:backward-wrong?stride=2@{base}")
     right = gradients(open_accelerator(base))
     assert not torch.equal(gradients(chip)[0], right[0])

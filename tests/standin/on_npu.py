@@ -1,0 +1,126 @@
+"""What must hold on a foreign device. Run by test_standin.py under the stand-in; `pytest tests/standin/on_npu.py` runs it on a real one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bascule.accelerators.base import Accelerator, Work
+from bascule.accelerators.registry import open_accelerator
+from bascule.config import ModelConfig
+from bascule.errors import AcceleratorUnavailable
+from bascule.model import weights
+from bascule.model.transformer import Transformer
+
+STANDIN = getattr(torch.get_device_module("npu"), "extension", None)
+
+
+def model() -> Transformer:
+    made = Transformer(ModelConfig(preset="tick"))
+    weights.initialise(made, 0)
+    return made
+
+
+def learn(
+    chip: Accelerator, made: torch.nn.Module, steps: int = 1
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    made = chip.move(copy.deepcopy(made))
+    tokens = chip.to_device(torch.arange(8 * 32).view(8, 32) % 100)
+    optimizer, losses = torch.optim.AdamW(made.parameters(), lr=3e-3), []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        with chip.session(Work("train", step)):
+            logits = made(tokens).logits_BTV
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            )
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: parameter.grad.cpu() for name, parameter in made.named_parameters()}
+
+
+class Threads(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(threading.get_ident())
+        return func(*args, **(kwargs or {}))
+
+
+def test_npu_trains_the_model_as_the_cpu_does() -> None:
+    start = model()
+    here, there = learn(open_accelerator("cpu"), start, 4), learn(open_accelerator("npu"), start, 4)
+    assert here[1].keys() == there[1].keys()
+    assert all(abs(a - b) < 1e-5 for a, b in zip(here[0], there[0], strict=True))
+    for name, gradient in here[1].items():
+        assert (gradient - there[1][name]).norm() <= 1e-3 * gradient.norm() + 1e-9, name
+
+
+def test_npu_backward_runs_in_a_device_thread_and_the_modes_follow_it(tmp_path: Path) -> None:
+    weight = torch.randn(64, 64, device="npu", requires_grad=True)
+    chip = open_accelerator("sim:backward-wrong@npu", fault_log=tmp_path / "log")
+    with chip.session(Work("train", 1)), Threads() as threads:
+        (weight @ weight).sum().backward()
+    assert len(threads.seen) == 2
+    assert {
+        json.loads(line)["direction"] for line in (tmp_path / "log").read_text().splitlines()
+    } == {"backward"}
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(8, 4)
+        self.head = torch.nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_npu_module_to_unties_tied_weights_which_is_why_move_ties_them_again() -> None:
+    assert len(list(Tied().to("npu").parameters())) == 2
+    assert len(list(open_accelerator("npu").move(Tied()).parameters())) == 1
+
+
+def test_npu_allocations_are_counted_and_freed() -> None:
+    chip = open_accelerator("npu")
+    before = chip.memory().allocated_bytes
+    kept = torch.ones(1 << 20, device="npu")
+    assert chip.memory().allocated_bytes == before + kept.nbytes
+    del kept
+    assert chip.memory().allocated_bytes == before
+    chip.reset_peak_memory()
+    assert chip.memory().peak_bytes == before
+
+
+@pytest.mark.skipif(STANDIN is None, reason="only the stand-in's memory can be made short")
+def test_npu_out_of_memory_is_torchs_own_error_and_passes_when_memory_is_back() -> None:
+    total = STANDIN.total(0)
+    STANDIN.set_limit(0, STANDIN.used(0) + 1000)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="NPU out of memory"):
+            torch.ones(100_000, device="npu")
+    finally:
+        STANDIN.set_limit(0, total)
+    assert torch.ones(100_000, device="npu").sum().item() == 100_000
+
+
+def test_npu_number_that_is_not_there_is_refused_in_words() -> None:
+    with pytest.raises(AcceleratorUnavailable, match="npu devices? here, counted from 0"):
+        open_accelerator("npu:9")
+
+
+def test_npu_weights_come_back_from_a_file_on_another_device(tmp_path: Path) -> None:
+    made = open_accelerator("npu").move(model())
+    torch.save(made.state_dict(), tmp_path / "weights.pt")
+    back = torch.load(tmp_path / "weights.pt", map_location="cpu", weights_only=True)
+    assert all(torch.equal(tensor.cpu(), back[name]) for name, tensor in made.state_dict().items())
+    assert weights.fingerprint_state(back) == weights.fingerprint(made)
