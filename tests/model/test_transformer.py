@@ -70,6 +70,18 @@ def test_a_tie_holds_after_moving_and_after_being_cut() -> None:
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
+def test_a_tie_survives_a_move_that_makes_new_parameters() -> None:
+    """What `.to` does on a private-use device (npu): every parameter is replaced, and a shared one is replaced twice."""
+    model = _model()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model = model.to(torch.float64)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float64
+
+
 def test_an_untied_head_is_its_own_parameter() -> None:
     model = _model(tie_word_embeddings=False)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
