@@ -6,6 +6,8 @@ rebinding), and a POST must say application/json, which a foreign page cannot se
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable
@@ -14,6 +16,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/favicon.ico"})
+DRAIN_BYTES = 16 << 20
+DRAIN_S = 2.0
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -42,6 +46,8 @@ class Door:
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
         if refusal is not None:
+            if scope["method"] == "POST":
+                await _drain(receive)
             await _refuse(send, *refusal)
             return
         await self._app(scope, *self._limited(receive, send))
@@ -98,12 +104,13 @@ class Door:
         async def limited_receive() -> Message:
             nonlocal taken, refused
             message = await receive()
-            if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
-                if taken > self._limit and not refused:
-                    refused = True
-                    await _refuse(send, 413, self._too_large())
-                    return {"type": "http.disconnect"}
+            taken += len(message.get("body", b""))
+            if taken > self._limit and not refused:
+                refused = True
+                if message.get("more_body"):
+                    await _drain(receive)
+                await _refuse(send, 413, self._too_large())
+                return {"type": "http.disconnect"}
             return message
 
         async def limited_send(message: Message) -> None:
@@ -111,6 +118,19 @@ class Door:
                 await send(message)
 
         return limited_receive, limited_send
+
+
+async def _drain(receive: Receive) -> None:
+    """Read the rest of a body that will be refused, within reason: closing on unread data resets the connection, and the
+    client would never see why."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while taken < DRAIN_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 async def _refuse(

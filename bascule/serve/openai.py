@@ -164,12 +164,10 @@ class Api:
         body = await _read(request, TokenizeBody)
         if body.messages is not None:
             tokens = self._readable(
-                lambda: (
-                    chat_prompt(
-                        body.messages or [],
-                        self.tokenizer,
-                        add_generation_prompt=body.add_generation_prompt,
-                    )
+                lambda: chat_prompt(
+                    body.messages or [],
+                    self.tokenizer,
+                    add_generation_prompt=body.add_generation_prompt,
                 )
             )
         else:
@@ -301,6 +299,8 @@ class Api:
     async def completions(self, request: Request) -> Response:
         body = await _read(request, CompletionBody)
         self._check_model(body.model)
+        if not body.prompts:
+            raise ApiError(400, "The list of prompts is empty.", param="prompt")
         asks: list[Ask] = []
         try:
             for prompt in body.prompts:

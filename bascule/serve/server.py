@@ -44,6 +44,7 @@ def run(
     port: int = 8000,
     api_key: str | None = None,
     slots: int = 256,
+    hang_timeout_s: float = 30.0,
 ) -> None:
     """Serve a finished run's model until SIGTERM or Ctrl-C. Other pools whose verdict says `infer` stand by.
 
@@ -51,7 +52,7 @@ def run(
     """
     recipe = read_resolved(folder.recipe)
     with bind(host, port) as listener:
-        asyncio.run(_serve(folder, recipe, accelerator, listener, api_key, slots))
+        asyncio.run(_serve(folder, recipe, accelerator, listener, api_key, slots, hang_timeout_s))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -77,6 +78,7 @@ async def _serve(
     listener: socket.socket,
     api_key: str | None,
     slots: int,
+    hang_timeout_s: float,
 ) -> None:
     ledger = Ledger(folder.ledger)
     records = read_ledger(folder.ledger)
@@ -87,6 +89,7 @@ async def _serve(
         seed=recipe.seed,
         slots=slots,
         max_queue=recipe.serve.max_queue,
+        hang_timeout_s=hang_timeout_s,
         fault_logs=folder.ground_truth,
         note=lambda what, candidate, text: _note(ledger, what, candidate, text),
     )

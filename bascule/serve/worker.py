@@ -124,7 +124,7 @@ class Desk:
             self._note(self.batch.step())
             self._read_long()
             self._read_short()
-        return {"said": self._said, "began": self._began, "load": self._load()}
+        return {"said": self._said, "began": self._began, "load": self.load()}
 
     def _read_long(self) -> None:
         if (
@@ -171,7 +171,7 @@ class Desk:
                 [row.job, row.choice, row.said[-1], row.logprobs[-1], tops, row.finish]
             )
 
-    def _load(self) -> dict[str, float]:
+    def load(self) -> dict[str, float]:
         return {
             "running": len(self.batch.rows),
             "waiting": sum(map(len, self.waiting)) + (len(self.reading[0]) if self.reading else 0),
@@ -210,6 +210,9 @@ def work(desk: Desk, line: Line) -> None:
         while desk.busy:
             line.send(desk.tick())
             _take(desk, line, wait=False)
+        line.send(
+            {"said": [], "began": [], "load": desk.load()}
+        )  # what was cancelled last is gone too
 
 
 def _take(desk: Desk, line: Line, *, wait: bool) -> None:

@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from bascule.folder import RunFolder
 from bascule.serve.server import run
-run(RunFolder(Path(sys.argv[1])), sys.argv[2], port=0, api_key=sys.argv[3] or None, slots=int(sys.argv[4]))
+run(RunFolder(Path(sys.argv[1])), sys.argv[2], port=0, api_key=sys.argv[3] or None, slots=int(sys.argv[4]), hang_timeout_s=float(sys.argv[5]))
 """
 
 
@@ -44,7 +44,9 @@ class Server:
 
     def post(self, path: str, body: Mapping[str, Any] | bytes, **headers: str) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json", **headers}
+        )
         return self._answer(request)
 
     def _answer(self, request: urllib.request.Request) -> tuple[int, Any]:
@@ -63,7 +65,12 @@ class Server:
 def make_run(root: Path, pools: Mapping[str, str], **sections: Any) -> tuple[RunFolder, Recipe]:
     """A finished run's folder: recipe, a random `tick` model, and a fit verdict for `infer` on every pool."""
     folder = RunFolder(root).create()
-    raw = {"name": "tiny", "model": {"preset": "tick"}, "pools": {name: {"accelerator": accelerator} for name, accelerator in pools.items()}, **sections}
+    raw = {
+        "name": "tiny",
+        "model": {"preset": "tick"},
+        "pools": {name: {"accelerator": accelerator} for name, accelerator in pools.items()},
+        **sections,
+    }
     recipe = recipe_from(raw, source="test")
     folder.recipe.write_text(json.dumps(recipe.model_dump(mode="json")))
     tokenizer = Tokenizer()
@@ -76,7 +83,16 @@ def make_run(root: Path, pools: Mapping[str, str], **sections: Any) -> tuple[Run
     ledger = Ledger(folder.ledger)
     for name, accelerator in pools.items():
         ledger.append(
-            Verdict(pool=name, role="infer", verdict="fit", reasons=("All checks passed.",), accelerator=accelerator, chip="test", driver="1", simulated=False)
+            Verdict(
+                pool=name,
+                role="infer",
+                verdict="fit",
+                reasons=("All checks passed.",),
+                accelerator=accelerator,
+                chip="test",
+                driver="1",
+                simulated=False,
+            )
         )
     return folder, recipe
 
@@ -88,12 +104,30 @@ Start = Callable[..., Server]
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     running: list[Server] = []
 
-    def begin(pools: Mapping[str, str] | None = None, *, api_key: str = "", slots: int = 32, **sections: Any) -> Server:
+    def begin(
+        pools: Mapping[str, str] | None = None,
+        *,
+        api_key: str = "",
+        slots: int = 32,
+        hang_timeout_s: float = 60.0,
+        **sections: Any,
+    ) -> Server:
         pools = pools or {"main": "cpu"}
         folder, recipe = make_run(tmp_path_factory.mktemp("serve") / "run", pools, **sections)
         accelerator = recipe.pools[recipe.order[0]].accelerator
         process = subprocess.Popen(
-            [sys.executable, "-c", START, str(folder.root), accelerator, api_key, str(slots)], stderr=subprocess.PIPE, text=True
+            [
+                sys.executable,
+                "-c",
+                START,
+                str(folder.root),
+                accelerator,
+                api_key,
+                str(slots),
+                str(hang_timeout_s),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         server = Server("", process, folder)
         running.append(server)

@@ -1,0 +1,251 @@
+"""The door, the limits, and what happens when clients misbehave or chips fail. Live servers throughout."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import urllib.request
+
+import pytest
+
+from bascule.errors import UsageError
+from bascule.ledger import of_kind, read_ledger
+from bascule.records import PoolCondemned, Warned
+from bascule.serve.server import bind
+from tests.serve.conftest import Server, Start, wait_until
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "1+2=?"}]}
+
+
+def metric(server: Server, name: str) -> float:
+    lines = [
+        line
+        for line in server.get("/metrics")[1].splitlines()
+        if line.startswith(f"bascule:{name}")
+    ]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def raw(server: Server, text: bytes) -> bytes:
+    """Send bytes as they are and read the whole answer."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(text)
+        answer = b""
+        while block := connection.recv(65536):
+            answer += block
+    return answer
+
+
+def test_health_ready_version_and_page(server: Server) -> None:
+    assert server.get("/health")[0] == 200 and server.get("/ready")[1]["ready"] is True
+    version = server.get("/version")[1]
+    assert (
+        version["chip"]["pool"] == "main"
+        and version["chip"]["verdict"] == "fit"
+        and len(version["examples"]) == 4
+    )
+    with urllib.request.urlopen(server.url + "/") as reply:
+        assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
+        page = reply.read().decode()
+    assert (
+        "http://" not in page.replace("http://www.w3.org/2000/svg", "") and "src=" not in page
+    )  # nothing is fetched from elsewhere
+
+
+def test_tokenize_and_back(server: Server) -> None:
+    found = server.post("/tokenize", {"messages": CHAT["messages"]})[1]
+    assert found["count"] == len(found["tokens"]) and found["max_model_len"] == 128
+    assert server.post("/detokenize", {"tokens": found["tokens"]})[1]["prompt"].endswith(
+        "1+2=?<assistant>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", b"{", 400),
+        ("/v1/chat/completions", b"[]", 400),
+        ("/v1/chat/completions", b'{"model": "tiny", "messages": []}', 400),
+        ("/v1/chat/completions", json.dumps({**CHAT, "temprature": 1}).encode(), 400),
+        ("/v1/chat/completions", json.dumps({**CHAT, "stop": ""}).encode(), 400),
+        ("/v1/chat/completions", json.dumps({**CHAT, "stream_options": {}}).encode(), 400),
+        ("/v1/chat/completions", json.dumps({**CHAT, "logit_bias": {"x": 1}}).encode(), 400),
+        ("/v1/completions", b'{"model": "tiny", "prompt": []}', 400),
+        ("/v1/completions", b'{"model": "tiny", "prompt": [9999]}', 400),
+        ("/v1/completions", b'{"model": "tiny", "prompt": ""}', 400),
+        ("/v1/nothing", b"{}", 404),
+        ("/health", b"{}", 405),
+    ],
+)
+def test_bad_requests_are_answered_in_openais_shape(
+    server: Server, path: str, body: bytes, status: int
+) -> None:
+    found, answer = server.post(path, body)
+    assert found == status
+    assert answer["error"]["message"] and set(answer["error"]) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
+
+
+def test_a_foreign_page_cannot_use_a_local_server(server: Server) -> None:
+    assert server.post("/v1/chat/completions", CHAT, Host="evil.example")[0] == 403
+    assert server.post("/v1/chat/completions", CHAT, **{"Content-Type": "text/plain"})[0] == 415
+
+
+def test_bodies_over_the_limit_are_refused_with_and_without_a_length(server: Server) -> None:
+    assert server.post("/v1/chat/completions", b" " * (2 << 20))[0] == 413
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"40000\r\n" + b" " * 0x40000 + b"\r\n"
+    assert raw(server, head + chunk * 5).startswith(b"HTTP/1.1 413")
+
+
+def test_garbage_on_the_wire_changes_nothing_for_others(server: Server) -> None:
+    raw(server, b"\x00\xff garbage\r\n\r\n")
+    assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 4})[0] == 200
+
+
+def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
+    before = metric(server, 'request_success_total{model_name="tiny",finished_reason="abort"}')
+    body = json.dumps({**CHAT, "stream": True, "n": 8, "logit_bias": {"2": -100}}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                % len(body)
+                + body
+            )
+            connection.recv(200)
+    wait_until(
+        lambda: (
+            metric(server, 'request_success_total{model_name="tiny",finished_reason="abort"}')
+            > before
+        )
+    )
+    wait_until(
+        lambda: (
+            metric(server, "num_requests_running") == 0
+            and metric(server, "num_requests_waiting") == 0
+        )
+    )
+
+
+def test_metrics_count_tokens_and_times(server: Server) -> None:
+    before = metric(server, "generation_tokens_total")
+    reply = server.post(
+        "/v1/chat/completions", {**CHAT, "max_tokens": 6, "logit_bias": {"2": -100}}
+    )[1]
+    assert (
+        metric(server, "generation_tokens_total")
+        == before + reply["usage"]["completion_tokens"]
+        == before + 6
+    )
+    assert metric(server, "time_to_first_token_seconds_count") >= 1
+
+
+def test_a_repeated_long_prompt_is_found_in_the_prefix_store(server: Server) -> None:
+    body = {"model": "tiny", "prompt": "1+2=" * 20, "max_tokens": 4, "seed": 1}
+    first, second = (server.post("/v1/completions", body)[1] for _ in range(2))
+    assert first["choices"] == second["choices"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 64
+
+
+def test_a_port_in_use_is_one_sentence(server: Server) -> None:
+    port = int(server.url.rsplit(":", 1)[1])
+    with pytest.raises(UsageError, match=rf"Cannot listen on 127.0.0.1:{port} .*--port"):
+        bind("127.0.0.1", port)
+
+
+def test_the_key_opens_the_api_and_only_the_key(start: Start) -> None:
+    server = start(api_key="s3cret", serve={"max_queue": 1}, slots=2)
+    assert server.get("/v1/models")[0] == server.get("/metrics")[0] == 401
+    assert server.post("/v1/chat/completions", CHAT, Authorization="Bearer s3cre")[0] == 401
+    assert server.post("/v1/chat/completions", CHAT, Authorization="Bearer s3cret")[0] == 200
+    assert server.get("/health")[0] == server.get("/")[0] == 200
+    # the same small server: two run, one waits, the fourth is told to come back
+    status, answer = server.post(
+        "/v1/chat/completions", {**CHAT, "n": 4}, Authorization="Bearer s3cret"
+    )
+    assert status == 429 and answer["error"]["type"] == "rate_limit_error"
+    # and asked to stop, it lets the running answer finish
+    found: list[int] = []
+    body = {**CHAT, "logit_bias": {"2": -100}}
+    asking = threading.Thread(
+        target=lambda: found.append(
+            server.post("/v1/chat/completions", body, Authorization="Bearer s3cret")[0]
+        )
+    )
+    asking.start()
+    wait_until(lambda: metric_with_key(server) >= 1)
+    assert server.stop() in (0, -15)
+    asking.join(timeout=30)
+    assert found == [200]
+
+
+def metric_with_key(server: Server) -> float:
+    request = urllib.request.Request(
+        server.url + "/metrics", headers={"Authorization": "Bearer s3cret"}
+    )
+    with urllib.request.urlopen(request) as reply:
+        lines = [
+            line
+            for line in reply.read().decode().splitlines()
+            if line.startswith("bascule:prompt_tokens_total")
+        ]
+    return float(lines[0].rsplit(" ", 1)[1]) - 10 if lines else 0.0
+
+
+@pytest.mark.parametrize(
+    ("profile", "why"),
+    [
+        ("dies", "exit code -9"),
+        pytest.param("nan", "NaN or infinity", marks=pytest.mark.slow),
+        pytest.param("hang", "said nothing for 3 s", marks=pytest.mark.slow),
+    ],
+)
+def test_a_chip_that_fails_is_left_and_no_answer_notices(
+    server: Server, start: Start, profile: str, why: str
+) -> None:
+    body = {"model": "tiny", "prompt": "1+2", "max_tokens": 100, "n": 4, "logit_bias": {"2": -100}}
+    expected = [
+        server.post("/v1/completions", {**body, "seed": seed})[1]["choices"] for seed in range(5)
+    ]
+    frail = start(
+        {"frail": f'sim:{profile}?roles=["infer"]&onset_step=4&rate=1.0@cpu', "spare": "cpu"},
+        hang_timeout_s=3.0,
+    )
+    found: dict[int, object] = {}
+
+    def ask(seed: int) -> None:
+        found[seed] = frail.post("/v1/completions", {**body, "seed": seed})[1]["choices"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=90)
+    assert [found[seed] for seed in range(5)] == expected
+    version = frail.get("/version")[1]
+    assert (
+        version["chip"]["pool"] == "spare" and version["moves"] == 1 and why in version["trouble"]
+    )
+    records = read_ledger(frail.folder.ledger)
+    assert [record.pool for record in of_kind(records, PoolCondemned)] == ["frail"]
+    assert any(record.what == "serving chip failed" for record in of_kind(records, Warned))
+    assert frail.get("/health")[0] == 200
+
+
+@pytest.mark.slow
+def test_when_no_chip_is_left_it_says_so(start: Start) -> None:
+    server = start({"only": 'sim:nan?roles=["infer"]&onset_step=2&rate=1.0@cpu'})
+    assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 4})[0] == 200
+    status, answer = server.post("/v1/chat/completions", CHAT)
+    assert status == 503 and "NaN or infinity" in answer["error"]["message"]
+    assert server.get("/health")[0] == server.get("/ready")[0] == 503
+    assert server.post("/v1/chat/completions", CHAT)[0] == 503
