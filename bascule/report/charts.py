@@ -67,7 +67,7 @@ def line_chart(
         return x, y
 
     parts = [_axes(x0, x1, y0, y1, x_label)]
-    for mark in marks:
+    for row, mark in enumerate(marks):
         x, _ = place((mark.x, y0))
         anchor = "end" if x > WIDTH * 0.8 else "start"
         shift = -4 if anchor == "end" else 4
@@ -75,7 +75,7 @@ def line_chart(
             f'<line class="mark {mark.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         )
         parts.append(
-            f'<text class="mark-label" x="{x + shift:.1f}" y="{TOP + 10}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+            f'<text class="mark-label" x="{x + shift:.1f}" y="{TOP + 10 + 13 * (row % 6)}" text-anchor="{anchor}">{escape(mark.label)}</text>'
         )
     for one in series:
         placed = [place(point) for point in one.points if math.isfinite(point[1])]

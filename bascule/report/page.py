@@ -36,6 +36,8 @@ def render(records: Sequence[AnyRecord]) -> str:
     environment.filters["figure"] = _figure
     environment.filters["gib"] = lambda value: "–" if value is None else f"{value / 2**30:.3g} GiB"
     environment.filters["duration"] = _duration
+    environment.filters["clock"] = _clock
+    environment.filters["sentence"] = story.sentence
     template = environment.from_string(
         files("bascule.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
@@ -152,3 +154,10 @@ def _duration(seconds: float | None) -> str:
         if minutes < 60
         else f"{minutes // 60} h {minutes % 60:02d} min"
     )
+
+
+def _clock(seconds: float) -> str:
+    """`0:07`, `12:40`, `1:02:03` since the run began."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

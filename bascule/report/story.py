@@ -214,7 +214,7 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             return [
                 (
                     "bad",
-                    f"Incident {record.incident_id}: {record.attribution}. {record.evidence} Action: {record.action}.",
+                    f"Incident {record.incident_id}: {record.attribution}. {sentence(record.evidence)} Action: {record.action}.",
                 )
             ]
         case PoolCondemned():
@@ -260,6 +260,11 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             ]
         case _:
             return []
+
+
+def sentence(text: str) -> str:
+    """With a capital at its beginning and a full stop at its end."""
+    return (text[:1].upper() + text[1:]).rstrip(".") + "." if text else ""
 
 
 def pool_name(record: Verdict) -> str:

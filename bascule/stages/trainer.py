@@ -146,7 +146,8 @@ class Trainer:
         state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks)
         if self.guard:
             self._certify_last(state.step)
-        self._evaluate_if_due(state.phase or "start", state.step)
+        if state.phase:
+            self._evaluate_if_due(state.phase, state.step)
         self._export(state.step)
 
     def _resume(self, start: str) -> TrainState:
@@ -204,8 +205,8 @@ class Trainer:
     def _on_phase(self, phase: str, step: int) -> None:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
         phases = list(self.recipe.phase_steps())
-        before = phases[phases.index(phase) - 1] if phases.index(phase) else "start"
-        self._evaluate_if_due(before, step - 1)
+        if phases.index(phase) > 0:
+            self._evaluate_if_due(phases[phases.index(phase) - 1], step - 1)
         if phase == "grpo":
             self._refuse_hopeless_grpo()
 
