@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import shutil
+import time
 
 import pytest
 import torch
@@ -194,3 +197,31 @@ def test_no_file_of_a_snapshot_is_a_pickle(tmp_path):
             json.loads(file.read_text())
         else:
             assert file.suffix == ".safetensors"
+
+
+def _save_for_ever(folder, first):
+    for step in itertools.count(first):
+        path = save(folder, step, value=float(step))
+        checkpoint.set_trust(path, "certified")
+        checkpoint.prune(folder, 2)
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_snapshot_behind(tmp_path):
+    newest = 0
+    certify(save(tmp_path, newest, value=0.0))
+    for kill in range(8):
+        writer = multiprocessing.get_context("fork").Process(
+            target=_save_for_ever, args=(tmp_path, newest + 1)
+        )
+        writer.start()
+        while not checkpoint.path_of(tmp_path, newest + 2).exists():
+            time.sleep(0.001)
+        time.sleep(0.007 * kill)
+        writer.kill()
+        writer.join()
+        path, skipped = checkpoint.newest(tmp_path)
+        assert path is not None and skipped == []
+        found = checkpoint.load(path)
+        assert torch.equal(found.model["w"], torch.full((3, 2), float(found.step)))
+        newest = found.step
+    assert newest >= 8

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from bascule.accelerators.cpu import CpuAccelerator
+from bascule.accelerators.registry import open_accelerator
 from bascule.errors import GuardStopped, Preempted, SnapshotError
 from bascule.train import checkpoint, loop
 from bascule.train.loop import Hooks, Plan
@@ -147,3 +149,33 @@ def test_a_plan_cut_short_ends_in_the_middle_of_a_phase():
     assert plan.total == 5 and plan.phase_of(5) == "sft" and plan.saves(5) and not plan.saves(4)
     with pytest.raises(ValueError, match="after the last"):
         plan.phase_of(6)
+
+
+def test_a_run_moved_to_another_chip_ends_with_the_bits_of_the_undisturbed_run(tiny, tmp_path):
+    straight, first = tiny(), tiny()
+    train(straight, tmp_path / "a")
+    with pytest.raises(Preempted):
+        train(first, tmp_path / "b", should_stop=lambda: first.stepper.step == 5)
+    moved = tiny(open_accelerator("sim:clean@cpu"))
+    path, _ = checkpoint.newest(tmp_path / "b", "saved")
+    state, warnings = loop.resume(moved.stepper, moved.objectives, path, TrainState())
+    assert warnings == () and moved.fingerprint() == first.fingerprint()
+    train(moved, tmp_path / "b", state=state)
+    assert moved.fingerprint() == straight.fingerprint()
+
+
+def test_a_corrupting_chip_proposes_other_gradients_than_the_referee_and_discarding_leaves_no_trace(
+    tiny,
+):
+    run = tiny(open_accelerator("sim:ascend-r2?onset_step=1@cpu"))
+    run.stepper.begin(run.sft)
+    before, differs = run.fingerprint(), False
+    for attempt in range(4):
+        batch = run.sft.next_batch(1)
+        mine, right = (
+            run.stepper.propose(batch, attempt=attempt),
+            run.stepper.recompute(batch, CpuAccelerator()),
+        )
+        differs |= any(not torch.equal(g, right.grads[n]) for n, g in mine.grads.items())
+        run.stepper.discard(mine)
+    assert differs and run.fingerprint() == before and run.stepper.step == 0
