@@ -37,12 +37,12 @@ def violations(name: str) -> list[Violation]:
     model = Transformer(ModelConfig(preset="tick"))
     weights.initialise(model, 0)
     tokens = torch.arange(16 * 32).view(16, 32) * 7 % 101
-    with open_accelerator(f"sim:{name}@cpu", seed=3).session(Work("train", step=2)):
-        with Checksums() as checksums:
-            logits = model(tokens).logits_BTV
-            torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-            ).backward()
+    chip, checksums = open_accelerator(f"sim:{name}@cpu", seed=3), Checksums()
+    with chip.session(Work("train", step=2)), checksums:
+        logits = model(tokens).logits_BTV
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        ).backward()
     return checksums.violations()
 
 
