@@ -99,14 +99,14 @@ class Guard:
         self._diverging = 0
         self._unchecked_since_certified = 0
         self._judged = False
-        self._probation = self._under_probation()
+        self._probation_until = self._probation_end()
 
     # ---- watching
 
     def watches(self, step: int) -> bool:
         """Does `step` run under checksums? Every n-th, the first after a snapshot, and all of them under probation."""
         return (
-            self._probation
+            self._probation_until is not None
             or self._pending is not None
             or step % self.config.checksum_every_steps == 0
         )
@@ -299,8 +299,9 @@ class Guard:
                 reason=reason,
             )
         )
+        if self._probation_until is not None and self._pending.step >= self._probation_until:
+            self._probation_until = None
         self._pending = None
-        self._probation = False
         self._unchecked_since_certified = 0
         return []
 
@@ -324,9 +325,10 @@ class Guard:
             looks_normal=self._looks_normal,
             same_kind=self._same_kind(),
         )
-        if state_is_hit and not finding.attribution.endswith("chip fault"):
-            finding.attribution = "transient chip fault"
-            finding.evidence = cry.detail
+        if state_is_hit:
+            finding.evidence = f"{cry.detail}. Replayed from these weights: {finding.evidence}"
+            if not finding.attribution.endswith("chip fault"):
+                finding.attribution = "transient chip fault"
         match finding.attribution:
             case "transient chip fault":
                 return self._settle_transient(proposal, stepper, cry, finding, state_is_hit)
@@ -373,7 +375,11 @@ class Guard:
     def _settle_optimisation(
         self, proposal: StepProposal, stepper: Recomputer, seen: Seen, cry: Cry, finding: Finding
     ) -> bool:
-        """Nobody's chip is to blame. A finite step is real training and commits; one that is not finite cannot."""
+        """This step is right on every chip, so it is not to blame here and now. A finite step is real training and commits; one
+        that is not finite cannot. But both chips began from weights that unchecked steps made: while there are such steps the
+        past is suspected first, and computed again with every step checked."""
+        if self._unchecked_since_certified and self._probation_until is None:
+            self._suspect_the_past(proposal, stepper, cry, finding)
         if math.isfinite(proposal.loss) and math.isfinite(proposal.grad_norm):
             self._write(proposal, stepper, cry, finding, "committed: the step is real")
             self._accept(proposal, self._watch.accept(seen))
@@ -387,6 +393,18 @@ class Guard:
                 f"(incident {number}). Lower the learning rate, or start from an older snapshot with other data."
             )
         return False
+
+    def _suspect_the_past(
+        self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding
+    ) -> None:
+        finding.attribution = "unknown"
+        finding.evidence += f"; {self._unchecked_since_certified} unchecked steps made these weights and may have spoilt them"
+        action = "back to the last certified snapshot; every step since is computed again and checked"
+        number = self._write(proposal, stepper, cry, finding, action)
+        raise RollbackNeeded(
+            f"Step {proposal.step} on pool {self.pool}: {finding.evidence}. {action.capitalize()}.",
+            incident_id=number,
+        )
 
     def _condemn(
         self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding
@@ -495,18 +513,26 @@ class Guard:
                 steps.append(record.step)
         return steps
 
-    def _under_probation(self) -> bool:
-        """After a rollback every step is checked until the next snapshot is certified."""
-        for record in reversed(self.ledger.read()):
-            if isinstance(record, SnapshotEvent) and record.state == "certified":
-                return False
+    def _probation_end(self) -> int | None:
+        """After a transient fault, or an alarm nothing explains, every step is checked until a snapshot of that step or a later
+        one is certified."""
+        end: int | None = None
+        for record in self.ledger.read():
             if (
                 isinstance(record, Incident)
                 and record.pool == self.pool
-                and record.attribution == "transient chip fault"
+                and record.attribution in ("transient chip fault", "unknown")
+                and not record.sentinel.startswith("watchdog")
             ):
-                return True
-        return False
+                end = max(record.step, end or 0)
+            if (
+                isinstance(record, SnapshotEvent)
+                and record.state == "certified"
+                and end is not None
+                and record.step >= end
+            ):
+                end = None
+        return end
 
 
 def _state(model: nn.Module) -> Mapping[str, Tensor]:
