@@ -109,7 +109,7 @@ class ModelConfig(Section):
 PRESETS: dict[str, dict[str, Any]] = {
     "tick": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32,
                  qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16, head_dim=16, intermediate_size=192,
-                 moe_intermediate_size=96, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+                 moe_intermediate_size=192, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
                  max_position_embeddings=128),
     "nano": dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=48,
                  qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24, head_dim=24, intermediate_size=256,

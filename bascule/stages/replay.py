@@ -1,0 +1,83 @@
+"""`bascule replay`: compute an incident's suspicious step again, on any accelerator, from what the incident folder holds."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from torch import Tensor
+
+from bascule.accelerators.base import Accelerator
+from bascule.accelerators.registry import open_accelerator
+from bascule.config import Recipe, read_resolved
+from bascule.data.tokenizer import Tokenizer
+from bascule.folder import RunFolder
+from bascule.guard.incident import Case, replay_incident
+from bascule.model.transformer import Transformer
+from bascule.stages.answer import Answer
+from bascule.train.grpo import Grpo
+from bascule.train.objective import Batch, Objective
+from bascule.train.sft import Sft
+from bascule.train.step import Stepper
+
+
+def main(arguments: Namespace) -> Answer:
+    """Exit 0 whatever is found: this verb measures, the guard has judged."""
+    folder = Path(arguments.incident)
+    recipe = read_resolved(RunFolder(folder.resolve().parents[1]).recipe)
+    accelerator = open_accelerator(arguments.on, seed=recipe.seed)
+    accelerator.prepare(recipe.threads)
+    report = replay_incident(folder, accelerator, lambda case, chip: _gradients(recipe, case, chip))
+    lines = [
+        f"replayed on {report.accelerator}; largest scale-free difference of any gradient from:"
+    ]
+    lines += [
+        f"  {where:<10} {error:.3e}  {f'({tensor})' if tensor else '(equal bit for bit)'}"
+        for where, (error, tensor) in report.errors.items()
+    ]
+    if report.product_ratio is not None:
+        lines.append(
+            f"the recorded product, multiplied here: checksum error {report.product_ratio:.3g} times its bound, "
+            f"{report.product_error:.3e} from the fp64 product"
+        )
+    data = {
+        "accelerator": report.accelerator,
+        "errors": {
+            where: {"error": error, "tensor": tensor}
+            for where, (error, tensor) in report.errors.items()
+        },
+        "product_ratio": report.product_ratio,
+        "product_error": report.product_error,
+    }
+    return Answer(text="\n".join(lines), data=data)
+
+
+def _gradients(recipe: Recipe, case: Case, accelerator: Accelerator) -> Mapping[str, Tensor]:
+    config = recipe.model.model_copy(update={"vocab_size": Tokenizer().vocab_size})
+    model = Transformer(config)
+    model.load_state_dict(case.model)
+    stepper = Stepper(accelerator.move(model), accelerator)
+    stepper.begin(_objective(recipe, case.phase))
+    proposal = stepper.recompute(Batch(case.phase, case.step, case.batch))
+    return {name: grad.cpu() for name, grad in proposal.grads.items()}
+
+
+def _objective(recipe: Recipe, phase: str) -> Objective:
+    """An objective for its loss alone: the incident brings the batch, so no data and no sampler are needed."""
+    if phase == "sft":
+        return Sft(recipe.sft, [([0], [0])], seed=recipe.seed, pad_id=0)
+    return Grpo(
+        recipe.grpo,
+        [[0]],
+        seed=recipe.seed,
+        pad_id=0,
+        sampler=_unused,
+        score=_unused,
+        reward=_unused,
+    )
+
+
+def _unused(*_: object) -> NoReturn:
+    raise AssertionError("a replay computes a recorded batch; nothing is sampled or scored")
