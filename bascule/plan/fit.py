@@ -1,10 +1,10 @@
 """The one script that sets every fitted constant of the training model, from the table of published runs.
 
-    python -m bascule.plan.fit [RUNS.csv] [--check]
+    python -m bascule.plan.fit [--check]
 
 Reads the rows whose throughput was published and whose source was read (rows and cells marked `recall` are left out), finds the
 physics' constants (maximum a posteriori, Gauss-Newton on log time), then the sizes of the regression's terms (leave-one-family-out
-predictive density), and writes `data/constants.json`. `--check` compares instead of writing, for CI.
+predictive density), the memory and the inference model's likewise, and writes `data/constants.json` and `data/serving.json`. `--check` compares instead of writing, for CI.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from bascule.plan.cost import NAMES, Constants, step_seconds
 from bascule.plan.features import NUMBERS, TERMS, constants_vector, gradient, point, prior_vector
+from bascule.plan.fit_serving import build_serving, fit_constants, serving_plain, serving_points, usable_serving
 from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Array, Point, Process
@@ -48,10 +49,11 @@ def scoreable(row: Row) -> bool:
 def measured_tokens(row: Row) -> float | None:
     """The answer of a row: tokens per second and chip. Only fitting and scoring may call this."""
     value = number(row, "tok_s_chip") or number(row, "d_tok_s_chip")
-    if value is None and number(row, "step_time_s"):
-        job = job_of(row)
-        value = job.tokens_per_step / (number(row, "step_time_s") or 1) / job.chips
-    return value
+    if value is not None:
+        return value
+    needed = [number(row, key) for key in ("global_batch_seqs", "seq_len", "step_time_s", "chips")]
+    batch, sequence, seconds, chips = needed
+    return batch * sequence / seconds / chips if batch and sequence and seconds and chips else None
 
 
 def fit_physics(jobs: Sequence[Job], log_seconds: Array, *, rounds: int = 12, noise: float = 0.25) -> Constants:
@@ -161,9 +163,12 @@ def fit_memory(rows: Sequence[Row]) -> MemoryConstants:
 
 
 def interval_width(process: Process) -> float:
-    """The factor on the standard deviation at which left-out intervals held 80 % of the rows."""
-    mean, sd = process.left_out()
-    return float(np.quantile(np.abs(process.targets - mean) / sd, 0.80))
+    """The factor on the standard deviation at which left-out intervals held 80 % of the rows: families and single rows pooled."""
+    pooled = []
+    for groups in (None, [p.name for p in process.points]):
+        mean, sd = process.left_out(groups)
+        pooled.append(np.abs(process.targets - mean) / sd)
+    return float(np.quantile(np.concatenate(pooled), 0.80))
 
 
 def fit(rows: Sequence[Row]) -> dict[str, Any]:
@@ -172,7 +177,20 @@ def fit(rows: Sequence[Row]) -> dict[str, Any]:
     seconds = np.array([math.log(j.tokens_per_step / (measured_tokens(r) or 1) / j.chips) for j, r in zip(jobs, rows, strict=True)])
     c = fit_physics(jobs, seconds)
     process = fit_sizes(build(rows, c, START_SIZES, START_LENGTHS, START_NOISE))
-    return to_plain(c, process)
+    memory = fit_memory(memory_rows(rows))
+    return to_plain(c, process) | {"memory": {key: _rounded(value) for key, value in asdict(memory).items()}}
+
+
+def _rounded(value: Any) -> Any:
+    return {key: round(part, 4) for key, part in value.items()} if isinstance(value, dict) else round(value, 4)
+
+
+def fit_serving(rows: Sequence[Row]) -> dict[str, Any]:
+    """The inference model's constants and regression, as plain values."""
+    used = [row for row in rows if usable_serving(row)]
+    c = fit_constants(serving_points(used))
+    process = fit_sizes(build_serving(used, c), rounds=40)
+    return serving_plain(c, process, interval_width(process))
 
 
 def to_plain(c: Constants, process: Process) -> dict[str, Any]:
@@ -200,20 +218,27 @@ def to_plain(c: Constants, process: Process) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="?", type=Path, default=DATA / "runs.csv")
+    parser.add_argument("--runs", type=Path, default=DATA / "runs.csv")
+    parser.add_argument("--inference", type=Path, default=DATA / "inference.csv")
     parser.add_argument("--check", action="store_true", help="fail when the shipped constants differ from a fresh fit")
     options = parser.parse_args(arguments)
-    result = fit([row for row in read_rows(options.runs) if usable(row)])
-    target = DATA / "constants.json"
-    text = json.dumps(result, indent=None, separators=(",", ":")) + "\n"
+    fresh = {
+        "constants.json": fit([row for row in read_rows(options.runs) if usable(row)]),
+        "serving.json": fit_serving(read_rows(options.inference)),
+    }
     if options.check:
-        shipped = json.loads(target.read_text(encoding="utf-8"))
-        worst = max(abs(shipped["constants"][k] - v) for k, v in result["constants"].items())
-        print(f"largest difference of a constant (logarithm): {worst:.4f}")
-        return 0 if worst < 0.02 else 3
-    target.write_text(text, encoding="utf-8")
-    print(f"wrote {target} from {len(result['anchors'])} runs")
+        return max(_compare(name, result) for name, result in fresh.items())
+    for name, result in fresh.items():
+        (DATA / name).write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+        print(f"wrote {DATA / name} from {len(result['anchors'])} published rows")
     return 0
+
+
+def _compare(name: str, result: dict[str, Any]) -> int:
+    shipped = json.loads((DATA / name).read_text(encoding="utf-8"))
+    worst = max(abs(shipped["constants"][key] - value) for key, value in result["constants"].items())
+    print(f"{name}: largest difference of a constant (logarithm) {worst:.4f}")
+    return 0 if worst < 0.02 else 3
 
 
 if __name__ == "__main__":

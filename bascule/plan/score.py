@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bascule.errors import BasculeError, RecipeError
+from bascule.errors import BasculeError, RecipeError, nearest
 from bascule.plan.fit import measured_tokens, scoreable
+from bascule.plan.fit_serving import serving_of, target_of
 from bascule.plan.forecast import Model, shipped
-from bascule.plan.table import Row, job_of
+from bascule.plan.memory import GIB, MemoryConstants, memory_of
+from bascule.plan.serving import ServeModel, shipped_serving
+from bascule.plan.table import Row, job_of, number, read_rows
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,64 @@ def _training_row(row: Row, model: Model) -> Scored:
         return refused(row, published, str(error))
     tokens = job.tokens_per_step / job.chips
     return Scored(row["id"], row["vendor"], row["family"], published, tokens / found.seconds, tokens / found.high, tokens / found.low)
+
+
+def score_serving(rows: Sequence[Row], model: ServeModel | None = None) -> list[Scored]:
+    """Predict the published rate (or latency) of every row of inference.csv that has one."""
+    used = model or shipped_serving()
+    return [_serving_row(row, used) for row in rows if target_of(row) is not None]
+
+
+def _serving_row(row: Row, model: ServeModel) -> Scored:
+    kind, published = target_of(row) or ("rate", 1.0)
+    try:
+        value, low, high = model.predict(serving_of(row), kind)
+    except BasculeError as error:
+        return refused(row, published, str(error))
+    return Scored(row["id"], row["vendor"], row["family"], published, value, low, high)
+
+
+def left_out_serving(model: ServeModel, rows: Sequence[Row], *, by: Callable[[Row], str] = lambda row: row["family"]) -> list[Scored]:
+    """Each published serving point predicted without its group; a latency errs as its rate does."""
+    names = {row["id"]: row for row in rows}
+    points = model.process.points
+    mean, sd = model.process.left_out([by(names[p.name]) for p in points])
+    result = []
+    for point, target, middle, spread in zip(points, model.process.targets, mean, sd, strict=True):
+        row = names[point.name]
+        kind, published = target_of(row) or ("rate", 1.0)
+        predicted = published * math.exp((middle - target) * (-1 if kind == "tpot" else 1))
+        width = math.exp(model.interval_width * spread)
+        result.append(Scored(row["id"], row["vendor"], row["family"], published, predicted, predicted / width, predicted * width))
+    return result
+
+
+def score_memory(rows: Sequence[Row], constants: MemoryConstants | None = None) -> list[Scored]:
+    """Predict the published peak memory (GiB a chip) of every row that prints one."""
+    result = []
+    for row in rows:
+        published = number(row, "mem_GiB_chip_pub")
+        if published:
+            found = memory_of(job_of(row), constants)
+            result.append(Scored(row["id"], row["vendor"], row["family"], published, found.total / GIB, found.low / GIB, found.high / GIB))
+    return result
+
+
+def false_fits(rows: Sequence[Scored], available_gib: Sequence[float]) -> int:
+    """Rows that would be told to fit though their published peak does not."""
+    return sum(row.predicted is not None and row.predicted <= room < row.published for row, room in zip(rows, available_gib, strict=True))
+
+
+def score_file(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """`bascule plan score FILE [--kind train|inference]`: the report of one table. The kind is told from its columns."""
+    rows = read_rows(path)
+    found = kind or ("inference" if rows and "phase" in rows[0] else "train")
+    if found not in ("train", "inference"):
+        raise RecipeError(f"--kind '{found}' is not known; allowed: train, inference.{nearest(found, ('train', 'inference'))}")
+    column = "phase" if found == "inference" else "seq_len"
+    if rows and column not in rows[0]:
+        raise RecipeError(f"The table '{path}' has no column '{column}', which every {found} table has; give the other --kind.")
+    return {"kind": found} | report(score_serving(rows) if found == "inference" else score_training(rows))
 
 
 def refused(row: Row, published: float, why: str) -> Scored:

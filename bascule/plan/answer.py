@@ -1,0 +1,284 @@
+"""The planner's answers: one training or service on one kind of chip, several side by side, and what a preference costs.
+
+Every figure is an `Estimate`: middle, 80 % interval, unit, and what it rests on. Nothing here prints; `render.py` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bascule.errors import RecipeError
+from bascule.plan.architecture import Shape, model_named
+from bascule.plan.ask import ServeAsk, TrainAsk, parse_serve, parse_train
+from bascule.plan.catalogue import Chip, chips_from_toml
+from bascule.plan.cost import bubble_share
+from bascule.plan.forecast import Forecast, Model, shipped
+from bascule.plan.goodput import FailureRate, Goodput, goodput, rate_of
+from bascule.plan.job import Job
+from bascule.plan.layout import Choice, empty_job, search
+from bascule.plan.memory import Memory, memory_of
+from bascule.plan.schedule import Played, Stage, play
+from bascule.plan.serving import Service, price_service
+
+Z80 = 1.2816  # standard normal: half width of an 80 % interval
+ASSUMED_PUE = 1.3  # facility power over machine power where the user gives none; assumed
+ASSUMED_ALL_IN = 2.3  # all-in watts over the chip's TDP where nobody published the former; between B200's 2.2 and H100's 2.5
+ASSUMED_POWER_W = 1500.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 80 % interval, unit, and what it rests on."""
+
+    value: float
+    low: float
+    high: float
+    unit: str
+    basis: str
+
+    def scaled(self, factor: float, unit: str, basis: str = "") -> Estimate:
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, unit, basis or self.basis)
+
+
+@dataclass(frozen=True)
+class TrainingAnswer:
+    """All that is said of one training. `money` None when no price is known for the chip."""
+
+    ask: TrainAsk
+    job: Job
+    layout_basis: str
+    memory: Memory
+    step: Forecast
+    tokens_per_s_chip: Estimate
+    useful: Estimate
+    failures: Goodput
+    days: Estimate
+    chip_hours: Estimate
+    energy: Estimate
+    money: Estimate | None
+    played: Played | None
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.ask.chips:,} x {self.ask.chip.name}"
+
+
+@dataclass(frozen=True)
+class Swing:
+    """One assumption moved to its ends: the cost of the second option over the first's at the low and the high end."""
+
+    assumption: str
+    low: float
+    high: float
+
+    @property
+    def turns(self) -> bool:
+        """Does it change which option is cheaper?"""
+        return (self.low - 1) * (self.high - 1) < 0
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What preferring `second` over `first` costs. `break_even`: price of the second per price of the first, below which it pays."""
+
+    first: str
+    second: str
+    break_even: Estimate
+    break_even_usd_h: Estimate | None
+    time_ratio: float
+    chip_hours_ratio: float
+    energy_ratio: float
+    money_ratio: float | None
+    swings: tuple[Swing, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Everything `bascule plan` was asked about one model."""
+
+    model: Shape
+    trainings: tuple[TrainingAnswer, ...]
+    preferences: tuple[Preference, ...]
+    services: tuple[Service, ...]
+
+
+def answer(
+    model: str | Shape, *, train: Sequence[str] = (), versus: Sequence[str] = (), serve: Sequence[str] = (),
+    chip_file: Path | None = None, measured: Mapping[str, Mapping[str, float]] | None = None,
+) -> Answer:  # fmt: skip
+    """Answer for one model: trainings (`train` first, then `versus`, each compared with the first), and services.
+
+    `chip_file`: the user's own chips in TOML. `measured`: per chip name, figures of `Chip` that qualify measured.
+    Raises RecipeError in one sentence for anything that cannot be asked.
+    """
+    shape = model_named(model) if isinstance(model, str) else model
+    own = chips_from_toml(chip_file) if chip_file else {}
+    if measured:
+        own = {**own, **_measured_chips(measured, own)}
+    asks: list[TrainAsk] = []
+    for text in [*train, *versus]:
+        asks.append(parse_train(text, own, tokens=asks[0].tokens if asks else None))
+        if len(asks) > 1 and "seq" not in text.lower():
+            asks[-1] = replace(asks[-1], sequence=asks[0].sequence)
+        if len(asks) > 1 and "batch" not in text.lower():
+            asks[-1] = replace(asks[-1], batch=asks[0].batch)
+    services = [parse_serve(text, own) for text in serve]
+    if not asks and not services:
+        raise RecipeError("Nothing was asked: give --train '2048 x H800, 14.8T tokens', --serve 'H20, 4k in, 1k out, 50 ms', or both.")
+    trainings = tuple(train_answer(shape, ask) for ask in asks)
+    return Answer(
+        model=shape,
+        trainings=trainings,
+        preferences=tuple(preference(trainings[0], other) for other in trainings[1:]),
+        services=tuple(price_service(shape, ask, pue=ask.pue or ASSUMED_PUE) for ask in services),
+    )
+
+
+def _measured_chips(measured: Mapping[str, Mapping[str, float]], own: Mapping[str, Chip]) -> dict[str, Chip]:
+    from bascule.plan.catalogue import find_chip, with_measured
+
+    return {find_chip(name, own).name: with_measured(find_chip(name, own), figures) for name, figures in measured.items()}
+
+
+def default_batch(ask: TrainAsk) -> int:
+    """Sequences of a step when nobody said: about 16 M tokens for runs over a trillion tokens, 4 M below."""
+    return round((16e6 if ask.tokens >= 1e12 else 4e6) / ask.sequence / 64) * 64
+
+
+def train_answer(shape: Shape, ask: TrainAsk, model: Model | None = None) -> TrainingAnswer:
+    used = model or shipped()
+    batch = ask.batch if "batch" in ask.text.lower() else max(default_batch(ask), min(ask.chips, 16384))
+    job = empty_job(shape, ask.chip, ask.chips, ask.sequence, batch, ask.precision, ask.software)
+    if ask.layout is not None:
+        given = replace(job, layout=ask.layout, global_batch=max(1, round(batch / ask.layout.dp)) * ask.layout.dp)
+        choice = Choice(given, used.predict(given), memory_of(given), 1, 1, ())
+        basis = "given"
+    else:
+        choice = search(job, used)
+        basis = f"fastest of {choice.considered:,} layouts that fits"
+    return _assemble(ask, choice, basis)
+
+
+def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
+    job, step = choice.job, choice.forecast
+    steps = ask.tokens / job.tokens_per_step
+    spread = math.log(step.high / step.low) / 2
+    useful = _around(steps * step.seconds, spread, "s", step.basis)
+    failures = goodput(useful.value, ask.chips, ask.chip.vendor, rate=_own_rate(ask))
+    stretch = math.log(failures.wall_high_s / failures.wall_low_s) / 2
+    days = _around(failures.wall_s / 86400, math.hypot(spread, stretch), "days", f"{step.basis}; failures: {failures.source}")
+    hours = days.scaled(24 * ask.chips, "chip-hours")
+    watts, watts_basis = power_w(ask.chip)
+    pue = ask.pue or ASSUMED_PUE
+    said = f"{watts:,.0f} W a chip all in ({watts_basis}), PUE {pue} ({'given' if ask.pue else 'assumed'})"
+    energy = hours.scaled(watts / 1000 * pue / 1000, "MWh", said)
+    money = None
+    if ask.price_usd_h is not None:
+        note = "given" if ask.price_usd_h != ask.chip.price_usd_h else ask.chip.price_note
+        money = hours.scaled(ask.price_usd_h, "USD", f"{ask.price_usd_h:.2f} USD per chip-hour ({note})")
+    return TrainingAnswer(
+        ask=ask,
+        job=job,
+        layout_basis=basis,
+        memory=choice.memory,
+        step=step,
+        tokens_per_s_chip=_around(step.tokens_per_second(job), spread, "tokens/s per chip", step.basis),
+        useful=useful,
+        failures=failures,
+        days=days,
+        chip_hours=hours,
+        energy=energy,
+        money=money,
+        played=_played(job, step),
+        notes=choice.notes + _chip_notes(ask.chip),
+    )
+
+
+def _own_rate(ask: TrainAsk) -> FailureRate:
+    if ask.failures is None:
+        return rate_of(ask.chip.vendor)
+    return FailureRate(ask.failures, ask.failures / 1.5, ask.failures * 1.5, "given, per 1000 node-days")
+
+
+def _around(value: float, spread: float, unit: str, basis: str) -> Estimate:
+    return Estimate(value, value / math.exp(spread), value * math.exp(spread), unit, basis)
+
+
+def power_w(chip: Chip) -> tuple[float, str]:
+    """All-in watts of a chip with its share of host and network, and what they rest on."""
+    if chip.power_all_in_w:
+        return chip.power_all_in_w, "derived from published rack or service figures"
+    if chip.tdp_w:
+        return chip.tdp_w * ASSUMED_ALL_IN, f"assumed {ASSUMED_ALL_IN} x the TDP of {chip.tdp_w:.0f} W"
+    return ASSUMED_POWER_W, "assumed; no power is published for this chip"
+
+
+def _chip_notes(chip: Chip) -> tuple[str, ...]:
+    notes = [f"{chip.name}: {chip.note}"] if chip.note else []
+    if chip.scaleup_gbs is None:
+        notes.append(f"{chip.name}: no link bandwidth is published; 150 GB/s inside a node and 200 Gb/s between nodes are assumed")
+    return tuple(notes)
+
+
+def _played(job: Job, step: Forecast) -> Played | None:
+    """The chosen pipeline played event by event, the head's extra work on the last stage."""
+    lay = job.layout
+    if lay.pp == 1:
+        return None
+    inside = sum(value for name, value in step.parts.items() if name not in ("pipeline bubble", "data parallel", "optimizer", "stragglers", "uneven stages"))
+    one = inside / job.micro_batches / lay.vpp
+    head = step.parts.get("uneven stages", 0.0) / job.micro_batches
+    stages = [Stage(one / 3, one / 3, one / 3) for _ in range(lay.pp * lay.vpp)]
+    last = stages[-1]
+    stages[-1] = Stage(last.forward + head / 3, last.backward + head / 3, last.weight + head / 3)
+    schedule = lay.schedule if lay.schedule == "interleaved" or lay.vpp == 1 else "interleaved"
+    return play(stages, lay.pp, job.micro_batches, schedule)
+
+
+def expected_bubble(job: Job) -> float:
+    return bubble_share(job.layout.pp, job.micro_batches, job.layout.vpp, job.layout.schedule)
+
+
+def preference(first: TrainingAnswer, second: TrainingAnswer) -> Preference:
+    """The price of preferring `second`: break-even first, then what turns the answer."""
+    if first.ask.tokens != second.ask.tokens:
+        raise RecipeError("The two options train on different numbers of tokens; leave the tokens out of --versus to compare like with like.")
+    ratio = first.chip_hours.value / second.chip_hours.value
+    spread = math.hypot(math.log(first.chip_hours.high / first.chip_hours.low) / 2, math.log(second.chip_hours.high / second.chip_hours.low) / 2)
+    even = _around(ratio, spread, "x the price of one chip-hour", "chip-hours of both, failures included")
+    price = first.ask.price_usd_h
+    priced = first.money is not None and second.money is not None
+    return Preference(
+        first=first.name,
+        second=second.name,
+        break_even=even,
+        break_even_usd_h=even.scaled(price, "USD per chip-hour") if price is not None else None,
+        time_ratio=second.days.value / first.days.value,
+        chip_hours_ratio=1 / ratio,
+        energy_ratio=second.energy.value / first.energy.value,
+        money_ratio=second.money.value / first.money.value if priced and first.money and second.money else None,
+        swings=_swings(first, second),
+    )
+
+
+def _swings(first: TrainingAnswer, second: TrainingAnswer) -> tuple[Swing, ...]:
+    """Cost of the second over the first with one assumption at each end; equal prices where one is unknown."""
+    known = first.ask.price_usd_h and second.ask.price_usd_h
+    base = second.chip_hours.value / first.chip_hours.value
+    base *= second.ask.price_usd_h / first.ask.price_usd_h if known and first.ask.price_usd_h and second.ask.price_usd_h else 1.0
+    step = {one.name: (one.step.low / one.step.seconds, one.step.high / one.step.seconds) for one in (first, second)}
+    fail = {one.name: (one.failures.wall_low_s / one.failures.wall_s, one.failures.wall_high_s / one.failures.wall_s) for one in (first, second)}
+    swings = [
+        Swing(f"speed of {second.name}", base * step[second.name][0], base * step[second.name][1]),
+        Swing(f"speed of {first.name}", base / step[first.name][1], base / step[first.name][0]),
+        Swing(f"failures of {second.name}", base * fail[second.name][0], base * fail[second.name][1]),
+        Swing(f"failures of {first.name}", base / fail[first.name][1], base / fail[first.name][0]),
+        Swing(f"price of {second.ask.chip.name} -30 % to +30 %", base * 0.7, base * 1.3),
+        Swing(f"price of {first.ask.chip.name} -30 % to +30 %", base / 1.3, base / 0.7),
+    ]
+    width: Callable[[Swing], float] = lambda swing: -abs(math.log(swing.high / swing.low))  # noqa: E731
+    return tuple(sorted(swings, key=width))

@@ -1,0 +1,194 @@
+"""What people type, read into values: `2048 x H800, 14.8T tokens`, `H20, 4k in, 1k out, 50 ms`. Units are asked for, never guessed.
+
+Every part after the chip is optional and comes in any order. A part that is not understood is refused with what would be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from bascule.errors import RecipeError, nearest
+from bascule.plan.catalogue import Chip, find_chip
+from bascule.plan.job import Layout, precision_class
+
+MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "fp4", "nvfp4", "int8")
+SOFTWARE = {"NVIDIA": "megatron-bridge", "Huawei": "mindspeed", "Google": "maxtext", "AMD": "primus", "Intel": "habana", "AWS": "neuronx"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAsk:
+    """A training to be priced. `price_usd_h` per chip-hour; `layout` None: to be searched."""
+
+    text: str
+    chip: Chip
+    chips: int
+    tokens: float
+    sequence: int = 4096
+    batch: int = 4096
+    precision: str = "bf16"
+    software: str = "unknown"
+    price_usd_h: float | None = None
+    pue: float | None = None
+    failures: float | None = None
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeAsk:
+    """A service to be priced: lengths in tokens, limits in seconds; `chips` of one replica (None: chosen)."""
+
+    text: str
+    chip: Chip
+    chips: int | None = None
+    prompt: int = 4096
+    completion: int = 1024
+    ttft_s: float = 2.0
+    tpot_s: float = 0.05
+    precision: str = "bf16"
+    price_usd_h: float | None = None
+    pue: float | None = None
+
+
+def quantity(text: str) -> float | None:
+    """`14.8T`, `4k`, `15,360` as a number; None when it is not one. `4k` counts 1024 each only in token lengths."""
+    found = re.fullmatch(r"([\d,]*\.?\d+)\s*([kmbt]?)", text.strip().lower())
+    return float(found.group(1).replace(",", "")) * MULTIPLES[found.group(2)] if found else None
+
+
+def length(text: str) -> int | None:
+    """A token length: `4k` is 4096, `131072` itself."""
+    found = re.fullmatch(r"(\d*\.?\d+)\s*k", text.strip().lower())
+    if found:
+        return round(float(found.group(1)) * 1024)
+    value = quantity(text)
+    return round(value) if value is not None else None
+
+
+def parse_train(text: str, extra: Mapping[str, Chip] | None = None, *, tokens: float | None = None) -> TrainAsk:
+    """`CHIPS x CHIP, TOKENS tokens[, fp8][, seq 4k][, batch 15360][, 2 USD/h][, PUE 1.2][, 6.5 failures][, TP4 PP8 ...]`.
+
+    `tokens` is the default when the text names none (the option it is compared with has said it).
+    """
+    head, *rest = [part.strip() for part in text.replace(", ", ",").split(",") if part.strip()]
+    head, rest = _rejoin_thousands(head, rest)
+    found = re.fullmatch(r"([\d,.]+\s*[km]?)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
+    if not found:
+        raise RecipeError(f"'{text}' does not start with a number of chips and a chip; write for instance '2048 x H800, 14.8T tokens'.")
+    chip = find_chip(found.group(2).strip(), extra)
+    count = quantity(found.group(1))
+    if not count or count < 1 or count != int(count):
+        raise RecipeError(f"'{found.group(1)}' is not a whole number of chips above 0.")
+    ask = TrainAsk(text=text, chip=chip, chips=int(count), tokens=tokens or 0.0, software=SOFTWARE.get(chip.vendor, "unknown"), price_usd_h=chip.price_usd_h, precision="fp8" if chip.fp8_tflops and chip.vendor in ("NVIDIA", "AMD") and (chip.year or 0) >= 2022 else "bf16")  # fmt: skip
+    for part in rest:
+        ask = _train_part(ask, part)
+    if ask.tokens <= 0:
+        raise RecipeError(f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'.")
+    return ask
+
+
+def _rejoin_thousands(head: str, rest: list[str]) -> tuple[str, list[str]]:
+    """`6,144 x H800` was split at its comma: put it together again."""
+    while rest and re.fullmatch(r"[\d]{1,3}", head) and re.match(r"\d{3}\b", rest[0]):
+        head, rest = head + rest[0], rest[1:]
+    return head, rest
+
+
+def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
+    word = part.lower()
+    if found := re.fullmatch(r"([\d.]+\s*[kmbt]?)\s*tokens?", word):
+        return replace(ask, tokens=quantity(found.group(1)) or 0.0)
+    if found := re.fullmatch(r"(?:seq|sequence)\s*([\d.]+\s*k?)", word):
+        return replace(ask, sequence=length(found.group(1)) or ask.sequence)
+    if found := re.fullmatch(r"batch\s*([\d.]+\s*k?)", word):
+        return replace(ask, batch=int(quantity(found.group(1)) or ask.batch))
+    if word in PRECISIONS:
+        return replace(ask, precision=precision_class(word))
+    if (price := _price(part)) is not None:
+        return replace(ask, price_usd_h=price)
+    if found := re.fullmatch(r"pue\s*([\d.]+)", word):
+        return replace(ask, pue=_pue(found.group(1)))
+    if found := re.fullmatch(r"([\d.]+)\s*failures", word):
+        return replace(ask, failures=float(found.group(1)))
+    if re.fullmatch(r"(?:(?:tp|pp|cp|ep|vpp|mb|zero-?)\d+\s*)+", word):
+        return replace(ask, layout=parse_layout(word, ask.chips))
+    if word.startswith("software "):
+        return replace(ask, software=part[9:].strip())
+    raise _not_understood(part, ["14.8T tokens", "seq 4k", "batch 15360", *PRECISIONS, "2 USD/h", "pue 1.2", "6.5 failures (per 1000 node-days)", "TP4 PP8 EP32", "software NAME"])
+
+
+def parse_layout(text: str, chips: int) -> Layout:
+    """`TP4 PP8 EP32 CP1 VPP2 MB1 ZERO1` as a layout; data parallel is what is left. Refuses one that does not divide the chips."""
+    sizes = {name: int(value) for name, value in re.findall(r"(tp|pp|cp|ep|vpp|mb|zero)-?(\d+)", text.lower())}
+    tp, pp, cp = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
+    if min(sizes.values(), default=1) < 1 and sizes.get("zero", 1) >= 0 and any(v < 1 for k, v in sizes.items() if k != "zero"):
+        raise RecipeError(f"'{text}': every degree must be 1 or more.")
+    if chips % (tp * pp * cp):
+        raise RecipeError(f"'{text}' needs a multiple of TP x PP x CP = {tp * pp * cp} chips; {chips} were given.")
+    dp = chips // (tp * pp * cp)
+    vpp, ep = sizes.get("vpp", 1), sizes.get("ep", 1)
+    if (dp * cp * tp) % ep:
+        raise RecipeError(f"'{text}': EP{ep} must divide the {dp * cp * tp} chips of one pipeline stage.")
+    return Layout(tp=tp, pp=pp, cp=cp, ep=ep, dp=dp, vpp=vpp, micro_batch=sizes.get("mb", 1), zero=sizes.get("zero", 1), tp_overlap=True, schedule="interleaved" if vpp > 1 else "1f1b")
+
+
+def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
+    """`CHIP, 4k in, 1k out, 50 ms[, ttft 2 s][, 16 chips][, int8][, 2 USD/h]`; `8 x H20` gives the replica's size."""
+    head, *rest = [part.strip() for part in text.split(",") if part.strip()]
+    found = re.fullmatch(r"(\d+)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
+    chip = find_chip(found.group(2) if found else head, extra)
+    precision = "fp8" if chip.fp8_tflops else "int8" if chip.int8_tops else "bf16"
+    ask = ServeAsk(text=text, chip=chip, chips=int(found.group(1)) if found else None, price_usd_h=chip.price_usd_h, precision=precision)
+    for part in rest:
+        ask = _serve_part(ask, part)
+    return ask
+
+
+def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
+    word = part.lower()
+    if found := re.fullmatch(r"([\d.]+\s*k?)\s*(?:in|prompt)", word):
+        return replace(ask, prompt=length(found.group(1)) or ask.prompt)
+    if found := re.fullmatch(r"([\d.]+\s*k?)\s*(?:out|completion)", word):
+        return replace(ask, completion=length(found.group(1)) or ask.completion)
+    if found := re.fullmatch(r"(ttft|tpot)?\s*([\d.]+)\s*(ms|s)(?:\s*(ttft|tpot))?", word):
+        seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)
+        if seconds <= 0:
+            raise RecipeError(f"'{part}': a latency limit must be above 0.")
+        return replace(ask, ttft_s=seconds) if "ttft" in (found.group(1), found.group(4)) else replace(ask, tpot_s=seconds)
+    if found := re.fullmatch(r"(\d+)\s*chips?", word):
+        return replace(ask, chips=int(found.group(1)))
+    if word in PRECISIONS:
+        return replace(ask, precision=precision_class(word))
+    if (price := _price(part)) is not None:
+        return replace(ask, price_usd_h=price)
+    if found := re.fullmatch(r"pue\s*([\d.]+)", word):
+        return replace(ask, pue=_pue(found.group(1)))
+    if re.fullmatch(r"[\d.]+", word):
+        raise RecipeError(f"'{part}' has no unit; write '{part} ms', '{part} in', '{part} out' or '{part} chips'.")
+    raise _not_understood(part, ["4k in", "1k out", "50 ms", "ttft 2 s", "16 chips", *PRECISIONS, "2 USD/h", "pue 1.2"])
+
+
+def _price(part: str) -> float | None:
+    found = re.fullmatch(r"(-?[\d.]+)\s*(usd|\$|rmb|cny)?\s*(?:/|per)\s*(?:chip-?)?h(?:our)?", part.lower())
+    if not found:
+        return None
+    if found.group(2) is None:
+        raise RecipeError(f"'{part}' has no currency; write for instance '{found.group(1)} USD/h'.")
+    if found.group(2) in ("rmb", "cny"):
+        raise RecipeError(f"'{part}': give the price in USD/h (the planner holds no exchange rate).")
+    if float(found.group(1)) < 0:
+        raise RecipeError(f"'{part}': a price cannot be negative; 0 or more USD per chip and hour is allowed.")
+    return float(found.group(1))
+
+
+def _pue(text: str) -> float:
+    value = float(text)
+    if not 1.0 <= value <= 3.0:
+        raise RecipeError(f"PUE {value} is out of range; 1.0 to 3.0 is allowed (facility power over machine power).")
+    return value
+
+
+def _not_understood(part: str, allowed: list[str]) -> RecipeError:
+    return RecipeError(f"'{part}' is not understood; allowed: {'; '.join(allowed)}.{nearest(part.lower(), allowed)}")
