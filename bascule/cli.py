@@ -208,6 +208,12 @@ def _drill(parser: Parser) -> None:
     )
 
 
+def _compare_runs(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="A", help="logs of one group: files or folders (MLPerf results, JSONL, CSV, run folders)")
+    parser.add_argument("--against", nargs="+", required=True, metavar="B", help="logs of the other group")
+    parser.add_argument("--margin", type=float, default=0.0025, metavar="SHARE", help="largest difference that still counts as equal (default: 0.0025)")
+
+
 def _doctor(parser: Parser) -> None:
     del parser
 
@@ -224,6 +230,7 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("report", "write report.html and say what happened in a run", _report, "bascule report out/demo"),
     ("drill", "run a recipe with planted faults and check the guard against the ground truth", _drill, "bascule drill runs/tiny.toml --plant ascend-r2"),
     ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-... --on cpu"),
+    ("compare-runs", "did two groups of training runs learn the same: equal, different, or too few runs to know", _compare_runs, "bascule compare-runs out/a out/b --against logs/"),
     ("blame", "name the guilty ranks from PyTorch Flight Recorder dumps", _blame, "bascule blame dumps/"),
     ("doctor", "what this machine can run, and what is missing", _doctor, "bascule doctor"),
 )  # fmt: skip
@@ -254,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Answers go to stdout, progress and warnings to stderr. Returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        stage = importlib.import_module(f"bascule.stages.{arguments.verb}")
+        stage = importlib.import_module(f"bascule.stages.{arguments.verb.replace('-', '_')}")
         answer = stage.main(arguments)
     except BasculeError as error:
         return _refuse(error, error.exit_code, as_json=arguments.json)

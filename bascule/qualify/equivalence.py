@@ -19,7 +19,7 @@ Answer = Literal["equal", "different", "too few runs"]
 
 MARGIN = 0.005
 ALPHA = 0.05
-# "different" condemns, so it must be rarer when wrong than "equal": one false alarm in a hundred comparisons of equal chips.
+# In the battery "different" condemns a chip, so it must be rare when wrong: one false alarm in a hundred comparisons of equal chips.
 ALPHA_DIFFERENT = 0.01
 WANTED_POWER = 0.8
 MAX_RUNS = 10_000
@@ -60,7 +60,12 @@ class Equivalence:
 
 
 def compare(
-    a: Sequence[float], b: Sequence[float], *, margin: float = MARGIN, paired: bool = False
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    margin: float = MARGIN,
+    paired: bool = False,
+    alpha_different: float = ALPHA_DIFFERENT,
 ) -> Equivalence:
     """Compare two groups of log losses, one number per run. `paired`: run i of both shares start and data order.
 
@@ -75,7 +80,9 @@ def compare(
         raise ValueError("a loss is not finite")
     difference = float(x.mean() - y.mean())
     error, freedom, spread = _paired_error(x - y) if paired else _welch_error(x, y)
-    return _judge(difference, error, freedom, spread, (len(x), len(y)), margin, paired)
+    return _judge(
+        difference, error, freedom, spread, (len(x), len(y)), margin, paired, alpha_different
+    )
 
 
 def late_mean_log(losses: Sequence[float], share: float = 0.25) -> float:
@@ -113,6 +120,7 @@ def _judge(
     runs: tuple[int, int],
     margin: float,
     paired: bool,
+    alpha_different: float,
 ) -> Equivalence:
     p_lower = _tail((difference + margin), error, freedom)
     p_upper = _tail((margin - difference), error, freedom)
@@ -120,7 +128,7 @@ def _judge(
     reach = t_quantile(1.0 - ALPHA, freedom) * error if math.isfinite(error) else math.inf
     if max(p_lower, p_upper) < ALPHA:
         answer: Answer = "equal"
-    elif p_different < ALPHA_DIFFERENT:
+    elif p_different < alpha_different:
         answer = "different"
     else:
         answer = "too few runs"

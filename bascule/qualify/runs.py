@@ -1,0 +1,308 @@
+"""Read training runs that others logged, refuse pairs that were not the same experiment, and say whether they learnt the same.
+
+    MLPerf   `:::MLLOG` lines: `eval_accuracy` is the evaluation loss, `samples_count` its position; hyper-parameters are declared
+    ledger   bascule's own `ledger.jsonl`: step statistics, and the recipe
+    JSONL    one object a line with a loss and a step; objects without a loss declare settings
+    CSV      a header with a loss and a step column, or two bare columns `step loss`
+
+A group is one or more runs: files, or folders of them. The figure of a run is its typical excess log loss in a late window: the
+median, over the window's positions, of log loss minus the mean curve of all runs. A median, because public logs hold jumps of
+several percent at single evaluations, and one of those must not decide. No torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bascule.errors import UsageError
+from bascule.qualify import equivalence
+from bascule.qualify.equivalence import Equivalence
+
+# Public groups with equal declared settings fall into clusters about 0.2 % apart (tests/data/mlperf_llama31_8b.json), each cluster
+# tight within 0.07 %; a margin of 0.5 % would call all of them equal.
+MARGIN = 0.0025
+ALPHA_DIFFERENT = 0.05
+WINDOW = 0.4  # the last part of the positions all runs share: late evaluations spread least (guard.md 6.2)
+START_BAR = 0.01  # runs of one experiment start from the same loss; a generation of chips moves the first step by 0.01 %
+SAME_SHARE = 1e-3  # positions this close, relative to the last one, are the same evaluation
+
+_MARK = ":::MLLOG"
+_STEP_NAMES = ("step", "samples", "samples_count", "tokens", "iteration", "epoch", "position")
+_LOSS_NAMES = ("loss", "eval_loss", "validation_loss", "val_loss", "train_loss")
+# Declared, but not what is trained: who ran it, on what, with which luck, how the batch was cut up, when it stopped.
+_NOT_SETTINGS = ("seed", "submission_org", "submission_platform", "submission_division", "submission_status", "submission_poc_name",
+                 "submission_poc_email", "gradient_accumulation_steps", "train_samples", "target_accuracy", "cache_clear",
+                 "eval_accuracy", "tracked_stats", "max_steps", "name", "pools", "prefer", "threads", "strict", "guard", "qualify",
+                 "serve", "evaluate", "recipe_sha256")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One loss curve: positions (steps, samples or tokens) in rising order, losses, and what the run declared about itself."""
+
+    source: str
+    positions: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """`refusal` is why the two groups cannot be compared; then there is no answer."""
+
+    refusal: str | None
+    result: Equivalence | None
+    window: tuple[float, float] | None = None
+
+    def data(self) -> dict[str, Any]:
+        """For `--json`. `answer` is "refused" when there is none."""
+        if self.result is None:
+            return {"answer": "refused", "reason": self.refusal, "margin": None, "difference": None, "ci90": None, "power": None, "runs_needed": None}  # fmt: skip
+        found = self.result
+        return {
+            "answer": found.answer,
+            "margin": found.margin,
+            "difference": found.difference,
+            "ci90": list(found.ci90),
+            "p_lower": found.p_lower,
+            "p_upper": found.p_upper,
+            "p_different": found.p_different,
+            "power": found.power,
+            "runs_needed": found.runs_needed,
+            "runs": list(found.runs),
+            "spread": found.spread if math.isfinite(found.spread) else None,
+            "window": list(self.window) if self.window else None,
+        }
+
+    def sentence(self) -> str:
+        if self.result is None:
+            return f"refused: {self.refusal}"
+        assert self.window is not None
+        return f"{self.result.sentence()}; positions {self.window[0]:g} to {self.window[1]:g}"
+
+
+def compare_groups(a: Sequence[Run], b: Sequence[Run], *, margin: float = MARGIN) -> RunComparison:
+    """Hold group A against group B. Never raises for runs that differ: that is a refusal, with its reason."""
+    refusal = _different_settings(a, b) or _different_start(a, b)
+    if refusal:
+        return RunComparison(refusal, None)
+    grid = shared_positions([*a, *b])
+    if grid is None:
+        return RunComparison(
+            "the runs share no range of positions: they count other things or stop before the others begin",
+            None,
+        )
+    late = grid[int(len(grid) * (1.0 - WINDOW)) :]
+    curves = np.array([np.interp(late, run.positions, np.log(run.losses)) for run in (*a, *b)])
+    figures = np.median(curves - curves.mean(0), axis=1)
+    result = equivalence.compare(
+        figures[: len(a)].tolist(),
+        figures[len(a) :].tolist(),
+        margin=margin,
+        alpha_different=ALPHA_DIFFERENT,
+    )
+    return RunComparison(None, result, (float(late[0]), float(late[-1])))
+
+
+def shared_positions(runs: Sequence[Run]) -> NDArray[np.float64] | None:
+    """Positions of the coarsest run inside the range that every run covers. Runs that stop early at their goal end the range for
+    all: what lies behind would be a choice of the slow ones."""
+    first = max(float(run.positions[0]) for run in runs)
+    last = min(float(run.positions[-1]) for run in runs)
+    slack = SAME_SHARE * max(abs(last), 1.0)
+    coarsest = min(runs, key=lambda run: len(run.positions)).positions
+    grid = coarsest[(coarsest >= first - slack) & (coarsest <= last + slack)]
+    return grid if len(grid) else None
+
+
+def _different_settings(a: Sequence[Run], b: Sequence[Run]) -> str | None:
+    """The first setting on which two runs that declare it disagree. A setting that one side does not declare proves nothing."""
+    seen: dict[str, tuple[str, str]] = {}
+    for run in (*a, *b):
+        for name, value in run.settings.items():
+            known, source = seen.setdefault(name, (value, run.source))
+            if known != value:
+                return f"they were not set up alike: {name} is {known} in {source} and {value} in {run.source}"
+    return None
+
+
+def _different_start(a: Sequence[Run], b: Sequence[Run]) -> str | None:
+    """Runs logged from their very first step must start from one loss."""
+    starts = [
+        [math.log(run.losses[0]) for run in group if run.positions[0] <= 1] for group in (a, b)
+    ]
+    if not all(starts):
+        return None
+    x, y = (np.array(group) for group in starts)
+    gap = abs(float(x.mean() - y.mean()))
+    spread = max(float(group.std(ddof=1)) if len(group) > 1 else 0.0 for group in (x, y))
+    if gap <= max(START_BAR, 3.0 * spread):
+        return None
+    return f"they do not start from the same model or data: the first loss differs by {100 * gap:.1f} %, allowed {100 * max(START_BAR, 3.0 * spread):.1f} %"
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def read_group(paths: Iterable[Path]) -> list[Run]:
+    """Runs of one group. A folder stands for every log inside it; a run folder of bascule for its ledger."""
+    runs = [read_run(file) for path in paths for file in _files(path)]
+    if not runs:
+        raise UsageError("A group has no runs. Give result files, or folders that hold them.")
+    return runs
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UsageError(
+            f"'{path}' does not exist. Give a log file (MLPerf result, JSONL, CSV), a folder of logs, or a run folder."
+        )
+    if path.is_file():
+        return [path]
+    if (path / "ledger.jsonl").exists():
+        return [path / "ledger.jsonl"]
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.suffix in (".txt", ".log", ".jsonl", ".csv", ".tsv")
+    ]
+    if not found:
+        raise UsageError(f"The folder '{path}' holds no .txt, .log, .jsonl or .csv file.")
+    return found
+
+
+def read_run(path: Path) -> Run:
+    """Raises UsageError when the file holds no loss series, or losses that are not positive and finite."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if _MARK in text:
+        points, settings = _from_mlperf(text)
+    elif text.lstrip().startswith("{"):
+        points, settings = _from_jsonl(text)
+    else:
+        points, settings = _from_table(text), {}
+    points = sorted(dict(points).items())
+    if len(points) < 2:
+        raise UsageError(
+            f"'{path}' holds {len(points)} loss values; a loss series needs two. Known forms: MLPerf :::MLLOG with eval_accuracy, JSONL and CSV with a step and a loss."
+        )
+    bad = next(
+        (position for position, loss in points if not (math.isfinite(loss) and loss > 0)), None
+    )
+    if bad is not None:
+        raise UsageError(
+            f"'{path}' has a loss that is not a positive number at position {bad:g}: a diverged run cannot be averaged. Leave it out and say so."
+        )
+    positions, losses = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+    return Run(f"{path.parent.name}/{path.name}", positions, losses, settings)
+
+
+Points = list[tuple[float, float]]
+
+
+def _from_mlperf(text: str) -> tuple[Points, dict[str, str]]:
+    points: Points = []
+    settings: dict[str, str] = {}
+    for line in text.splitlines():
+        _, mark, body = line.partition(_MARK)
+        if not mark:
+            continue
+        try:
+            entry = json.loads(body)
+        except json.JSONDecodeError:
+            continue  # a torn line of a log that others wrote
+        if entry["key"] in ("eval_accuracy", "eval_loss"):
+            where = entry.get("metadata") or {}
+            position = where.get("samples_count", where.get("step_num", where.get("epoch_num")))
+            if position is not None:
+                points.append((float(position), float(entry["value"])))
+        elif entry.get("event_type") == "POINT_IN_TIME":
+            _declare(settings, {entry["key"]: entry["value"]})
+    return points, settings
+
+
+def _from_jsonl(text: str) -> tuple[Points, dict[str, str]]:
+    points: Points = []
+    settings: dict[str, str] = {}
+    for number, line in enumerate(filter(str.strip, text.splitlines()), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a torn last line
+        if not isinstance(entry, dict):
+            continue
+        if (
+            entry.get("kind", "step_stats") == "step_stats"
+            and (loss := _first(entry, _LOSS_NAMES)) is not None
+        ):
+            step = _first(entry, _STEP_NAMES)
+            points.append((float(number if step is None else step), float(loss)))
+        elif entry.get("kind") == "recipe_resolved":
+            _declare(settings, entry["recipe"])
+        elif "kind" not in entry:
+            _declare(settings, entry.get("config", entry))
+    return points, settings
+
+
+def _from_table(text: str) -> Points:
+    """CSV, TSV or columns split by blanks; a header names the columns, without one they are step and loss."""
+    lines = [
+        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not lines:
+        return []
+    separator = next((mark for mark in (",", "\t", ";") if mark in lines[0]), None)
+    rows = (
+        list(csv.reader(lines, delimiter=separator))
+        if separator
+        else [line.split() for line in lines]
+    )
+    header = [cell.strip().lower() for cell in rows[0]]
+    place = _column(header, _LOSS_NAMES)
+    if place is None:
+        return [
+            (float(row[0]), float(row[1]))
+            for row in rows
+            if len(row) >= 2 and _is_number(row[0]) and _is_number(row[1])
+        ]
+    at = _column(header, _STEP_NAMES)
+    return [
+        (float(row[at]) if at is not None else float(number), float(row[place]))
+        for number, row in enumerate(rows[1:], start=1)
+        if len(row) > place and _is_number(row[place])
+    ]
+
+
+def _column(header: Sequence[str], names: Sequence[str]) -> int | None:
+    return next((header.index(name) for name in names if name in header), None)
+
+
+def _first(entry: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    return next((entry[name] for name in names if isinstance(entry.get(name), (int, float))), None)
+
+
+def _declare(settings: dict[str, str], declared: Mapping[str, Any]) -> None:
+    """Numbers are compared as numbers: 1 and 1.0 are one setting."""
+    for name, value in declared.items():
+        if name in _NOT_SETTINGS or value is None:
+            continue
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            settings[name] = f"{float(value):g}"
+        else:
+            settings[name] = json.dumps(value, sort_keys=True)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

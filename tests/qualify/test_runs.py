@@ -1,0 +1,180 @@
+"""`compare-runs`: logs of others, read, refused or answered. The MLPerf figures are public results that no one here wrote."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bascule.errors import UsageError
+from bascule.qualify.runs import Run, compare_groups, read_group, read_run
+
+EXTRACT = Path(__file__).parents[1] / "data" / "mlperf_llama31_8b.json"
+# Groups that declare the same settings and form one cluster each; which numeric precision they used is not declared.
+CLUSTERS = (("dell-b200", "nvidia-theia8", "nvidia-tyche8"), ("nebius-b200", "oracle-b200"))
+
+
+@pytest.fixture(scope="module")
+def groups() -> dict[str, list[Run]]:
+    stored = json.loads(EXTRACT.read_text(encoding="utf-8"))["groups"]
+    return {
+        name: [
+            Run(
+                f"{name}/{place}", *np.array(points, dtype=np.float64).T, settings=group["settings"]
+            )
+            for place, points in enumerate(group["runs"])
+        ]
+        for name, group in stored.items()
+    }
+
+
+def answer(a: list[Run], b: list[Run], **options: float) -> str:
+    return str(compare_groups(a, b, **options).data()["answer"])
+
+
+def test_public_groups_of_one_cluster_are_equal(groups: dict[str, list[Run]]) -> None:
+    for cluster in CLUSTERS:
+        for a, b in combinations(cluster, 2):
+            assert answer(groups[a], groups[b]) == "equal", (a, b)
+
+
+def test_public_groups_of_two_clusters_are_never_equal_and_mostly_different(
+    groups: dict[str, list[Run]],
+) -> None:
+    found = Counter(answer(groups[a], groups[b]) for a in CLUSTERS[0] for b in CLUSTERS[1])
+    assert found["equal"] == 0 and found["different"] >= 4
+
+
+def test_public_groups_with_other_settings_are_refused(groups: dict[str, list[Run]]) -> None:
+    learning_rate = compare_groups(groups["amd-mi350x"], groups["amd-mi355x"])
+    batch = compare_groups(groups["amd-mi355x"], groups["nvidia-theia8"])
+    assert learning_rate.refusal and "opt_base_learning_rate is 0.001" in learning_rate.refusal
+    assert batch.refusal and "global_batch_size is 32" in batch.refusal
+    assert learning_rate.data()["answer"] == "refused"
+
+
+def test_a_noisy_public_pair_gets_the_third_answer_and_a_number(
+    groups: dict[str, list[Run]],
+) -> None:
+    data = compare_groups(groups["amd-mi355x"], groups["gigacomputing"]).data()
+    assert data["answer"] == "too few runs"
+    assert data["runs_needed"] > 10 and 0 < data["power"] < 0.8
+    assert data["ci90"][0] < data["difference"] < data["ci90"][1]
+
+
+def test_groups_split_against_themselves_are_rarely_called_different(
+    groups: dict[str, list[Run]],
+) -> None:
+    generator = np.random.default_rng(0)
+    found: Counter[str] = Counter()
+    for runs in groups.values():
+        for _ in range(25):
+            order = generator.permutation(len(runs))
+            found[answer([runs[i] for i in order[:5]], [runs[i] for i in order[5:]])] += 1
+    assert found["different"] <= 0.05 * found.total()
+
+
+def test_one_jump_at_one_evaluation_does_not_decide(groups: dict[str, list[Run]]) -> None:
+    a, b = groups["dell-b200"], groups["nvidia-theia8"]
+    losses = a[0].losses.copy()
+    losses[-3] *= 1.06
+    jumped = [Run("jump", a[0].positions, losses, a[0].settings), *a[1:]]
+    assert answer(jumped, b) == answer(a, b) == "equal"
+
+
+def made(seed: int, count: int, *, gain: float = 1.0, start: float = 10.0) -> list[Run]:
+    generator = np.random.default_rng(seed)
+    steps = np.arange(1, 101, dtype=np.float64)
+    runs = []
+    for place in range(count):
+        luck = np.exp(generator.normal(0.0, 0.001)) * np.exp(
+            generator.normal(0.0, 0.002, len(steps))
+        )
+        losses = (
+            (2.0 + (start - 2.0) * np.exp(-(steps - 1) / 20))
+            * luck
+            * np.where(steps > 1, gain, 1.0)
+        )
+        runs.append(Run(str(place), steps, losses))
+    return runs
+
+
+def test_a_difference_of_two_percent_is_found_and_none_is_equal() -> None:
+    assert answer(made(1, 6), made(2, 6, gain=1.02)) == "different"
+    assert answer(made(1, 6), made(2, 6)) == "equal"
+
+
+def test_runs_that_start_from_another_loss_are_refused() -> None:
+    found = compare_groups(made(1, 3), made(2, 3, start=10.6))
+    assert found.refusal and "do not start from the same" in found.refusal
+
+
+def test_runs_without_common_positions_are_refused() -> None:
+    early, late = made(1, 2), made(2, 2)
+    moved = [Run(run.source, run.positions + 1000, run.losses) for run in late]
+    assert "no range of positions" in str(compare_groups(early, moved).refusal)
+
+
+MLPERF = "\n".join(
+    ":::MLLOG " + json.dumps({"event_type": "POINT_IN_TIME", "key": key, "value": value, "metadata": where})
+    for key, value, where in [
+        ("seed", 7, {}), ("global_batch_size", 16, {}), ("eval_accuracy", 5.2, {"samples_count": 100}),
+        ("eval_accuracy", 4.1, {"samples_count": 200, "epoch_num": 2}),
+    ]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "settings"),
+    [
+        ("r.txt", "preamble\n" + MLPERF, {"global_batch_size": "16"}),
+        ("r.jsonl", '{"config": {"lr": 1.0, "seed": 3}}\n{"step": 100, "loss": 5.2}\n{"step": 200, "loss": 4.1}\n{"st', {"lr": "1"}),
+        ("r.csv", "step,lr,loss\n100,0.1,5.2\n200,0.1,4.1\n", {}),
+        ("bare.txt", "# torchtitan\n100 5.2\n200 4.1\n", {}),
+        ("ledger.jsonl", '{"kind":"recipe_resolved","recipe":{"seed":1,"sft":{"steps":9}}}\n{"kind":"step_stats","step":100,"loss":5.2}\n'
+                         '{"kind":"alarm","step":100}\n{"kind":"step_stats","step":200,"loss":4.1}\n', {"sft": '{"steps": 9}'}),
+    ],
+)  # fmt: skip
+def test_every_form_of_log_gives_the_same_series(
+    name: str, text: str, settings: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    run = read_run(tmp_path / name)
+    assert run.positions.tolist() == [100, 200] and run.losses.tolist() == [5.2, 4.1]
+    assert run.settings == settings
+
+
+def test_a_folder_stands_for_its_logs_and_a_run_folder_for_its_ledger(tmp_path: Path) -> None:
+    for place in range(3):
+        (tmp_path / f"result_{place}.txt").write_text(MLPERF)
+    assert len(read_group([tmp_path])) == 3
+    (tmp_path / "ledger.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n')
+    assert len(read_group([tmp_path])) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "two"),
+        ("step,loss\n1,2\n", "two"),
+        ("step,loss\n1,2\n2,nan\n3,1\n", "diverged"),
+        ("no numbers here", "two"),
+    ],
+)
+def test_what_is_no_loss_series_is_refused_with_a_sentence(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        read_run(tmp_path / "x.csv")
+
+
+def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        read_group([tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match="holds no"):
+        read_group([tmp_path])
