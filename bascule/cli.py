@@ -15,7 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from bascule.errors import EXIT_SIGINT, BasculeError, OutOfMemory, UsageError
+from bascule.accelerators.install import explain_torch_import
+from bascule.errors import (
+    EXIT_SIGINT,
+    AcceleratorUnavailable,
+    BasculeError,
+    OutOfMemory,
+    UsageError,
+)
 
 EXIT_CODES = """exit codes:
   0 ok · 1 our own fault · 2 usage or recipe · 3 a check failed (qualify, an eval gate, --strict) · 4 the guard stopped the run
@@ -276,6 +283,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.strerror or error}: {error.filename or 'no file named'}. Nothing already written is lost; mend it and run the same command again."
         )
         return _refuse(wrapped, wrapped.exit_code, as_json=arguments.json)
+    except RuntimeError as error:
+        explained = explain_torch_import(error)
+        if explained is None:
+            raise
+        return _refuse(
+            AcceleratorUnavailable(explained),
+            AcceleratorUnavailable.exit_code,
+            as_json=arguments.json,
+        )
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT

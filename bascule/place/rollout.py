@@ -207,7 +207,7 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
         fault_log=folder.ground_truth / f"{pool}-rollout.jsonl",
     )
     if accelerator.fallback_note:
-        Ledger(folder.ledger, pool=pool).warn("accelerator", accelerator.fallback_note)
+        Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
     accelerator.prepare(threads or recipe.threads)
     tokenizer = Tokenizer()
     config = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})

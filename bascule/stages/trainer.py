@@ -111,6 +111,8 @@ class Trainer:
             fault_log=folder.ground_truth / f"{pool}-train.jsonl",
         )
         self.accelerator.prepare(self.recipe.threads)
+        if self.accelerator.fallback_note:
+            self.ledger.warn("accelerator fallback", self.accelerator.fallback_note)
         self.course: Course = course(self.recipe)
         self.stepper = Stepper(
             self._new_model(),

@@ -49,7 +49,7 @@ def test_the_r2_profile_says_that_it_is_our_construction_and_plants_no_nan() -> 
     assert "our own construction" in profile.title and "invented by us" in profile.story
     (fault,) = profile.faults
     assert fault.kind == "mixed" and fault.size == 0.0
-    assert fault.roles == ("train",) and fault.onset_step == 300 and not fault.transient
+    assert fault.roles == ("train",) and fault.onset_step == 307 and not fault.transient
 
 
 def test_the_docs_are_current() -> None:

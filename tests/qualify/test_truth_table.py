@@ -18,19 +18,23 @@ from bascule.qualify import examine
 from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.qualify.check import CHECKS, Ask, Check
 from bascule.qualify.context import CheckContext
+from bascule.qualify.handbook import OUT_OF_REACH
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence
 
 NANO = ModelConfig(preset="nano")
-PROMISES = [(check, profile) for check in CHECKS for profile in check.catches]
+FAST_PROMISES = 3  # of each check; the rest run with the slow tests
+PROMISES = [
+    pytest.param(
+        check,
+        profile,
+        id=f"{check.name}-{profile}",
+        marks=[pytest.mark.slow] if place >= FAST_PROMISES else [],
+    )
+    for check in CHECKS
+    for place, profile in enumerate(check.catches)
+]
 PROCESS_FAULTS = ("hang", "dies")
-# Quick qualification cannot see these, and says so in docs/checks.md: they begin later than it looks, or are no reason to refuse.
-BEYOND_QUICK = {
-    "ascend-r2": "begins at step 300; the guard's to catch",
-    "ageing": "begins at step 100; the guard's to catch",
-    "slowing": "speed is reported and does not decide",
-}
-
 Ready = Callable[[str], CheckContext]
 
 
@@ -52,9 +56,7 @@ def put_all(context: CheckContext, check: Check) -> list[Evidence]:
     return [item for role in check.roles for item in examine.put(context, Ask(check, role))]
 
 
-@pytest.mark.parametrize(
-    ("check", "profile"), PROMISES, ids=[f"{check.name}-{profile}" for check, profile in PROMISES]
-)
+@pytest.mark.parametrize(("check", "profile"), PROMISES)
 def test_check_catches_what_it_promises(check: Check, profile: str, on_chip: Ready) -> None:
     found = put_all(on_chip(f"sim:{profile}"), check)
     caught = {role for item in found if item.outcome in ("fail", "error") for role in item.roles}
@@ -70,9 +72,9 @@ def test_check_catches_what_it_promises(check: Check, profile: str, on_chip: Rea
 
 
 def test_every_profile_is_promised_by_a_check_or_listed_as_out_of_reach() -> None:
-    promised = {profile for _, profile in PROMISES}
+    promised = {profile for check in CHECKS for profile in check.catches}
     bad = {name for name in profiles() if set(load_profile(name).fit_for) != {"train", "infer"}}
-    assert bad - promised - set(BEYOND_QUICK) - set(PROCESS_FAULTS) == set()
+    assert bad - promised - set(OUT_OF_REACH) - set(PROCESS_FAULTS) == set()
 
 
 def test_a_chip_that_dies_is_unfit_for_the_role_it_died_in(tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_a_clean_chip_raises_no_false_alarm(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("profile", [name for name in profiles() if name not in BEYOND_QUICK])
+@pytest.mark.parametrize("profile", [name for name in profiles() if name not in OUT_OF_REACH])
 def test_whole_battery_gives_each_role_its_verdict(profile: str, tmp_path: Path) -> None:
     result = run_battery(
         profile, f"sim:{profile}", NANO, tmp_path, time_limit_s=300, ask_limit_s=60

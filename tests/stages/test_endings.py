@@ -1,0 +1,100 @@
+"""How a run ends or goes on when a chip fails in each of the loud ways, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bascule.ledger import read_ledger
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "qualify.required=false", "qualify.time_limit_s=0.1", "sft.steps=12", "train.snapshot_every_steps=4",
+    'train.phases=["sft"]', "data.train_problems=64", "data.eval_problems=4",
+]  # fmt: skip
+
+
+def run(out: Path, *settings: str, recipe: str = "tiny") -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, "-m", "bascule.cli", "run", str(ROOT / "runs" / f"{recipe}.toml"), "--out", str(out), "--json"]
+    for setting in [*SMALL, *settings]:
+        command += ["--set", setting]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def only(accelerator: str) -> list[str]:
+    """Both pools the same chip: there is nowhere to go."""
+    return [f"pools.ascend.accelerator={accelerator}", f"pools.nvidia.accelerator={accelerator}"]
+
+
+def test_a_dead_chip_is_left_for_the_next_pool(tmp_path: Path) -> None:
+    code, data, _ = run(tmp_path, "pools.ascend.accelerator=sim:dies?onset_step=6@cpu", "pools.nvidia.accelerator=cpu")
+    assert code == 0 and data["status"] == "finished"
+    assert {one["sentinel"] for one in data["incidents"]} == {"watchdog: death"}
+    assert data["placements"][-1]["train"] == "nvidia"
+
+
+@pytest.mark.slow
+def test_a_hanging_chip_is_noticed_by_its_silence(tmp_path: Path) -> None:
+    code, data, _ = run(tmp_path, "pools.ascend.accelerator=sim:hang?onset_step=6@cpu", "pools.nvidia.accelerator=cpu", "guard.hang_timeout_s=12")
+    assert code == 0 and data["status"] == "finished"
+    assert {one["sentinel"] for one in data["incidents"]} == {"watchdog: hang"}
+    assert data["placements"][-1]["train"] == "nvidia"
+
+
+def test_out_of_memory_with_no_other_pool_ends_with_6(tmp_path: Path) -> None:
+    code, data, words = run(tmp_path, *only("sim:oom?onset_step=3@cpu"))
+    assert code == 6
+    assert "memory" in words
+    assert data["error"]["exit_code"] == 6
+
+
+@pytest.mark.slow
+def test_a_missing_operator_with_no_other_pool_ends_with_5(tmp_path: Path) -> None:
+    code, _, words = run(tmp_path, *only("sim:missing-op@cpu"))
+    assert code == 5 and "No pool" in words
+
+
+@pytest.mark.slow
+def test_divergence_that_is_nobodys_chip_ends_with_4(tmp_path: Path) -> None:
+    code, _, words = run(tmp_path, *only("cpu"), "sft.learning_rate=1e30", "sft.muon_learning_rate=1e30", "sft.clip_grad_norm=1e30", "sft.warmup_steps=0")
+    assert code == 4, words[-2000:]
+    assert "learning rate" in words
+
+
+def test_an_evaluation_gate_and_a_hopeless_grpo_start_end_with_3(tmp_path: Path) -> None:
+    code, _, words = run(tmp_path, *only("cpu"), 'train.phases=["sft", "grpo"]', "sft.steps=2", "grpo.min_start_pass_at_16=0.9")
+    assert code == 3
+    assert "GRPO was not started" in words and "pass@1" in words
+
+
+def test_strict_makes_a_fallback_an_error(tmp_path: Path) -> None:
+    code, _, words = run(tmp_path, *only("cuda|cpu"), "strict=true")
+    assert code == 3
+    assert "accelerator fallback" in words or "--strict" in words
+
+
+def test_a_fallback_of_the_accelerator_is_a_warning_in_ledger_and_report(tmp_path: Path) -> None:
+    code, data, words = run(tmp_path, *only("cuda|cpu"), "sft.steps=2")
+    assert code == 0
+    assert any(one["what"] == "accelerator fallback" for one in data["warnings"])
+    assert "WARN accelerator fallback" in words
+    assert "accelerator fallback" in (tmp_path / "tiny" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_transient_fault_goes_back_on_the_same_pool_and_changes_no_bit(tmp_path: Path) -> None:
+    _, clean, _ = run(tmp_path / "a", *only("cpu"))
+    code, data, _ = run(tmp_path / "b", "pools.ascend.accelerator=sim:transient?onset_step=6@cpu", "pools.nvidia.accelerator=cpu", "guard.checksum_every_steps=1")
+    assert code == 0
+    assert data["final_weights_sha256"] == clean["final_weights_sha256"]
+    fired = list((tmp_path / "b" / "tiny" / "ground_truth").glob("ascend-train.jsonl"))
+    assert fired and fired[0].stat().st_size > 0
+    assert [one["attribution"] for one in data["incidents"]] == ["transient chip fault"]
+    assert read_ledger(tmp_path / "b" / "tiny" / "ledger.jsonl")
