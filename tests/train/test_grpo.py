@@ -144,3 +144,39 @@ def test_a_short_reply_of_the_sampler_is_refused(tiny):
 def test_no_prompts_is_refused():
     with pytest.raises(UsageError, match="no prompts"):
         Grpo(None, [], seed=0, pad_id=0, sampler=None, score=None, reward=None)
+
+
+@pytest.mark.parametrize("algorithm", ["default", "cispo"])
+def test_a_reward_that_can_be_earned_is_earned_more_often(tiny, material, algorithm):
+    """From a uniform policy: answers of at most twenty tokens are rewarded, so the end token must become likelier."""
+    eos = material[0].eos_id
+    run = tiny(
+        reward=lambda owners, completions: [
+            float(t[-1] == eos and len(t) <= 20) for t in completions
+        ]
+    )
+    config = run.grpo.config.model_copy(
+        update={
+            "steps": 6,
+            "learning_rate": 3e-3,
+            "updates_per_rollout": 1,
+            "group_size": 8,
+            "algorithm": algorithm,
+        }
+    )
+    run.grpo = Grpo(
+        config,
+        run.grpo.prompts,
+        seed=0,
+        pad_id=0,
+        sampler=run.grpo.sampler,
+        score=run.stepper.score,
+        reward=run.grpo.reward,
+    )
+    run.stepper.begin(run.grpo)
+    rewards = []
+    for step in range(1, 7):
+        proposal = run.stepper.propose(run.grpo.next_batch(step))
+        run.stepper.commit(proposal)
+        rewards.append(proposal.metrics["reward"])
+    assert rewards[0] < 0.4 and rewards[-1] > 0.7, rewards
