@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from bascule.infer.sampling import Sampling
+from bascule.infer.sequence import Sampling
 
 MAX_STOPS = 4
 MAX_CHOICES = 16

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bascule.errors import DeviceFault
-from bascule.infer.sampling import Sampling
+from bascule.infer.sequence import Sampling
 
 State = Literal["starting", "serving", "moving", "down", "closed"]
 RESTARTS = 2  # of the same pool, when its process died and no other pool is left

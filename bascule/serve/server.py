@@ -28,7 +28,8 @@ from bascule.records import (
 )
 from bascule.serve.broker import Broker, Candidate
 from bascule.serve.door import Door
-from bascule.serve.openai import Api, application
+from bascule.serve.openai import application
+from bascule.serve.service import Service
 
 BODY_LIMIT_BYTES = 1 << 20
 DRAIN_S = 30
@@ -94,18 +95,13 @@ async def _serve(
         note=lambda what, candidate, text: _note(ledger, what, candidate, text),
     )
     name = recipe.name
-    tries = examples(recipe)
-    api = Api(
-        broker,
-        Tokenizer.load(folder.model),
-        model=name,
-        about=lambda: {**about(name, broker, records), "examples": tries},
-        page=page(),
+    tries: list[str] = []
+    service = Service(broker, Tokenizer.load(folder.model), model=name)
+    app = application(
+        service, about=lambda: {**about(name, broker, records), "examples": tries}, page=page()
     )
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
-    door = Door(
-        application(api), api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES
-    )
+    door = Door(app, api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES)
     server = uvicorn.Server(
         uvicorn.Config(
             door,
@@ -121,10 +117,13 @@ async def _serve(
         _say(
             f"{name} answers on {_url(listener)} ({broker.about['chip']}, {broker.about['accelerator']}); the chat page is at the same address."
         )
-        draining = asyncio.create_task(_note_draining(server, api))
+        # Making problems imports a large library: it must not stand between the start and the first answer.
+        filling = asyncio.create_task(_fill(tries, recipe))
+        draining = asyncio.create_task(_note_draining(server, service))
         with contextlib.suppress(asyncio.CancelledError):
             await server.serve(sockets=[listener])
         draining.cancel()
+        filling.cancel()
     finally:
         await broker.close()
 
@@ -191,6 +190,10 @@ def examples(recipe: Recipe) -> list[str]:
     ]
 
 
+async def _fill(tries: list[str], recipe: Recipe) -> None:
+    tries += await asyncio.to_thread(examples, recipe)
+
+
 def page() -> str:
     return resources.files("bascule.serve").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -228,11 +231,11 @@ def _note(ledger: Ledger, what: str, candidate: Candidate, text: str) -> None:
         )
 
 
-async def _note_draining(server: uvicorn.Server, api: Api) -> None:
+async def _note_draining(server: uvicorn.Server, service: Service) -> None:
     """`/ready` turns to 503 the moment a stop was asked for; running answers may finish."""
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    api.draining = True
+    service.draining = True
 
 
 def _url(listener: socket.socket) -> str:

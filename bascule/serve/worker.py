@@ -31,7 +31,7 @@ from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, OutOfMemory
 from bascule.infer.batch import Batch, Prefill, Row
 from bascule.infer.prefix import PrefixStore
-from bascule.infer.sampling import Sampling
+from bascule.infer.sequence import Sampling
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, load_hf
 

@@ -19,17 +19,14 @@ EOS, PAD = 2, 0
 PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 40, 41, 42, 43, 44, 45], [1, 9, 9]]
 
 
-def tick(attention: str = "mla", ffn: str = "moe", sharpen: float = 6.0) -> Transformer:
-    """A random model whose distribution is far from flat, so that mistakes show."""
-    model = Transformer(
-        ModelConfig(preset="tick", attention=attention, ffn=ffn, vocab_size=64)
-    ).eval()
+def tick(attention: str = "mla", ffn: str = "moe", spread: float = 2.0) -> Transformer:
+    """A random model whose logits vary by `spread`: far from flat, so that mistakes show, and far from certain."""
+    config = ModelConfig(preset="tick", attention=attention, ffn=ffn, vocab_size=64, tie_word_embeddings=False)
+    model = Transformer(config).eval()
     initialise(model, seed=3)
     with torch.no_grad():
-        for block in model.model.layers:
-            for parameter in block.parameters():
-                parameter.mul_(1.5 if parameter.ndim > 1 else 1.0)
-        model.lm_head.weight.mul_(sharpen)
+        logits = model(torch.tensor([[1, *range(5, 30)]])).logits_BTV
+        model.lm_head.weight.mul_(spread / logits.std())
     return model
 
 
@@ -96,7 +93,7 @@ def test_small_batches_give_what_one_large_batch_gives() -> None:
 
 
 def test_the_end_token_ends_a_completion() -> None:
-    found = engine(tick(sharpen=0.1)).generate(
+    found = engine(tick(spread=0.1)).generate(
         PROMPTS, Sampling(max_tokens=100, temperature=1.0), group_size=8
     )
     assert {item.finish for item in found} == {"stop", "length"}

@@ -1,0 +1,154 @@
+"""POST /v1/completions: raw text or token ids, continued."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bascule.data.tokenizer import Tokenizer
+from bascule.serve.bodies import CompletionBody
+from bascule.serve.errors import ApiError, read
+from bascule.serve.service import Ask, Service, usage
+
+
+class CompletionRoute:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def answer(self, request: Request) -> Response:
+        body = await read(request, CompletionBody)
+        self.service.check_model(body.model)
+        if not body.prompts:
+            raise ApiError(400, "The list of prompts is empty.", param="prompt")
+        asks: list[Ask] = []
+        try:
+            for prompt in body.prompts:
+                tokens = self.service.tokens(prompt)
+                limit = 16 if body.max_tokens is None else body.max_tokens
+                asks.append(
+                    self.service.ask(
+                        body,
+                        tokens,
+                        limit,
+                        top=body.logprobs,
+                        split=False,
+                        first_choice=len(asks) * body.choices,
+                    )
+                )
+        except ApiError:
+            self.service.cancel(asks)
+            raise
+        envelope = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.service.model,
+            "system_fingerprint": self.service.fingerprint,
+        }
+        if body.stream:
+            return self.service.stream(asks, self._text_chunks(body, asks, envelope))
+        return await self.service.whole(request, asks, self._text_answer(body, asks, envelope))
+
+    async def _text_answer(
+        self, body: CompletionBody, asks: Sequence[Ask], envelope: dict[str, Any]
+    ) -> dict[str, Any]:
+        total = sum(len(ask.readers) for ask in asks)
+        marks = [_TextMarks() for _ in range(total)]
+        finishes: list[str | None] = [None] * total
+        for ask in asks:
+            for at in range(len(ask.readers)):
+                if body.echo:
+                    marks[ask.first_choice + at].offset = len(
+                        self.service.tokenizer.decode(ask.ticket.prompt)
+                    )
+        async with aclosing(self.service.spoken(asks)) as stream:
+            async for spoken in stream:
+                if spoken.said.tops is not None:
+                    marks[spoken.choice].add(self.service.tokenizer, spoken.said.tops)
+                finishes[spoken.choice] = spoken.finish or finishes[spoken.choice]
+        choices = [
+            {
+                "index": ask.first_choice + at,
+                "text": (self.service.tokenizer.decode(ask.ticket.prompt) if body.echo else "")
+                + reader.answer,
+                "logprobs": marks[ask.first_choice + at].body()
+                if body.logprobs is not None
+                else None,
+                "finish_reason": finishes[ask.first_choice + at],
+            }
+            for ask in asks
+            for at, reader in enumerate(ask.readers)
+        ]
+        return {**envelope, "choices": choices, "usage": usage(asks)}
+
+    async def _text_chunks(
+        self, body: CompletionBody, asks: Sequence[Ask], envelope: dict[str, Any]
+    ) -> AsyncIterator[dict[str, Any]]:
+        base = envelope | ({"usage": None} if body.wants_usage else {})
+
+        def chunk(
+            choice: int, text: str, finish: str | None, marks: _TextMarks | None = None
+        ) -> dict[str, Any]:
+            return {
+                **base,
+                "choices": [
+                    {
+                        "index": choice,
+                        "text": text,
+                        "logprobs": marks.body() if marks else None,
+                        "finish_reason": finish,
+                    }
+                ],
+            }
+
+        if body.echo:
+            for ask in asks:
+                for at in range(len(ask.readers)):
+                    yield chunk(
+                        ask.first_choice + at,
+                        self.service.tokenizer.decode(ask.ticket.prompt),
+                        None,
+                    )
+        async with aclosing(self.service.spoken(asks)) as stream:
+            async for spoken in stream:
+                marks = None
+                if spoken.said.tops is not None:
+                    marks = _TextMarks()
+                    marks.add(self.service.tokenizer, spoken.said.tops)
+                if spoken.piece.answer or spoken.finish or marks:
+                    yield chunk(spoken.choice, spoken.piece.answer, spoken.finish, marks)
+        if body.wants_usage:
+            yield {**base, "choices": [], "usage": usage(asks)}
+
+
+class _TextMarks:
+    """`logprobs` of a raw completion: four lists side by side."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._tokens: list[str] = []
+        self._logprobs: list[float] = []
+        self._tops: list[dict[str, float]] = []
+        self._offsets: list[int] = []
+
+    def add(self, tokenizer: Tokenizer, tops: list[tuple[int, float]]) -> None:
+        (token, logprob), *best = tops
+        self._tokens.append(tokenizer.symbols[token])
+        self._logprobs.append(logprob)
+        self._tops.append({tokenizer.symbols[other]: value for other, value in best})
+        self._offsets.append(self.offset)
+        self.offset += len(tokenizer.decode([token]))
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "tokens": self._tokens,
+            "token_logprobs": self._logprobs,
+            "top_logprobs": self._tops,
+            "text_offset": self._offsets,
+        }
