@@ -248,3 +248,15 @@ def test_any_interleaving_ends_with_the_weights_of_the_straight_run(tiny):
             derandomize=True,
         ),
     )
+
+
+def test_a_rehearsed_update_is_the_one_that_commit_makes_and_leaves_no_trace(tiny):
+    run = tiny()
+    run.stepper.begin(run.sft)
+    for step in (1, 2):
+        proposal = run.stepper.propose(run.sft.next_batch(step))
+        before = everything(run)
+        expected = run.stepper.rehearse(proposal, CpuAccelerator("referee"))
+        assert same(before, everything(run))
+        run.stepper.commit(proposal)
+        assert all(torch.equal(t, expected[name]) for name, t in run.stepper.model_state().items())
