@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,13 @@ from bascule.accelerators.base import Accelerator
 from bascule.config import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
 from bascule.folder import RunFolder
-from bascule.guard import audit, incident, sentinels, update
+from bascule.guard import audit, sentinels, update
+from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 from bascule.guard.replay import Finding, NoiseFloor, Recomputer, StepProposal, investigate
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
-from bascule.records import Alarm, Incident, Judgement, PoolReadmitted, SnapshotEvent, SnapshotState
+from bascule.records import SnapshotState
 
 REMEMBERED_BATCHES = 2
 DIVERGED_AFTER = 3
@@ -75,8 +76,6 @@ class Guard:
         experts_per_token: int = 1,
     ) -> None:
         self.config = config
-        self.ledger = ledger
-        self.folder = folder
         self.pool = pool
         self.accelerator = accelerator
         self.referee = referee
@@ -86,6 +85,9 @@ class Guard:
             sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token)
         )
         self._recent: deque[Any] = deque(maxlen=REMEMBERED_BATCHES)
+        self.book = Casebook(
+            ledger, folder, pool, accelerator=accelerator.name, referee=referee.name
+        )
         self._names: tuple[int, dict[int, str]] = (0, {})
         self._parts: list[audit.Part] = []
         self._checksums: Checksums | None = None
@@ -99,7 +101,7 @@ class Guard:
         self._diverging = 0
         self._unchecked_since_certified = 0
         self._judged = False
-        self._probation_until = self._probation_end()
+        self._probation_until = self.book.probation_end()
 
     # ---- watching
 
@@ -165,12 +167,12 @@ class Guard:
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
         for cry in cries:
-            self._alarm(proposal.step, cry)
+            self.book.alarm(proposal.step, cry)
         spoilt = self._last_update(proposal.step, stepper)
         violations = self._checksums.violations() if self._checksums is not None else []
         suspicions = [*spoilt, *(cry for cry in cries if cry.suspect)]
         suspicions += [
-            self._suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
+            self.book.suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
         ]
         suspicions += self._audit(proposal)
         if not suspicions and self._pending is not None and self._checksums is not None:
@@ -217,17 +219,18 @@ class Guard:
         expected, self._expected = self._expected, None
         found = [] if mode is None else mode.violations()
         cries = [
-            self._suspect(self._committing, "update checksum", v.ratio, str(v)) for v in found[:1]
+            self.book.suspect(self._committing, "update checksum", v.ratio, str(v))
+            for v in found[:1]
         ]
         wrong = None if expected is None else update.check(expected, stepper.model)
         if wrong is not None:
             cries.append(
-                self._suspect(wrong.step, "update audit", wrong.error, str(wrong), wrong.bound)
+                self.book.suspect(wrong.step, "update audit", wrong.error, str(wrong), wrong.bound)
             )
         rotten = None if self._bits is None else update.changed(self._bits, stepper.model)
         if rotten is not None:
             detail = f"the bits of {rotten} changed while nobody wrote to it"
-            cries.append(self._suspect(step, "memory", math.inf, detail))
+            cries.append(self.book.suspect(step, "memory", math.inf, detail))
         return cries
 
     def _audit(self, proposal: StepProposal) -> list[Cry]:
@@ -238,17 +241,14 @@ class Guard:
             return []
         if finding.worst is None:
             how = "equal bit for bit" if finding.bit_equal else "equal within the measured noise"
-            self.ledger.append(
-                Judgement(
-                    step=proposal.step,
-                    commit=True,
-                    reason=f"audit of {finding.part} on {self.referee.name}: {finding.tensors} tensors {how}",
-                )
+            self.book.audited(
+                proposal.step,
+                f"audit of {finding.part} on {self.referee.name}: {finding.tensors} tensors {how}",
             )
             return []
         worst = finding.worst
         return [
-            self._suspect(
+            self.book.suspect(
                 proposal.step, "audit", worst.error, f"{finding.part}, {worst}", worst.bound
             )
         ]
@@ -283,22 +283,15 @@ class Guard:
         found = self.floor.compare(proposal, right, stepper)
         if not found.agrees:
             return [
-                self._suspect(
+                self.book.suspect(
                     proposal.step, "certification", found.error, found.detail, found.bound
                 )
             ]
         witness = self.snapshots.write_witness(self._pending.path / "witness.safetensors", proposal)
         reason = f"step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
         self.snapshots.set_trust(self._pending.path, "certified", reason, witness=witness)
-        self.ledger.append(
-            SnapshotEvent(
-                step=self._pending.step,
-                state="certified",
-                path=f"snapshots/{self._pending.path.name}",
-                sha256=self.snapshots.sha256(self._pending.path),
-                reason=reason,
-            )
-        )
+        sha256 = self.snapshots.sha256(self._pending.path)
+        self.book.certified(self._pending.step, self._pending.path.name, sha256, reason)
         if self._probation_until is not None and self._pending.step >= self._probation_until:
             self._probation_until = None
         self._pending = None
@@ -335,7 +328,7 @@ class Guard:
             case "persistent chip fault" | "software":
                 self._condemn(proposal, stepper, cry, finding)
             case "data":
-                self._write(proposal, stepper, cry, finding, "the batch is left out")
+                self.book.incident(proposal, stepper.model, cry, finding, "the batch is left out")
                 self._refused.add(proposal.step)
                 return False
         return self._settle_optimisation(proposal, stepper, seen, cry, finding)
@@ -348,7 +341,7 @@ class Guard:
         finding: Finding,
         state_is_hit: bool,
     ) -> bool:
-        before = self._strike_steps()
+        before = self.book.strike_steps()
         strikes = len({*before, proposal.step})
         if (
             strikes >= self.config.transient_strikes
@@ -357,16 +350,16 @@ class Guard:
             finding.evidence += f"; strike {strikes} of {self.config.transient_strikes}"
             self._condemn(proposal, stepper, cry, finding)
         if self._unchecked_since_certified == 0 and not state_is_hit:
-            self._write(
+            self.book.incident(
                 proposal,
-                stepper,
+                stepper.model,
                 cry,
                 finding,
                 "the step is discarded and computed again; every step since the last certified snapshot was checked",
             )
             return False
         action = f"back to the last certified snapshot on the same pool; {self._unchecked_since_certified} steps since then ran unchecked"
-        number = self._write(proposal, stepper, cry, finding, action)
+        number = self.book.incident(proposal, stepper.model, cry, finding, action)
         raise RollbackNeeded(
             f"Step {proposal.step} on pool {self.pool}: {finding.evidence}. {action.capitalize()}.",
             incident_id=number,
@@ -381,12 +374,12 @@ class Guard:
         if self._unchecked_since_certified and self._probation_until is None:
             self._suspect_the_past(proposal, stepper, cry, finding)
         if math.isfinite(proposal.loss) and math.isfinite(proposal.grad_norm):
-            self._write(proposal, stepper, cry, finding, "committed: the step is real")
+            self.book.incident(proposal, stepper.model, cry, finding, "committed: the step is real")
             self._accept(proposal, self._watch.accept(seen))
             return True
         self._diverging += 1
         self._refused.add(proposal.step)
-        number = self._write(proposal, stepper, cry, finding, "the step is left out")
+        number = self.book.incident(proposal, stepper.model, cry, finding, "the step is left out")
         if self._diverging >= DIVERGED_AFTER:
             raise GuardStopped(
                 f"{self._diverging} steps in a row up to {proposal.step} have no finite loss or gradient, and the chip is not to blame "
@@ -399,8 +392,10 @@ class Guard:
     ) -> None:
         finding.attribution = "unknown"
         finding.evidence += f"; {self._unchecked_since_certified} unchecked steps made these weights and may have spoilt them"
-        action = "back to the last certified snapshot; every step since is computed again and checked"
-        number = self._write(proposal, stepper, cry, finding, action)
+        action = (
+            "back to the last certified snapshot; every step since is computed again and checked"
+        )
+        number = self.book.incident(proposal, stepper.model, cry, finding, action)
         raise RollbackNeeded(
             f"Step {proposal.step} on pool {self.pool}: {finding.evidence}. {action.capitalize()}.",
             incident_id=number,
@@ -409,7 +404,9 @@ class Guard:
     def _condemn(
         self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding
     ) -> None:
-        number = self._write(proposal, stepper, cry, finding, "pool condemned for training")
+        number = self.book.incident(
+            proposal, stepper.model, cry, finding, "pool condemned for training"
+        )
         raise ChipCondemned(
             f"Step {proposal.step} on pool {self.pool}: {finding.attribution}; {finding.evidence}.",
             incident_id=number,
@@ -425,115 +422,3 @@ class Guard:
     def _same_kernels(self) -> bool:
         """Chip and referee run the same code, so that right results are equal bit for bit (a simulated chip on its base)."""
         return self.accelerator.device == self.referee.device
-
-    # ---- records
-
-    def _suspect(
-        self, step: int, sentinel: str, measured: float, detail: str, bound: float = 1.0
-    ) -> Cry:
-        cry = Cry(sentinel, measured if math.isfinite(measured) else None, bound, detail)
-        self._alarm(step, cry)
-        return cry
-
-    def _alarm(self, step: int, cry: Cry) -> None:
-        self.ledger.append(
-            Alarm(
-                step=step,
-                sentinel=cry.sentinel,
-                measured=cry.measured,
-                bound=cry.bound,
-                detail=cry.detail,
-            )
-        )
-
-    def _write(
-        self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding, action: str
-    ) -> str:
-        """Incident folder first, ledger second: a record never points at nothing."""
-        number = incident.new_id(self.folder.incidents, proposal.step)
-        told = {
-            "incident_id": number,
-            "step": proposal.step,
-            "phase": proposal.phase,
-            "attempt": proposal.attempt,
-            "pool": self.pool,
-            "accelerator": self.accelerator.name,
-            "referee": self.referee.name,
-            "sentinel": cry.sentinel,
-            "cry": cry.detail,
-            "loss": proposal.loss if math.isfinite(proposal.loss) else str(proposal.loss),
-            "attribution": finding.attribution,
-            "evidence": finding.evidence,
-            "action": action,
-            "violations": [str(violation) for violation in finding.violations],
-            "replays": [replay.model_dump() for replay in finding.replays],
-        }
-        incident.write(
-            self.folder.incidents / number,
-            told,
-            model=_state(stepper.model),
-            batch=proposal.batch.tensors,
-            gradients=finding.gradients,
-            product=finding.product,
-        )
-        self.ledger.append(
-            Incident(
-                incident_id=number,
-                step=proposal.step,
-                sentinel=cry.sentinel,
-                attribution=finding.attribution,
-                action=action,
-                evidence=finding.evidence,
-                replays=tuple(finding.replays),
-                folder=f"incidents/{number}",
-                pool=self.pool,
-            ),
-        )
-        if not finding.attribution.endswith("chip fault") and finding.attribution != "data":
-            return number
-        self.ledger.append(
-            Judgement(step=proposal.step, commit=False, reason=f"{finding.attribution}: {action}")
-        )
-        return number
-
-    # ---- what earlier launches left
-
-    def _strike_steps(self) -> list[int]:
-        """Steps of transient faults of this pool since it was last readmitted. One step is one strike, however often it is
-        repeated (a launch that repeats a step meets the same conditions again), up to a limit that stops going in circles."""
-        steps: list[int] = []
-        for record in self.ledger.read():
-            if isinstance(record, PoolReadmitted) and record.pool == self.pool:
-                steps.clear()
-            if (
-                isinstance(record, Incident)
-                and record.pool == self.pool
-                and record.attribution == "transient chip fault"
-            ):
-                steps.append(record.step)
-        return steps
-
-    def _probation_end(self) -> int | None:
-        """After a transient fault, or an alarm nothing explains, every step is checked until a snapshot of that step or a later
-        one is certified."""
-        end: int | None = None
-        for record in self.ledger.read():
-            if (
-                isinstance(record, Incident)
-                and record.pool == self.pool
-                and record.attribution in ("transient chip fault", "unknown")
-                and not record.sentinel.startswith("watchdog")
-            ):
-                end = max(record.step, end or 0)
-            if (
-                isinstance(record, SnapshotEvent)
-                and record.state == "certified"
-                and end is not None
-                and record.step >= end
-            ):
-                end = None
-        return end
-
-
-def _state(model: nn.Module) -> Mapping[str, Tensor]:
-    return model.state_dict()

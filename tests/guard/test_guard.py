@@ -131,9 +131,9 @@ def test_readmission_forgets_the_strikes(tmp_path: Path, guarded: ModuleType) ->
         evidence="",
     )
     rig.ledger.append(strike)
-    assert rig.guard._strike_steps() == [3]
+    assert rig.guard.book.strike_steps() == [3]
     rig.ledger.append(PoolReadmitted(pool="chip", role="train", reason="board replaced"))
-    assert rig.guard._strike_steps() == []
+    assert rig.guard.book.strike_steps() == []
 
 
 def test_a_wrong_update_is_seen_by_the_next_step_and_rolls_back(

@@ -1,0 +1,139 @@
+"""What the guard writes down, and what it reads of earlier launches: alarms, incidents, strikes, probation.
+
+An incident's folder is written before its record, so a record never points at nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+from torch import nn
+
+from bascule.folder import RunFolder
+from bascule.guard import incident
+from bascule.guard.replay import Finding, StepProposal
+from bascule.guard.sentinels import Cry
+from bascule.ledger import Ledger
+from bascule.records import Alarm, Incident, Judgement, PoolReadmitted, SnapshotEvent
+
+REFUSED = ("data", "transient chip fault", "persistent chip fault", "software")
+"""Attributions after which the step did not commit."""
+
+
+class Casebook:
+    """One pool's entries in the run's ledger. `accelerator` and `referee` are names, for the incident files."""
+
+    def __init__(
+        self, ledger: Ledger, folder: RunFolder, pool: str, *, accelerator: str, referee: str
+    ) -> None:
+        self.ledger = ledger
+        self.folder = folder
+        self.pool = pool
+        self.accelerator = accelerator
+        self.referee = referee
+
+    def alarm(self, step: int, cry: Cry) -> None:
+        self.ledger.append(
+            Alarm(step=step, sentinel=cry.sentinel, measured=cry.measured, bound=cry.bound, detail=cry.detail)
+        )  # fmt: skip
+
+    def suspect(
+        self, step: int, sentinel: str, measured: float, detail: str, bound: float = 1.0
+    ) -> Cry:
+        """Record an alarm that calls for replays, and return it."""
+        cry = Cry(sentinel, measured if math.isfinite(measured) else None, bound, detail)
+        self.alarm(step, cry)
+        return cry
+
+    def audited(self, step: int, reason: str) -> None:
+        self.ledger.append(Judgement(step=step, commit=True, reason=reason))
+
+    def certified(self, step: int, name: str, sha256: str, reason: str) -> None:
+        self.ledger.append(
+            SnapshotEvent(step=step, state="certified", path=f"snapshots/{name}", sha256=sha256, reason=reason)
+        )  # fmt: skip
+
+    def incident(
+        self, proposal: StepProposal, model: nn.Module, cry: Cry, finding: Finding, action: str
+    ) -> str:
+        """Write the incident's folder and records; returns its id. `model` holds the weights before the step."""
+        number = incident.new_id(self.folder.incidents, proposal.step)
+        incident.write(
+            self.folder.incidents / number,
+            self._told(number, proposal, cry, finding, action),
+            model=model.state_dict(),
+            batch=proposal.batch.tensors,
+            gradients=finding.gradients,
+            product=finding.product,
+        )
+        record = Incident(
+            incident_id=number,
+            step=proposal.step,
+            sentinel=cry.sentinel,
+            attribution=finding.attribution,
+            action=action,
+            evidence=finding.evidence,
+            replays=tuple(finding.replays),
+            folder=f"incidents/{number}",
+            pool=self.pool,
+        )
+        self.ledger.append(record)
+        if finding.attribution in REFUSED:
+            reason = f"{finding.attribution}: {action}"
+            self.ledger.append(Judgement(step=proposal.step, commit=False, reason=reason))
+        return number
+
+    def _told(
+        self, number: str, proposal: StepProposal, cry: Cry, finding: Finding, action: str
+    ) -> dict[str, object]:
+        return {
+            "incident_id": number,
+            "step": proposal.step,
+            "phase": proposal.phase,
+            "attempt": proposal.attempt,
+            "pool": self.pool,
+            "accelerator": self.accelerator,
+            "referee": self.referee,
+            "sentinel": cry.sentinel,
+            "cry": cry.detail,
+            "loss": proposal.loss if math.isfinite(proposal.loss) else str(proposal.loss),
+            "attribution": finding.attribution,
+            "evidence": finding.evidence,
+            "action": action,
+            "violations": [str(violation) for violation in finding.violations],
+            "replays": [replay.model_dump() for replay in finding.replays],
+        }
+
+    def strike_steps(self) -> list[int]:
+        """Steps of transient faults of this pool since it was last readmitted, in order; a step may come more than once."""
+        steps: list[int] = []
+        for record in self.ledger.read():
+            if isinstance(record, PoolReadmitted) and record.pool == self.pool:
+                steps.clear()
+            if self._is_mine(record) and record.attribution == "transient chip fault":
+                steps.append(record.step)
+        return steps
+
+    def probation_end(self) -> int | None:
+        """After a transient fault, or an alarm nothing explains, every step is checked until a snapshot of that step or a later
+        one is certified. Returns that step, None when the pool is under no probation."""
+        end: int | None = None
+        for record in self.ledger.read():
+            if self._is_mine(record) and record.attribution in ("transient chip fault", "unknown"):
+                end = max(record.step, end or 0)
+            if (
+                isinstance(record, SnapshotEvent)
+                and record.state == "certified"
+                and record.step >= (end or 0)
+            ):
+                end = None
+        return end
+
+    def _is_mine(self, record: object) -> TypeGuard[Incident]:
+        """An incident that a guard wrote about this pool (the supervisor's own begin with `watchdog`)."""
+        return (
+            isinstance(record, Incident)
+            and record.pool == self.pool
+            and not record.sentinel.startswith("watchdog")
+        )
