@@ -295,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT
-    print(json.dumps(answer.data, indent=1) if arguments.json else answer.text)
+    text = json.dumps(answer.data, indent=1) if arguments.json else answer.text
+    if text:
+        print(text)
     return int(answer.exit_code)
 
 

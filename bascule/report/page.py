@@ -37,6 +37,7 @@ def render(records: Sequence[AnyRecord]) -> str:
     environment.filters["gib"] = lambda value: "–" if value is None else f"{value / 2**30:.3g} GiB"
     environment.filters["duration"] = _duration
     environment.filters["clock"] = _clock
+    environment.filters["after"] = story.after
     environment.filters["sentence"] = story.sentence
     template = environment.from_string(
         files("bascule.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -119,7 +120,7 @@ def _pools(records: Sequence[AnyRecord], start_s: float) -> str:
         "evaluation": ("evaluate", "d"),
     }
     for record in records:
-        if record.kind not in words or not record.pool:
+        if record.kind not in words or not record.pool or not record.attempt:
             continue
         label, css = words[record.kind]
         end_s = record.time_s - start_s
@@ -133,7 +134,8 @@ def _pools(records: Sequence[AnyRecord], start_s: float) -> str:
         Mark(one.time_s - start_s, f"incident {one.incident_id}")
         for one in of_kind(records, Incident)
     ]
-    total_s = (records[-1].time_s - start_s) if records else 0.0
+    ends = [record.time_s for record in records if record.attempt] or [start_s]
+    total_s = max(ends) - start_s
     return timeline("What each pool did, seconds since the run began", bars, marks, total_s=total_s)
 
 

@@ -244,7 +244,7 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             return [
                 (
                     "good",
-                    f"After {record.after.upper()}: pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight} on {record.n} held-out problems.",
+                    f"{after(record.after)}: pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight} on {record.n} held-out problems.",
                 )
             ]
         case Warned():
@@ -260,6 +260,11 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             ]
         case _:
             return []
+
+
+def after(phase: str) -> str:
+    """`After SFT`; an evaluation asked for by itself is `Evaluated again`."""
+    return "Evaluated again" if phase == "evaluate" else f"After {phase.upper()}"
 
 
 def sentence(text: str) -> str:
@@ -286,8 +291,8 @@ def _headline(data: dict[str, Any]) -> str:
             None: "continuation not checked",
         }[data["continuation_verified"]]
         parts.append(f"{data['steps_recomputed']} steps recomputed, {verified}")
-    for after, one in data["eval"].items():
-        parts.append(f"pass@1 after {after.upper()} {one['pass_at_1']:.1%}")
+    for phase, one in data["eval"].items():
+        parts.append(f"{after(phase)}: pass@1 {one['pass_at_1']:.1%}")
     return "; ".join(parts) + "."
 
 
