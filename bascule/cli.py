@@ -71,7 +71,10 @@ def _demo(parser: Parser) -> None:
 
 def _plan(parser: Parser) -> None:
     parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE.toml", help="price this recipe's own pools"
+        "words",
+        nargs="*",
+        metavar="RECIPE.toml | score FILE.csv",
+        help="price this recipe's own pools; or `score FILE.csv`: predict a table of published runs and say how wrong",
     )
     parser.add_argument(
         "--set",
@@ -84,7 +87,7 @@ def _plan(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="a preset or family name (deepseek-v3), a config.json, or a TOML table",
+        help="a family name (deepseek-v3), a preset, a config.json, or a TOML table",
     )
     parser.add_argument(
         "--train", metavar="SPEC", help='what to train on, e.g. "2048 x H800, 14.8T tokens"'
@@ -97,11 +100,21 @@ def _plan(parser: Parser) -> None:
         help='an alternative, e.g. "6144 x Ascend 910C" (repeatable)',
     )
     parser.add_argument(
-        "--serve", metavar="SPEC", help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms"'
+        "--serve",
+        metavar="SPEC",
+        action="append",
+        default=[],
+        help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms" (repeatable)',
     )
     parser.add_argument(
         "--chips", metavar="FILE.toml", help="your own chips, by the catalogue's column names"
     )
+    parser.add_argument(
+        "--kind",
+        choices=["train", "inference"],
+        help="what the scored table holds (default: told from its columns)",
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write a page with charts")
 
 
 def _qualify(parser: Parser) -> None:
@@ -216,9 +229,22 @@ def _drill(parser: Parser) -> None:
 
 
 def _compare_runs(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="A", help="logs of one group: files or folders (MLPerf results, JSONL, CSV, run folders)")
-    parser.add_argument("--against", nargs="+", required=True, metavar="B", help="logs of the other group")
-    parser.add_argument("--margin", type=float, default=0.0025, metavar="SHARE", help="largest difference that still counts as equal (default: 0.0025)")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="A",
+        help="logs of one group: files or folders (MLPerf results, JSONL, CSV, run folders)",
+    )
+    parser.add_argument(
+        "--against", nargs="+", required=True, metavar="B", help="logs of the other group"
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.0025,
+        metavar="SHARE",
+        help="largest difference that still counts as equal (default: 0.0025)",
+    )
 
 
 def _doctor(parser: Parser) -> None:

@@ -7,23 +7,57 @@ from pathlib import Path
 
 from bascule.config import Recipe, load_recipe
 from bascule.errors import UsageError
+from bascule.folder import write_atomic
 from bascule.ledger import Ledger, of_kind
+from bascule.plan import score
+from bascule.plan.answer import answer
 from bascule.plan.options import price_pools
+from bascule.plan.page import render_page
+from bascule.plan.render import cli_text, to_json
 from bascule.records import OptionPriced
 from bascule.stages.answer import Answer, duration, say
 
 
 def main(arguments: Namespace) -> Answer:
-    if arguments.recipe and not (arguments.model or arguments.train or arguments.serve):
-        recipe = load_recipe(Path(arguments.recipe), arguments.overrides)
-        options = price_pools(recipe, {})
-        return Answer(
-            text="\n".join(_line(one) for one in options),
-            data={"pools": [one.model_dump(exclude={"schema_version", "kind"}) for one in options]},
+    words = arguments.words
+    if words and words[0] == "score":
+        if len(words) != 2:
+            raise UsageError(
+                "bascule plan score takes one table: bascule plan score FILE.csv [--kind train|inference]."
+            )
+        result = score.score_file(Path(words[1]), arguments.kind)
+        return Answer(text=score.as_text(result), data=result)
+    if arguments.train or arguments.serve:
+        return _ask(arguments)
+    if len(words) != 1:
+        raise UsageError(
+            "bascule plan needs a recipe, or --model with --train or --serve. Example: bascule plan runs/demo.toml"
         )
-    raise UsageError(
-        "bascule plan needs a recipe, or --model with --train or --serve. Example: bascule plan runs/demo.toml"
+    recipe = load_recipe(Path(words[0]), arguments.overrides)
+    options = price_pools(recipe, {})
+    plain = [one.model_dump(exclude={"schema_version", "kind"}) for one in options]
+    return Answer(text="\n".join(_line(one) for one in options), data={"pools": plain})
+
+
+def _ask(arguments: Namespace) -> Answer:
+    """Chips by the thousand: time, energy, money, failures, and what a preference costs."""
+    found = answer(
+        arguments.model or "deepseek-v3",
+        train=[arguments.train] if arguments.train else [],
+        versus=arguments.versus,
+        serve=arguments.serve,
+        chip_file=Path(arguments.chips) if arguments.chips else None,
     )
+    text = cli_text(found)
+    if arguments.html:
+        page = render_page(found)
+        write_atomic(Path(arguments.html), lambda path: _write_text(path, page))
+        text += f"\n\nPage: {arguments.html}"
+    return Answer(text=text, data=to_json(found))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def plan_run(recipe: Recipe, ledger: Ledger) -> None:
