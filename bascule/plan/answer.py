@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape, model_named
-from bascule.plan.ask import ServeAsk, TrainAsk, parse_serve, parse_train
+from bascule.plan.ask import TrainAsk, parse_serve, parse_train
 from bascule.plan.catalogue import Chip, chips_from_toml
 from bascule.plan.cost import bubble_share
 from bascule.plan.forecast import Forecast, Model, shipped
@@ -40,7 +40,9 @@ class Estimate:
     basis: str
 
     def scaled(self, factor: float, unit: str, basis: str = "") -> Estimate:
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, unit, basis or self.basis)
+        return Estimate(
+            self.value * factor, self.low * factor, self.high * factor, unit, basis or self.basis
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def answer(
             asks[-1] = replace(asks[-1], batch=asks[0].batch)
     services = [parse_serve(text, own) for text in serve]
     if not asks and not services:
-        raise RecipeError("Nothing was asked: give --train '2048 x H800, 14.8T tokens', --serve 'H20, 4k in, 1k out, 50 ms', or both.")
+        raise RecipeError(
+            "Nothing was asked: give --train '2048 x H800, 14.8T tokens', --serve 'H20, 4k in, 1k out, 50 ms', or both."
+        )
     trainings = tuple(train_answer(shape, ask) for ask in asks)
     return Answer(
         model=shape,
@@ -138,10 +142,15 @@ def answer(
     )
 
 
-def _measured_chips(measured: Mapping[str, Mapping[str, float]], own: Mapping[str, Chip]) -> dict[str, Chip]:
+def _measured_chips(
+    measured: Mapping[str, Mapping[str, float]], own: Mapping[str, Chip]
+) -> dict[str, Chip]:
     from bascule.plan.catalogue import find_chip, with_measured
 
-    return {find_chip(name, own).name: with_measured(find_chip(name, own), figures) for name, figures in measured.items()}
+    return {
+        find_chip(name, own).name: with_measured(find_chip(name, own), figures)
+        for name, figures in measured.items()
+    }
 
 
 def default_batch(ask: TrainAsk) -> int:
@@ -151,10 +160,16 @@ def default_batch(ask: TrainAsk) -> int:
 
 def train_answer(shape: Shape, ask: TrainAsk, model: Model | None = None) -> TrainingAnswer:
     used = model or shipped()
-    batch = ask.batch if "batch" in ask.text.lower() else max(default_batch(ask), min(ask.chips, 16384))
+    batch = (
+        ask.batch if "batch" in ask.text.lower() else max(default_batch(ask), min(ask.chips, 16384))
+    )
     job = empty_job(shape, ask.chip, ask.chips, ask.sequence, batch, ask.precision, ask.software)
     if ask.layout is not None:
-        given = replace(job, layout=ask.layout, global_batch=max(1, round(batch / ask.layout.dp)) * ask.layout.dp)
+        given = replace(
+            job,
+            layout=ask.layout,
+            global_batch=max(1, round(batch / ask.layout.dp)) * ask.layout.dp,
+        )
         choice = Choice(given, used.predict(given), memory_of(given), 1, 1, ())
         basis = "given"
     else:
@@ -170,7 +185,12 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
     useful = _around(steps * step.seconds, spread, "s", step.basis)
     failures = goodput(useful.value, ask.chips, ask.chip.vendor, rate=_own_rate(ask))
     stretch = math.log(failures.wall_high_s / failures.wall_low_s) / 2
-    days = _around(failures.wall_s / 86400, math.hypot(spread, stretch), "days", f"{step.basis}; failures: {failures.source}")
+    days = _around(
+        failures.wall_s / 86400,
+        math.hypot(spread, stretch),
+        "days",
+        f"{step.basis}; failures: {failures.source}",
+    )
     hours = days.scaled(24 * ask.chips, "chip-hours")
     watts, watts_basis = power_w(ask.chip)
     pue = ask.pue or ASSUMED_PUE
@@ -179,14 +199,18 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
     money = None
     if ask.price_usd_h is not None:
         note = "given" if ask.price_usd_h != ask.chip.price_usd_h else ask.chip.price_note
-        money = hours.scaled(ask.price_usd_h, "USD", f"{ask.price_usd_h:.2f} USD per chip-hour ({note})")
+        money = hours.scaled(
+            ask.price_usd_h, "USD", f"{ask.price_usd_h:.2f} USD per chip-hour ({note})"
+        )
     return TrainingAnswer(
         ask=ask,
         job=job,
         layout_basis=basis,
         memory=choice.memory,
         step=step,
-        tokens_per_s_chip=_around(step.tokens_per_second(job), spread, "tokens/s per chip", step.basis),
+        tokens_per_s_chip=_around(
+            step.tokens_per_second(job), spread, "tokens/s per chip", step.basis
+        ),
         useful=useful,
         failures=failures,
         days=days,
@@ -201,7 +225,9 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
 def _own_rate(ask: TrainAsk) -> FailureRate:
     if ask.failures is None:
         return rate_of(ask.chip.vendor)
-    return FailureRate(ask.failures, ask.failures / 1.5, ask.failures * 1.5, "given, per 1000 node-days")
+    return FailureRate(
+        ask.failures, ask.failures / 1.5, ask.failures * 1.5, "given, per 1000 node-days"
+    )
 
 
 def _around(value: float, spread: float, unit: str, basis: str) -> Estimate:
@@ -213,14 +239,19 @@ def power_w(chip: Chip) -> tuple[float, str]:
     if chip.power_all_in_w:
         return chip.power_all_in_w, "derived from published rack or service figures"
     if chip.tdp_w:
-        return chip.tdp_w * ASSUMED_ALL_IN, f"assumed {ASSUMED_ALL_IN} x the TDP of {chip.tdp_w:.0f} W"
+        return (
+            chip.tdp_w * ASSUMED_ALL_IN,
+            f"assumed {ASSUMED_ALL_IN} x the TDP of {chip.tdp_w:.0f} W",
+        )
     return ASSUMED_POWER_W, "assumed; no power is published for this chip"
 
 
 def _chip_notes(chip: Chip) -> tuple[str, ...]:
     notes = [f"{chip.name}: {chip.note}"] if chip.note else []
     if chip.scaleup_gbs is None:
-        notes.append(f"{chip.name}: no link bandwidth is published; 150 GB/s inside a node and 200 Gb/s between nodes are assumed")
+        notes.append(
+            f"{chip.name}: no link bandwidth is published; 150 GB/s inside a node and 200 Gb/s between nodes are assumed"
+        )
     return tuple(notes)
 
 
@@ -229,7 +260,12 @@ def _played(job: Job, step: Forecast) -> Played | None:
     lay = job.layout
     if lay.pp == 1:
         return None
-    inside = sum(value for name, value in step.parts.items() if name not in ("pipeline bubble", "data parallel", "optimizer", "stragglers", "uneven stages"))
+    inside = sum(
+        value
+        for name, value in step.parts.items()
+        if name
+        not in ("pipeline bubble", "data parallel", "optimizer", "stragglers", "uneven stages")
+    )
     one = inside / job.micro_batches / lay.vpp
     head = step.parts.get("uneven stages", 0.0) / job.micro_batches
     stages = [Stage(one / 3, one / 3, one / 3) for _ in range(lay.pp * lay.vpp)]
@@ -246,10 +282,17 @@ def expected_bubble(job: Job) -> float:
 def preference(first: TrainingAnswer, second: TrainingAnswer) -> Preference:
     """The price of preferring `second`: break-even first, then what turns the answer."""
     if first.ask.tokens != second.ask.tokens:
-        raise RecipeError("The two options train on different numbers of tokens; leave the tokens out of --versus to compare like with like.")
+        raise RecipeError(
+            "The two options train on different numbers of tokens; leave the tokens out of --versus to compare like with like."
+        )
     ratio = first.chip_hours.value / second.chip_hours.value
-    spread = math.hypot(math.log(first.chip_hours.high / first.chip_hours.low) / 2, math.log(second.chip_hours.high / second.chip_hours.low) / 2)
-    even = _around(ratio, spread, "x the price of one chip-hour", "chip-hours of both, failures included")
+    spread = math.hypot(
+        math.log(first.chip_hours.high / first.chip_hours.low) / 2,
+        math.log(second.chip_hours.high / second.chip_hours.low) / 2,
+    )
+    even = _around(
+        ratio, spread, "x the price of one chip-hour", "chip-hours of both, failures included"
+    )
     price = first.ask.price_usd_h
     priced = first.money is not None and second.money is not None
     return Preference(
@@ -260,7 +303,9 @@ def preference(first: TrainingAnswer, second: TrainingAnswer) -> Preference:
         time_ratio=second.days.value / first.days.value,
         chip_hours_ratio=1 / ratio,
         energy_ratio=second.energy.value / first.energy.value,
-        money_ratio=second.money.value / first.money.value if priced and first.money and second.money else None,
+        money_ratio=second.money.value / first.money.value
+        if priced and first.money and second.money
+        else None,
         swings=_swings(first, second),
     )
 
@@ -269,13 +314,28 @@ def _swings(first: TrainingAnswer, second: TrainingAnswer) -> tuple[Swing, ...]:
     """Cost of the second over the first with one assumption at each end; equal prices where one is unknown."""
     known = first.ask.price_usd_h and second.ask.price_usd_h
     base = second.chip_hours.value / first.chip_hours.value
-    base *= second.ask.price_usd_h / first.ask.price_usd_h if known and first.ask.price_usd_h and second.ask.price_usd_h else 1.0
-    step = {one.name: (one.step.low / one.step.seconds, one.step.high / one.step.seconds) for one in (first, second)}
-    fail = {one.name: (one.failures.wall_low_s / one.failures.wall_s, one.failures.wall_high_s / one.failures.wall_s) for one in (first, second)}
+    base *= (
+        second.ask.price_usd_h / first.ask.price_usd_h
+        if known and first.ask.price_usd_h and second.ask.price_usd_h
+        else 1.0
+    )
+    step = {
+        one.name: (one.step.low / one.step.seconds, one.step.high / one.step.seconds)
+        for one in (first, second)
+    }
+    fail = {
+        one.name: (
+            one.failures.wall_low_s / one.failures.wall_s,
+            one.failures.wall_high_s / one.failures.wall_s,
+        )
+        for one in (first, second)
+    }
     swings = [
         Swing(f"speed of {second.name}", base * step[second.name][0], base * step[second.name][1]),
         Swing(f"speed of {first.name}", base / step[first.name][1], base / step[first.name][0]),
-        Swing(f"failures of {second.name}", base * fail[second.name][0], base * fail[second.name][1]),
+        Swing(
+            f"failures of {second.name}", base * fail[second.name][0], base * fail[second.name][1]
+        ),
         Swing(f"failures of {first.name}", base / fail[first.name][1], base / fail[first.name][0]),
         Swing(f"price of {second.ask.chip.name} -30 % to +30 %", base * 0.7, base * 1.3),
         Swing(f"price of {first.ask.chip.name} -30 % to +30 %", base / 1.3, base / 0.7),

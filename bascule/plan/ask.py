@@ -15,7 +15,14 @@ from bascule.plan.job import Layout, precision_class
 
 MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "fp4", "nvfp4", "int8")
-SOFTWARE = {"NVIDIA": "megatron-bridge", "Huawei": "mindspeed", "Google": "maxtext", "AMD": "primus", "Intel": "habana", "AWS": "neuronx"}
+SOFTWARE = {
+    "NVIDIA": "megatron-bridge",
+    "Huawei": "mindspeed",
+    "Google": "maxtext",
+    "AMD": "primus",
+    "Intel": "habana",
+    "AWS": "neuronx",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,9 @@ def length(text: str) -> int | None:
     return round(value) if value is not None else None
 
 
-def parse_train(text: str, extra: Mapping[str, Chip] | None = None, *, tokens: float | None = None) -> TrainAsk:
+def parse_train(
+    text: str, extra: Mapping[str, Chip] | None = None, *, tokens: float | None = None
+) -> TrainAsk:
     """`CHIPS x CHIP, TOKENS tokens[, fp8][, seq 4k][, batch 15360][, 2 USD/h][, PUE 1.2][, 6.5 failures][, TP4 PP8 ...]`.
 
     `tokens` is the default when the text names none (the option it is compared with has said it).
@@ -76,7 +85,9 @@ def parse_train(text: str, extra: Mapping[str, Chip] | None = None, *, tokens: f
     head, rest = _rejoin_thousands(head, rest)
     found = re.fullmatch(r"([\d,.]+\s*[km]?)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
     if not found:
-        raise RecipeError(f"'{text}' does not start with a number of chips and a chip; write for instance '2048 x H800, 14.8T tokens'.")
+        raise RecipeError(
+            f"'{text}' does not start with a number of chips and a chip; write for instance '2048 x H800, 14.8T tokens'."
+        )
     chip = find_chip(found.group(2).strip(), extra)
     count = quantity(found.group(1))
     if not count or count < 1 or count != int(count):
@@ -85,7 +96,9 @@ def parse_train(text: str, extra: Mapping[str, Chip] | None = None, *, tokens: f
     for part in rest:
         ask = _train_part(ask, part)
     if ask.tokens <= 0:
-        raise RecipeError(f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'.")
+        raise RecipeError(
+            f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'."
+        )
     return ask
 
 
@@ -116,22 +129,57 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
         return replace(ask, layout=parse_layout(word, ask.chips))
     if word.startswith("software "):
         return replace(ask, software=part[9:].strip())
-    raise _not_understood(part, ["14.8T tokens", "seq 4k", "batch 15360", *PRECISIONS, "2 USD/h", "pue 1.2", "6.5 failures (per 1000 node-days)", "TP4 PP8 EP32", "software NAME"])
+    raise _not_understood(
+        part,
+        [
+            "14.8T tokens",
+            "seq 4k",
+            "batch 15360",
+            *PRECISIONS,
+            "2 USD/h",
+            "pue 1.2",
+            "6.5 failures (per 1000 node-days)",
+            "TP4 PP8 EP32",
+            "software NAME",
+        ],
+    )
 
 
 def parse_layout(text: str, chips: int) -> Layout:
     """`TP4 PP8 EP32 CP1 VPP2 MB1 ZERO1` as a layout; data parallel is what is left. Refuses one that does not divide the chips."""
-    sizes = {name: int(value) for name, value in re.findall(r"(tp|pp|cp|ep|vpp|mb|zero)-?(\d+)", text.lower())}
+    sizes = {
+        name: int(value)
+        for name, value in re.findall(r"(tp|pp|cp|ep|vpp|mb|zero)-?(\d+)", text.lower())
+    }
     tp, pp, cp = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
-    if min(sizes.values(), default=1) < 1 and sizes.get("zero", 1) >= 0 and any(v < 1 for k, v in sizes.items() if k != "zero"):
+    if (
+        min(sizes.values(), default=1) < 1
+        and sizes.get("zero", 1) >= 0
+        and any(v < 1 for k, v in sizes.items() if k != "zero")
+    ):
         raise RecipeError(f"'{text}': every degree must be 1 or more.")
     if chips % (tp * pp * cp):
-        raise RecipeError(f"'{text}' needs a multiple of TP x PP x CP = {tp * pp * cp} chips; {chips} were given.")
+        raise RecipeError(
+            f"'{text}' needs a multiple of TP x PP x CP = {tp * pp * cp} chips; {chips} were given."
+        )
     dp = chips // (tp * pp * cp)
     vpp, ep = sizes.get("vpp", 1), sizes.get("ep", 1)
     if (dp * cp * tp) % ep:
-        raise RecipeError(f"'{text}': EP{ep} must divide the {dp * cp * tp} chips of one pipeline stage.")
-    return Layout(tp=tp, pp=pp, cp=cp, ep=ep, dp=dp, vpp=vpp, micro_batch=sizes.get("mb", 1), zero=sizes.get("zero", 1), tp_overlap=True, schedule="interleaved" if vpp > 1 else "1f1b")
+        raise RecipeError(
+            f"'{text}': EP{ep} must divide the {dp * cp * tp} chips of one pipeline stage."
+        )
+    return Layout(
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ep=ep,
+        dp=dp,
+        vpp=vpp,
+        micro_batch=sizes.get("mb", 1),
+        zero=sizes.get("zero", 1),
+        tp_overlap=True,
+        schedule="interleaved" if vpp > 1 else "1f1b",
+    )
 
 
 def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
@@ -140,7 +188,13 @@ def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
     found = re.fullmatch(r"(\d+)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
     chip = find_chip(found.group(2) if found else head, extra)
     precision = "fp8" if chip.fp8_tflops else "int8" if chip.int8_tops else "bf16"
-    ask = ServeAsk(text=text, chip=chip, chips=int(found.group(1)) if found else None, price_usd_h=chip.price_usd_h, precision=precision)
+    ask = ServeAsk(
+        text=text,
+        chip=chip,
+        chips=int(found.group(1)) if found else None,
+        price_usd_h=chip.price_usd_h,
+        precision=precision,
+    )
     for part in rest:
         ask = _serve_part(ask, part)
     return ask
@@ -156,7 +210,11 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
         seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)
         if seconds <= 0:
             raise RecipeError(f"'{part}': a latency limit must be above 0.")
-        return replace(ask, ttft_s=seconds) if "ttft" in (found.group(1), found.group(4)) else replace(ask, tpot_s=seconds)
+        return (
+            replace(ask, ttft_s=seconds)
+            if "ttft" in (found.group(1), found.group(4))
+            else replace(ask, tpot_s=seconds)
+        )
     if found := re.fullmatch(r"(\d+)\s*chips?", word):
         return replace(ask, chips=int(found.group(1)))
     if word in PRECISIONS:
@@ -166,29 +224,44 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
     if found := re.fullmatch(r"pue\s*([\d.]+)", word):
         return replace(ask, pue=_pue(found.group(1)))
     if re.fullmatch(r"[\d.]+", word):
-        raise RecipeError(f"'{part}' has no unit; write '{part} ms', '{part} in', '{part} out' or '{part} chips'.")
-    raise _not_understood(part, ["4k in", "1k out", "50 ms", "ttft 2 s", "16 chips", *PRECISIONS, "2 USD/h", "pue 1.2"])
+        raise RecipeError(
+            f"'{part}' has no unit; write '{part} ms', '{part} in', '{part} out' or '{part} chips'."
+        )
+    raise _not_understood(
+        part,
+        ["4k in", "1k out", "50 ms", "ttft 2 s", "16 chips", *PRECISIONS, "2 USD/h", "pue 1.2"],
+    )
 
 
 def _price(part: str) -> float | None:
-    found = re.fullmatch(r"(-?[\d.]+)\s*(usd|\$|rmb|cny)?\s*(?:/|per)\s*(?:chip-?)?h(?:our)?", part.lower())
+    found = re.fullmatch(
+        r"(-?[\d.]+)\s*(usd|\$|rmb|cny)?\s*(?:/|per)\s*(?:chip-?)?h(?:our)?", part.lower()
+    )
     if not found:
         return None
     if found.group(2) is None:
         raise RecipeError(f"'{part}' has no currency; write for instance '{found.group(1)} USD/h'.")
     if found.group(2) in ("rmb", "cny"):
-        raise RecipeError(f"'{part}': give the price in USD/h (the planner holds no exchange rate).")
+        raise RecipeError(
+            f"'{part}': give the price in USD/h (the planner holds no exchange rate)."
+        )
     if float(found.group(1)) < 0:
-        raise RecipeError(f"'{part}': a price cannot be negative; 0 or more USD per chip and hour is allowed.")
+        raise RecipeError(
+            f"'{part}': a price cannot be negative; 0 or more USD per chip and hour is allowed."
+        )
     return float(found.group(1))
 
 
 def _pue(text: str) -> float:
     value = float(text)
     if not 1.0 <= value <= 3.0:
-        raise RecipeError(f"PUE {value} is out of range; 1.0 to 3.0 is allowed (facility power over machine power).")
+        raise RecipeError(
+            f"PUE {value} is out of range; 1.0 to 3.0 is allowed (facility power over machine power)."
+        )
     return value
 
 
 def _not_understood(part: str, allowed: list[str]) -> RecipeError:
-    return RecipeError(f"'{part}' is not understood; allowed: {'; '.join(allowed)}.{nearest(part.lower(), allowed)}")
+    return RecipeError(
+        f"'{part}' is not understood; allowed: {'; '.join(allowed)}.{nearest(part.lower(), allowed)}"
+    )

@@ -26,11 +26,15 @@ class Constants:
     gemm: float = math.log(0.72)  # share of the peak that large matrix products reach (bf16)
     gemm_8bit: float = math.log(0.80)  # further share at 8 bit, casts included
     gemm_4bit: float = math.log(0.65)  # further share at 4 bit
-    width_half: float = math.log(250.0)  # local matrix width at which half of that is lost, at 300 TFLOPS
+    width_half: float = math.log(
+        250.0
+    )  # local matrix width at which half of that is lost, at 300 TFLOPS
     rows_half: float = math.log(120.0)  # rows per expert likewise
     attention: float = math.log(0.50)  # share of the bf16 peak in flash attention
     attention_half: float = math.log(1000.0)  # sequence at which half of that is lost
-    elementwise: float = math.log(30.0)  # bytes touched per token, layer and hidden element, forward and backward
+    elementwise: float = math.log(
+        30.0
+    )  # bytes touched per token, layer and hidden element, forward and backward
     permute: float = math.log(12.0)  # the same per routed copy of a token
     launch: float = math.log(60e-6)  # seconds a layer and micro-batch that no kernel hides
     launch_moe: float = math.log(200e-6)  # the same for a mixture-of-experts layer
@@ -40,7 +44,9 @@ class Constants:
     cp_exposed: float = math.log(0.30)
     dp_exposed: float = math.log(0.35)
     fsdp_exposed: float = math.log(0.30)
-    head_stage: float = math.log(0.4)  # share of the last stage's language-model head that other stages wait for
+    head_stage: float = math.log(
+        0.4
+    )  # share of the last stage's language-model head that other stages wait for
     optimizer: float = math.log(1.5)  # passes over the optimizer's bytes
     scale: float = math.log(0.008)  # stragglers and jitter per doubling of chips beyond eight
 
@@ -61,7 +67,9 @@ def step_components(job: Job, c: Constants) -> dict[str, float]:
     busy = _compute(job, c) | _inside_pipeline(job, c)
     total = sum(busy.values())
     result = dict(busy)
-    result["pipeline bubble"] = total * bubble_share(lay.pp, job.micro_batches, lay.vpp, lay.schedule)
+    result["pipeline bubble"] = total * bubble_share(
+        lay.pp, job.micro_batches, lay.vpp, lay.schedule
+    )
     result["data parallel"] = _data_parallel(job, c, total)
     result["optimizer"] = _optimizer(job, c)
     doublings = max(0.0, math.log2(job.chips / 8))
@@ -82,8 +90,12 @@ def gemm_peak(chip: Chip, precision: str) -> float:
     peak = chip.peak_tflops(precision)
     if peak is None:
         if chip.fp8_tflops is None:
-            raise RecipeError(f"No dense peak at {precision} is published for {chip.name}; give it in a chip file or measure it with qualify.")
-        peak = chip.fp8_tflops / 2  # matrix units of this generation halve their rate at twice the width
+            raise RecipeError(
+                f"No dense peak at {precision} is published for {chip.name}; give it in a chip file or measure it with qualify."
+            )
+        peak = (
+            chip.fp8_tflops / 2
+        )  # matrix units of this generation halve their rate at twice the width
     return peak * 1e12
 
 
@@ -120,18 +132,30 @@ def _compute(job: Job, c: Constants) -> dict[str, float]:
         result["uneven stages"] = math.exp(c.head_stage) * head * (lay.pp - 1)
     if s.moe:
         rows = job.micro_tokens * lay.ep * s.topk / s.experts
-        fine = _narrow(rows, math.exp(c.rows_half) * math.sqrt(faster)) * _narrow(min(s.hidden, s.moe_ffn), half)
+        fine = _narrow(rows, math.exp(c.rows_half) * math.sqrt(faster)) * _narrow(
+            min(s.hidden, s.moe_ffn), half
+        )
         result["experts"] = tokens * (6 + 2 * again) * _routed(s) / rate / fine
     passes = 3.5 + (1.0 if lay.recompute in ("full", "selective") else 0.0)
     span = s.attention_flops(job.sequence)
-    narrow_heads = _narrow(128 if s.latent else s.head_dim, 96) / _narrow(128, 96) * _narrow(job.sequence, math.exp(c.attention_half))
-    result["attention"] = tokens * passes * span / (gemm_peak(chip, "bf16") * math.exp(c.attention) * narrow_heads)
+    narrow_heads = (
+        _narrow(128 if s.latent else s.head_dim, 96)
+        / _narrow(128, 96)
+        * _narrow(job.sequence, math.exp(c.attention_half))
+    )
+    result["attention"] = (
+        tokens * passes * span / (gemm_peak(chip, "bf16") * math.exp(c.attention) * narrow_heads)
+    )
     traffic = tokens * s.layers * s.hidden * math.exp(c.elementwise) * (1 + again / 3)
     copies = tokens * s.moe_layers * s.hidden * s.topk * math.exp(c.permute)
     result["elementwise"] = (traffic + copies) / memory_bytes_s(chip)
     layers = s.layers / lay.pp * job.micro_batches
     moe_share = s.moe_layers / s.layers
-    result["launch"] = layers * (math.exp(c.launch) * (1 - moe_share) + math.exp(c.launch_moe) * moe_share) * (1 + again / 3)
+    result["launch"] = (
+        layers
+        * (math.exp(c.launch) * (1 - moe_share) + math.exp(c.launch_moe) * moe_share)
+        * (1 + again / 3)
+    )
     return result
 
 
@@ -167,7 +191,9 @@ def all_to_all_bytes_s(chip: Chip, group: int) -> float:
 def _inside_pipeline(job: Job, c: Constants) -> dict[str, float]:
     """Traffic that every micro-batch waits for: tensor, expert and context parallelism."""
     s, lay, chip = job.shape, job.layout, job.chip
-    tokens = job.tokens_per_step / lay.dp / lay.cp / lay.pp  # tokens that pass through one chip's layers a step
+    tokens = (
+        job.tokens_per_step / lay.dp / lay.cp / lay.pp
+    )  # tokens that pass through one chip's layers a step
     result: dict[str, float] = {}
     if lay.tp > 1:
         share = math.exp(c.tp_exposed) * (math.exp(c.tp_overlap) if lay.tp_overlap else 1.0)
@@ -177,11 +203,19 @@ def _inside_pipeline(job: Job, c: Constants) -> dict[str, float]:
     if s.moe and lay.ep > 1:
         per_token = s.hidden * min(s.topk, lay.ep) * ((1 if job.precision != "bf16" else 2) + 2)
         volume = 2 * (lay.ep - 1) / lay.ep * tokens / lay.tp * per_token * s.moe_layers
-        result["all-to-all"] = math.exp(c.ep_exposed) * volume / all_to_all_bytes_s(chip, lay.ep * lay.tp)
+        result["all-to-all"] = (
+            math.exp(c.ep_exposed) * volume / all_to_all_bytes_s(chip, lay.ep * lay.tp)
+        )
     if lay.cp > 1:
-        width = 2 * s.kv_heads * s.head_dim if s.latent is None else s.heads * (s.latent.nope + s.latent.rope + s.latent.v)
+        width = (
+            2 * s.kv_heads * s.head_dim
+            if s.latent is None
+            else s.heads * (s.latent.nope + s.latent.rope + s.latent.v)
+        )
         volume = 3 * (lay.cp - 1) * tokens / lay.tp * width * 2 * s.layers
-        result["context parallel"] = math.exp(c.cp_exposed) * volume / link_bytes_s(chip, lay.cp * lay.tp)
+        result["context parallel"] = (
+            math.exp(c.cp_exposed) * volume / link_bytes_s(chip, lay.cp * lay.tp)
+        )
     return result
 
 
@@ -198,7 +232,9 @@ def _data_parallel(job: Job, c: Constants, busy: float) -> float:
     if lay.zero >= 3:
         volume = 6 * (dense + experts) * part * (job.micro_batches if lay.pp == 1 else 1)
         wire = volume / speed
-        return math.exp(c.fsdp_exposed) * wire + max(0.0, (busy**4 + wire**4) ** 0.25 - busy)
+        return math.exp(c.fsdp_exposed) * wire + max(
+            0.0, math.sqrt(math.hypot(busy**2, wire**2)) - busy
+        )
     return math.exp(c.dp_exposed) * 6 * (dense + experts) * part / speed
 
 
@@ -207,7 +243,11 @@ def _optimizer(job: Job, c: Constants) -> float:
     s, lay = job.shape, job.layout
     split = lay.dp * lay.cp if lay.zero else 1
     dense = (s.parameters - s.expert_parameters) / lay.tp / lay.pp / split
-    experts = s.expert_parameters / lay.pp / max(lay.ep * lay.tp, job.chips / lay.pp if lay.zero else lay.ep)
+    experts = (
+        s.expert_parameters
+        / lay.pp
+        / max(lay.ep * lay.tp, job.chips / lay.pp if lay.zero else lay.ep)
+    )
     return math.exp(c.optimizer) * 26 * (dense + experts) / memory_bytes_s(job.chip)
 
 

@@ -91,7 +91,15 @@ def point(job: Job, c: Constants, *, family: str = "", name: str = "", noise: fl
         "kind": "moe" if s.moe else "dense",
         "model": s.name,
     }
-    return Point(words=words, numbers=numbers, gradient=gradient(job, c), family=family, name=name, noise=noise, year=(job.software_date or DRIFT_ORIGIN) - DRIFT_ORIGIN)
+    return Point(
+        words=words,
+        numbers=numbers,
+        gradient=gradient(job, c),
+        family=family,
+        name=name,
+        noise=noise,
+        year=(job.software_date or DRIFT_ORIGIN) - DRIFT_ORIGIN,
+    )
 
 
 def prior_vector() -> np.ndarray:

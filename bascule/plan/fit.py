@@ -22,15 +22,45 @@ import numpy as np
 
 from bascule.plan.cost import NAMES, Constants, step_seconds
 from bascule.plan.features import NUMBERS, TERMS, constants_vector, gradient, point, prior_vector
-from bascule.plan.fit_serving import build_serving, fit_constants, serving_plain, serving_points, usable_serving
+from bascule.plan.fit_serving import (
+    build_serving,
+    fit_constants,
+    serving_plain,
+    serving_points,
+    usable_serving,
+)
 from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Array, Point, Process
 from bascule.plan.table import Row, job_of, number, read_rows
 
 # Where the ascent starts: guesses of how much runs of one vendor, chip, stack... miss alike, and over what distance.
-START_SIZES = np.array([0.05, 0.09, 0.04, 0.04, 0.09, 0.15, 0.04, 0.05, 0.08, 0.06, 0.05, 0.03, 0.02, 0.2, 0.2, 0.35, 0.4, 0.15, 0.08])
-START_LENGTHS = np.array([1.8, 3.0, 2.5, 3.0, 4.0, 1.0, 4.0, 6.0, 1.5, 0.7, 0.4, 0.8, 0.6, 1.0, 0.7, 4.0, 2.0])
+START_SIZES = np.array(
+    [
+        0.05,
+        0.09,
+        0.04,
+        0.04,
+        0.09,
+        0.15,
+        0.04,
+        0.05,
+        0.08,
+        0.06,
+        0.05,
+        0.03,
+        0.02,
+        0.2,
+        0.2,
+        0.35,
+        0.4,
+        0.15,
+        0.08,
+    ]
+)
+START_LENGTHS = np.array(
+    [1.8, 3.0, 2.5, 3.0, 4.0, 1.0, 4.0, 6.0, 1.5, 0.7, 0.4, 0.8, 0.6, 1.0, 0.7, 4.0, 2.0]
+)
 START_NOISE = {"dense": 0.03, "moe": 0.12}
 
 DATA = Path(__file__).parent / "data"
@@ -56,7 +86,9 @@ def measured_tokens(row: Row) -> float | None:
     return batch * sequence / seconds / chips if batch and sequence and seconds and chips else None
 
 
-def fit_physics(jobs: Sequence[Job], log_seconds: Array, *, rounds: int = 12, noise: float = 0.25) -> Constants:
+def fit_physics(
+    jobs: Sequence[Job], log_seconds: Array, *, rounds: int = 12, noise: float = 0.25
+) -> Constants:
     """Maximum a posteriori constants; errors are taken robustly (weights fall off beyond `noise`)."""
     start, sd = constants_vector(PRIOR), prior_vector()
     theta, precision = start.copy(), np.diag(1 / sd**2)
@@ -71,21 +103,34 @@ def fit_physics(jobs: Sequence[Job], log_seconds: Array, *, rounds: int = 12, no
     return Constants(*theta.tolist())
 
 
-def build(rows: Sequence[Row], c: Constants, sizes: Array, lengths: Array, noise: dict[str, float]) -> Process:
+def build(
+    rows: Sequence[Row], c: Constants, sizes: Array, lengths: Array, noise: dict[str, float]
+) -> Process:
     """The regression over these rows. Targets are relative to the physics at the constants' prior, linearised at `c`."""
     jobs = [job_of(row) for row in rows]
     points = tuple(
-        point(job, c, family=row["family"], name=row["id"], noise=1.5 if row["tier"] == "A-" else 1.0) for job, row in zip(jobs, rows, strict=True)
+        point(
+            job, c, family=row["family"], name=row["id"], noise=1.5 if row["tier"] == "A-" else 1.0
+        )
+        for job, row in zip(jobs, rows, strict=True)
     )
-    return Process(points, targets(rows, jobs, points, c), TERMS, sizes, lengths, prior_vector(), noise)
+    return Process(
+        points, targets(rows, jobs, points, c), TERMS, sizes, lengths, prior_vector(), noise
+    )
 
 
-def targets(rows: Sequence[Row], jobs: Sequence[Job], points: Sequence[Point], c: Constants) -> Array:
+def targets(
+    rows: Sequence[Row], jobs: Sequence[Job], points: Sequence[Point], c: Constants
+) -> Array:
     back = constants_vector(PRIOR) - constants_vector(c)
     result = []
     for row, job, one in zip(rows, jobs, points, strict=True):
         seconds = job.tokens_per_step / (measured_tokens(row) or 1) / job.chips
-        result.append(math.log(seconds) - math.log(step_seconds(job, c)) - float(np.array(one.gradient) @ back))
+        result.append(
+            math.log(seconds)
+            - math.log(step_seconds(job, c))
+            - float(np.array(one.gradient) @ back)
+        )
     return np.array(result)
 
 
@@ -95,7 +140,9 @@ def density(process: Process) -> float:
     total = 0.0
     for weight, groups in ((0.6, None), (0.4, [p.name for p in process.points])):
         mean, sd = process.left_out(groups)
-        total += weight * float(np.mean(-np.log(sd) - 2.5 * np.log1p(((process.targets - mean) / sd) ** 2 / 4)))
+        total += weight * float(
+            np.mean(-np.log(sd) - 2.5 * np.log1p(((process.targets - mean) / sd) ** 2 / 4))
+        )
     return total
 
 
@@ -103,18 +150,30 @@ def fit_sizes(process: Process, *, rounds: int = 60, pull: float = 0.002) -> Pro
     """Ascend the density over sizes, lengths and noise (in logarithms), pulled weakly to where they start. Deterministic."""
     parts, n = process.parts, len(process.sizes)
     kinds = sorted(process.noise)
-    start = np.log(np.concatenate([process.sizes, process.lengths, [process.noise[kind] for kind in kinds]]))
+    start = np.log(
+        np.concatenate([process.sizes, process.lengths, [process.noise[kind] for kind in kinds]])
+    )
 
     def at(theta: Array) -> Process:
         raw = np.exp(theta)
-        found = replace(process, sizes=raw[:n], lengths=raw[n : -len(kinds)], noise=dict(zip(kinds, raw[-len(kinds) :].tolist(), strict=True)))
+        found = replace(
+            process,
+            sizes=raw[:n],
+            lengths=raw[n : -len(kinds)],
+            noise=dict(zip(kinds, raw[-len(kinds) :].tolist(), strict=True)),
+        )
         found.__dict__["parts"] = parts  # the pairwise parts do not depend on the sizes
         return found
 
     def value(theta: Array) -> float:
         return density(at(theta)) - pull * float(((theta - start) ** 2).sum())
 
-    theta, first, second, best = start.copy(), np.zeros_like(start), np.zeros_like(start), (-math.inf, start)
+    theta, first, second, best = (
+        start.copy(),
+        np.zeros_like(start),
+        np.zeros_like(start),
+        (-math.inf, start),
+    )
     for step in range(1, rounds + 1):
         here = value(theta)
         best = max(best, (here, theta.copy()), key=lambda pair: pair[0])
@@ -126,12 +185,20 @@ def fit_sizes(process: Process, *, rounds: int = 60, pull: float = 0.002) -> Pro
     return at(best[1])
 
 
-MEMORY_PRIOR = {"base_gib": (2.0, 0.5), "slack": (1.05, 0.05), "kept": (0.9, 0.2), "kept_selective": (0.4, 0.4), "logits_bytes": (9.0, 0.3)}
+MEMORY_PRIOR = {
+    "base_gib": (2.0, 0.5),
+    "slack": (1.05, 0.05),
+    "kept": (0.9, 0.2),
+    "kept_selective": (0.4, 0.4),
+    "logits_bytes": (9.0, 0.3),
+}
 STACK_SLACK_SD = 0.1
 
 
 def memory_rows(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if number(row, "mem_GiB_chip_pub") and "recall" not in row["verified"]]
+    return [
+        row for row in rows if number(row, "mem_GiB_chip_pub") and "recall" not in row["verified"]
+    ]
 
 
 def fit_memory(rows: Sequence[Row]) -> MemoryConstants:
@@ -139,12 +206,17 @@ def fit_memory(rows: Sequence[Row]) -> MemoryConstants:
     jobs = [job_of(row) for row in rows]
     published = np.log([(number(row, "mem_GiB_chip_pub") or 1) * GIB for row in rows])
     stacks = sorted({job.software for job in jobs})
-    start = np.array([*[math.log(value) for value, _ in MEMORY_PRIOR.values()], *[0.0] * len(stacks)])
+    start = np.array(
+        [*[math.log(value) for value, _ in MEMORY_PRIOR.values()], *[0.0] * len(stacks)]
+    )
     sd = np.array([*[width for _, width in MEMORY_PRIOR.values()], *[STACK_SLACK_SD] * len(stacks)])
 
     def constants(theta: Array) -> MemoryConstants:
         named = dict(zip(MEMORY_PRIOR, np.exp(theta).tolist(), strict=False))
-        return MemoryConstants(**named, slack_by_stack=dict(zip(stacks, np.exp(theta[len(named) :]).tolist(), strict=True)))
+        return MemoryConstants(
+            **named,
+            slack_by_stack=dict(zip(stacks, np.exp(theta[len(named) :]).tolist(), strict=True)),
+        )
 
     def predicted(theta: Array) -> Array:
         c = constants(theta)
@@ -153,11 +225,17 @@ def fit_memory(rows: Sequence[Row]) -> MemoryConstants:
     theta = start.copy()
     for _ in range(10):
         here = predicted(theta)
-        slope = np.stack([(predicted(theta + 1e-3 * unit) - here) / 1e-3 for unit in np.eye(len(theta))], axis=1)
+        slope = np.stack(
+            [(predicted(theta + 1e-3 * unit) - here) / 1e-3 for unit in np.eye(len(theta))], axis=1
+        )
         missed = published - here
         weight = 1 / (0.08**2 * (1 + (missed / 0.08) ** 2 / 4))
         system = slope.T @ (weight[:, None] * slope) + np.diag(1 / sd**2)
-        theta = theta + np.clip(np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2), -0.3, 0.3)
+        theta = theta + np.clip(
+            np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2),
+            -0.3,
+            0.3,
+        )
     left = np.abs(published - predicted(theta))
     return replace(constants(theta), spread=float(np.exp(max(0.08, np.quantile(left, 0.8) * 1.3))))
 
@@ -174,15 +252,26 @@ def interval_width(process: Process) -> float:
 def fit(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything the planner loads, as plain values."""
     jobs = [job_of(row) for row in rows]
-    seconds = np.array([math.log(j.tokens_per_step / (measured_tokens(r) or 1) / j.chips) for j, r in zip(jobs, rows, strict=True)])
+    seconds = np.array(
+        [
+            math.log(j.tokens_per_step / (measured_tokens(r) or 1) / j.chips)
+            for j, r in zip(jobs, rows, strict=True)
+        ]
+    )
     c = fit_physics(jobs, seconds)
     process = fit_sizes(build(rows, c, START_SIZES, START_LENGTHS, START_NOISE))
     memory = fit_memory(memory_rows(rows))
-    return to_plain(c, process) | {"memory": {key: _rounded(value) for key, value in asdict(memory).items()}}
+    return to_plain(c, process) | {
+        "memory": {key: _rounded(value) for key, value in asdict(memory).items()}
+    }
 
 
 def _rounded(value: Any) -> Any:
-    return {key: round(part, 4) for key, part in value.items()} if isinstance(value, dict) else round(value, 4)
+    return (
+        {key: round(part, 4) for key, part in value.items()}
+        if isinstance(value, dict)
+        else round(value, 4)
+    )
 
 
 def fit_serving(rows: Sequence[Row]) -> dict[str, Any]:
@@ -217,10 +306,16 @@ def to_plain(c: Constants, process: Process) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, default=DATA / "runs.csv")
     parser.add_argument("--inference", type=Path, default=DATA / "inference.csv")
-    parser.add_argument("--check", action="store_true", help="fail when the shipped constants differ from a fresh fit")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail when the shipped constants differ from a fresh fit",
+    )
     options = parser.parse_args(arguments)
     fresh = {
         "constants.json": fit([row for row in read_rows(options.runs) if usable(row)]),
@@ -236,7 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(name: str, result: dict[str, Any]) -> int:
     shipped = json.loads((DATA / name).read_text(encoding="utf-8"))
-    worst = max(abs(shipped["constants"][key] - value) for key, value in result["constants"].items())
+    worst = max(
+        abs(shipped["constants"][key] - value) for key, value in result["constants"].items()
+    )
     print(f"{name}: largest difference of a constant (logarithm) {worst:.4f}")
     return 0 if worst < 0.02 else 3
 

@@ -32,7 +32,11 @@ from bascule.plan.serving import (
 from bascule.plan.table import Row, number, whole
 
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024  # where a source prints no lengths
-MLPERF = {"DeepSeek-R1": (800, 3900), "Llama-2-70B": (300, 300), "Llama-3.1-8B": (780, 130)}  # order of its data sets' lengths, assumed
+MLPERF = {
+    "DeepSeek-R1": (800, 3900),
+    "Llama-2-70B": (300, 300),
+    "Llama-3.1-8B": (780, 130),
+}  # order of its data sets' lengths, assumed
 
 
 def target_of(row: Row) -> tuple[str, float] | None:
@@ -49,7 +53,13 @@ def target_of(row: Row) -> tuple[str, float] | None:
 def serving_of(row: Row) -> Serving:
     """A row of inference.csv as an operating point, from its inputs alone. Raises RecipeError for a chip nobody knows."""
     phase_text = row.get("phase", "")
-    phase = "prefill" if phase_text == "prefill" else "decode" if phase_text.startswith("decode") else "both"
+    phase = (
+        "prefill"
+        if phase_text == "prefill"
+        else "decode"
+        if phase_text.startswith("decode")
+        else "both"
+    )
     prompt, completion = _lengths(row)
     deployment, chips_text = row.get("deployment", ""), row.get("chips", "")
     shape = served_shape(row)
@@ -58,7 +68,11 @@ def serving_of(row: Row) -> Serving:
     dies = re.search(r"EP(\d+)", deployment)
     if not chips_text and dies:
         chips = int(dies.group(1))
-    concurrency = None if "token" in row.get("batch_or_concurrency", "").lower() else number(row, "batch_or_concurrency")
+    concurrency = (
+        None
+        if "token" in row.get("batch_or_concurrency", "").lower()
+        else number(row, "batch_or_concurrency")
+    )
     batch = None
     if "low-latency" in row.get("batch_or_concurrency", "") or phase_text == "decode latency":
         batch = 1.0 / chips
@@ -67,7 +81,9 @@ def serving_of(row: Row) -> Serving:
         batch = concurrency if per_chip else concurrency / chips
     limit = number(row, "slo_tpot_ms")
     user = number(row, "tok_s_user")
-    if user is not None and not chips_text:  # a point of a Pareto frontier: the speed a user sees is the input, the chips are not printed
+    if (
+        user is not None and not chips_text
+    ):  # a point of a Pareto frontier: the speed a user sees is the input, the chips are not printed
         batch, limit = None, 1e3 / user
     return Serving(
         shape=shape, chip=chip, chips=chips, precision=precision_class(row.get("precision", "")), phase=phase, prompt=prompt, completion=completion,
@@ -79,7 +95,22 @@ def serving_of(row: Row) -> Serving:
 
 def _software(row: Row) -> str:
     text = f"{row.get('framework', '')} {row.get('deployment', '')}".lower()
-    return next((word for word in ("disagg sglang", "disagg", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek") if word in text), "vendor")
+    return next(
+        (
+            word
+            for word in (
+                "disagg sglang",
+                "disagg",
+                "sglang",
+                "vllm",
+                "tensorrt",
+                "cloudmatrix",
+                "deepseek",
+            )
+            if word in text
+        ),
+        "vendor",
+    )
 
 
 def _lengths(row: Row) -> tuple[float, float]:
@@ -89,7 +120,9 @@ def _lengths(row: Row) -> tuple[float, float]:
     cached = number(row, "kv_len")
     if cached is not None and completion is None:
         return cached, 1.0
-    return prompt or ASSUMED_PROMPT, completion or (1.0 if row.get("phase") == "prefill" else ASSUMED_COMPLETION)
+    return prompt or ASSUMED_PROMPT, completion or (
+        1.0 if row.get("phase") == "prefill" else ASSUMED_COMPLETION
+    )
 
 
 def served_shape(row: Row) -> Shape:
@@ -104,7 +137,9 @@ def served_shape(row: Row) -> Shape:
         pass
     total = number(row, "params_total_B")
     if total is None:
-        raise RecipeError(f"Row {row.get('id')}: the model '{name}' is not known and its parameter count is missing.")
+        raise RecipeError(
+            f"Row {row.get('id')}: the model '{name}' is not known and its parameter count is missing."
+        )
     return stand_in(name, total * 1e9, (number(row, "params_active_B") or 0.08 * total) * 1e9)
 
 
@@ -113,7 +148,17 @@ def stand_in(name: str, total: float, active: float) -> Shape:
     if active > 0.6 * total:
         layers = 80 if total > 5e10 else 32
         hidden = round(math.sqrt(total / layers / 13.3) / 128) * 128
-        return Shape(name=name, hidden=hidden, layers=layers, heads=hidden // 128, kv_heads=8, head_dim=128, ffn=round(3.5 * hidden), vocab=32000, dense_layers=layers)
+        return Shape(
+            name=name,
+            hidden=hidden,
+            layers=layers,
+            heads=hidden // 128,
+            kv_heads=8,
+            head_dim=128,
+            ffn=round(3.5 * hidden),
+            vocab=32000,
+            dense_layers=layers,
+        )
     layers = 60
     hidden = max(1024, round(math.sqrt(active / layers / 12.0) / 256) * 256)
     experts, topk = 256, 8
@@ -127,7 +172,9 @@ START_LENGTHS = np.array([3.0, 3.0, 3.0, 4.0, 3.0, 3.0, 1.0])
 START_NOISE = {"prefill": 0.06, "decode": 0.08, "both": 0.05}
 
 
-def fit_constants(points: Sequence[tuple[Serving, str, float]], *, rounds: int = 15, noise: float = 0.35) -> ServeConstants:
+def fit_constants(
+    points: Sequence[tuple[Serving, str, float]], *, rounds: int = 15, noise: float = 0.35
+) -> ServeConstants:
     """Maximum a posteriori constants, robust Gauss-Newton on the logarithm of the answers."""
     start = np.array([getattr(ServeConstants(), n) for n in SERVE_NAMES])
     sd = np.array([getattr(SERVE_PRIOR_SD, n) for n in SERVE_NAMES])
@@ -139,7 +186,11 @@ def fit_constants(points: Sequence[tuple[Serving, str, float]], *, rounds: int =
         missed = np.log([value for *_, value in points]) - here
         weight = 1 / (noise**2 * (1 + (missed / noise) ** 2 / 4))
         system = slope.T @ (weight[:, None] * slope) + np.diag(1 / sd**2)
-        theta = theta + np.clip(np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2), -0.4, 0.4)
+        theta = theta + np.clip(
+            np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2),
+            -0.4,
+            0.4,
+        )
     return ServeConstants(*theta.tolist())
 
 
@@ -152,11 +203,28 @@ def build_serving(rows: Sequence[Row], c: ServeConstants) -> Process:
         p = serving_of(row)
         sign = -1.0 if kind == "tpot" else 1.0
         one = serve_point(p, c, target=kind, family=row["family"], name=row["id"])
-        one = Point(one.words, one.numbers, tuple(sign * g for g in one.gradient), one.family, one.name, one.noise)
+        one = Point(
+            one.words,
+            one.numbers,
+            tuple(sign * g for g in one.gradient),
+            one.family,
+            one.name,
+            one.noise,
+        )
         points.append(one)
-        targets.append(sign * math.log(value / serve_value(p, c, kind)) - float(np.array(one.gradient) @ back))
+        targets.append(
+            sign * math.log(value / serve_value(p, c, kind)) - float(np.array(one.gradient) @ back)
+        )
     prior = np.array([getattr(SERVE_PRIOR_SD, n) for n in SERVE_NAMES])
-    return Process(tuple(points), np.array(targets), SERVE_TERMS, START_SIZES, START_LENGTHS, prior, START_NOISE)
+    return Process(
+        tuple(points),
+        np.array(targets),
+        SERVE_TERMS,
+        START_SIZES,
+        START_LENGTHS,
+        prior,
+        START_NOISE,
+    )
 
 
 def usable_serving(row: Row) -> bool:
@@ -181,7 +249,9 @@ def serving_plain(c: ServeConstants, process: Process, width: float) -> dict[str
     return {
         "constants": {n: round(getattr(c, n), 5) for n in SERVE_NAMES},
         "sizes": [round(float(x), 5) for x in process.sizes],
-        "lengths": dict(zip(SERVE_NUMBERS, [round(float(x), 4) for x in process.lengths], strict=True)),
+        "lengths": dict(
+            zip(SERVE_NUMBERS, [round(float(x), 4) for x in process.lengths], strict=True)
+        ),
         "noise": {k: round(v, 5) for k, v in process.noise.items()},
         "interval_width": round(width, 4),
         "anchors": anchors,

@@ -52,7 +52,10 @@ class Model:
 
     def seconds(self, jobs: Sequence[Job]) -> list[float]:
         """Corrected seconds of a step for several jobs at once, without intervals."""
-        return [step_seconds(job, self.constants) * math.exp(ratio) for job, ratio in zip(jobs, self.correction(jobs)[0], strict=True)]
+        return [
+            step_seconds(job, self.constants) * math.exp(ratio)
+            for job, ratio in zip(jobs, self.correction(jobs)[0], strict=True)
+        ]
 
     def predict(self, job: Job) -> Forecast:
         (log_ratio,), (sd,) = self.correction([job])
@@ -81,15 +84,32 @@ class Model:
         """Take one measured run of the user's own as a further point, much trusted."""
         one = replace(point(job, self.constants, family="own", name="your run"), noise=0.3)
         back = constants_vector(Constants()) - constants_vector(self.constants)
-        target = math.log(measured_s) - math.log(step_seconds(job, self.constants)) - float(np.array(one.gradient) @ back)
-        grown = replace(self.process, points=(*self.process.points, one), targets=np.append(self.process.targets, target))
+        target = (
+            math.log(measured_s)
+            - math.log(step_seconds(job, self.constants))
+            - float(np.array(one.gradient) @ back)
+        )
+        grown = replace(
+            self.process,
+            points=(*self.process.points, one),
+            targets=np.append(self.process.targets, target),
+        )
         return replace(self, process=grown)
 
 
 def model_from(raw: dict[str, Any]) -> Model:
     """Rebuild what fit.py wrote."""
     points = tuple(
-        Point(a["words"], tuple(a["numbers"]), tuple(a["gradient"]), a["family"], a["name"], a["noise"], a["year"]) for a in raw["anchors"]
+        Point(
+            a["words"],
+            tuple(a["numbers"]),
+            tuple(a["gradient"]),
+            a["family"],
+            a["name"],
+            a["noise"],
+            a["year"],
+        )
+        for a in raw["anchors"]
     )
     process = Process(
         points=points,
@@ -100,10 +120,16 @@ def model_from(raw: dict[str, Any]) -> Model:
         prior_sd=prior_vector(),
         noise=raw["noise"],
     )
-    return Model(Constants(*[raw["constants"][name] for name in NAMES]), process, raw["interval_width"])
+    return Model(
+        Constants(*[raw["constants"][name] for name in NAMES]), process, raw["interval_width"]
+    )
 
 
 @functools.cache
 def shipped() -> Model:
-    with resources.files("bascule.plan").joinpath("data/constants.json").open(encoding="utf-8") as handle:
+    with (
+        resources.files("bascule.plan")
+        .joinpath("data/constants.json")
+        .open(encoding="utf-8") as handle
+    ):
         return model_from(json.load(handle))

@@ -29,13 +29,28 @@ LLAMA3 = "Llama 3: 419 unexpected in 54 days on 16,384 H100 = 3.79; Meta RSC-1/R
 RATES: dict[str, FailureRate] = {
     "NVIDIA": FailureRate(3.79, 2.34, 6.50, LLAMA3),
     "AMD": FailureRate(3.79, 2.0, 10.0, f"no published rate; NVIDIA's range widened ({LLAMA3})"),
-    "Huawei": FailureRate(6.5, 0.8, 20.8, "unknown: no independent rate for Ascend; range of a vendor claim (cluster MTBF > 24 h, scope ambiguous: 0.8 to 20.8)"),
+    "Huawei": FailureRate(
+        6.5,
+        0.8,
+        20.8,
+        "unknown: no independent rate for Ascend; range of a vendor claim (cluster MTBF > 24 h, scope ambiguous: 0.8 to 20.8)",
+    ),
 }
-OTHER = FailureRate(5.0, 1.5, 15.0, f"no published rate for this vendor; a range wider than NVIDIA's ({LLAMA3})")
+OTHER = FailureRate(
+    5.0, 1.5, 15.0, f"no published rate for this vendor; a range wider than NVIDIA's ({LLAMA3})"
+)
 
 # Causes of the 419 unexpected interruptions of Llama 3's 54 days on 16,384 H100 (report's table, as printed by
 # datacenterdynamics.com and kernel-sesias.net; only causes whose counts those print).
-LLAMA3_CAUSES = {"GPU and NVLink": 148, "GPU HBM3 memory": 72, "software": 54, "network switch or cable": 35, "GPU SRAM": 19, "GPU system processor": 17, "CPU": 2}
+LLAMA3_CAUSES = {
+    "GPU and NVLink": 148,
+    "GPU HBM3 memory": 72,
+    "software": 54,
+    "network switch or cable": 35,
+    "GPU SRAM": 19,
+    "GPU system processor": 17,
+    "CPU": 2,
+}
 LLAMA3_ALL = 419
 
 
@@ -105,18 +120,32 @@ def effective_share(interval_s: float, mttf_s: float, recovery: Recovery) -> flo
 
 def best_interval(mttf_s: float, recovery: Recovery) -> float:
     """The interval with the largest effective share: golden-section search around Young/Daly's."""
-    low, high = math.log(young_daly(recovery.save_s, mttf_s) / 8), math.log(young_daly(recovery.save_s, mttf_s) * 2)
+    low, high = (
+        math.log(young_daly(recovery.save_s, mttf_s) / 8),
+        math.log(young_daly(recovery.save_s, mttf_s) * 2),
+    )
     golden = (math.sqrt(5) - 1) / 2
     for _ in range(60):
         a, b = high - golden * (high - low), low + golden * (high - low)
-        if effective_share(math.exp(a), mttf_s, recovery) > effective_share(math.exp(b), mttf_s, recovery):
+        if effective_share(math.exp(a), mttf_s, recovery) > effective_share(
+            math.exp(b), mttf_s, recovery
+        ):
             high = b
         else:
             low = a
     return math.exp((low + high) / 2)
 
 
-def simulate(useful_s: float, chips: int, per_1000_node_days: float, recovery: Recovery, *, interval_s: float | None = None, runs: int = 200, seed: int = 0) -> np.ndarray:
+def simulate(
+    useful_s: float,
+    chips: int,
+    per_1000_node_days: float,
+    recovery: Recovery,
+    *,
+    interval_s: float | None = None,
+    runs: int = 200,
+    seed: int = 0,
+) -> np.ndarray:
     """Wall seconds of `runs` simulated trainings, failure by failure. Deterministic for a seed.
 
     Each attempt draws a time to failure; what was saved before it is kept, the rest is lost, and recovery itself may be struck.
@@ -132,7 +161,11 @@ def simulate(useful_s: float, chips: int, per_1000_node_days: float, recovery: R
         needed = left + np.floor(left / every) * recovery.save_s
         finished = strikes >= needed
         kept = np.minimum(np.floor(strikes / cycle) * every, left)
-        wall += np.where(open_runs, np.where(finished, needed, strikes + _down(generator, mttf, recovery, runs)), 0.0)
+        wall += np.where(
+            open_runs,
+            np.where(finished, needed, strikes + _down(generator, mttf, recovery, runs)),
+            0.0,
+        )
         done = np.where(open_runs, np.where(finished, useful_s, done + kept), done)
         if mttf < cycle / 20:
             raise ValueError("failures come faster than checkpoints: no progress")
@@ -146,14 +179,27 @@ def _down(generator: np.random.Generator, mttf: float, recovery: Recovery, runs:
     return recovery.down_s * (1 + 0.5 * broken)
 
 
-def goodput(useful_s: float, chips: int, vendor: str, recovery: Recovery | None = None, rate: FailureRate | None = None, *, seed: int = 0) -> Goodput:
+def goodput(
+    useful_s: float,
+    chips: int,
+    vendor: str,
+    recovery: Recovery | None = None,
+    rate: FailureRate | None = None,
+    *,
+    seed: int = 0,
+) -> Goodput:
     """Everything about failures of one run. The 80 % range covers the rate's spread and the luck of one run."""
     how, found = recovery or Recovery(), rate or rate_of(vendor)
     mttf = mean_time_to_failure(chips, found.middle)
     every = best_interval(mttf, how)
     sigma = math.log(found.high / found.low) / 2.563
     draws = np.exp(np.random.default_rng(seed).normal(math.log(found.middle), sigma, 40))
-    walls = np.concatenate([_walls(useful_s, chips, float(rate), how, every, seed + 1 + i) for i, rate in enumerate(draws)])
+    walls = np.concatenate(
+        [
+            _walls(useful_s, chips, float(rate), how, every, seed + 1 + i)
+            for i, rate in enumerate(draws)
+        ]
+    )
     low, high = np.quantile(walls, [0.1, 0.9])
     effective = effective_share(every, mttf, how)
     wall = useful_s / max(effective, 1e-9)
@@ -172,7 +218,9 @@ def goodput(useful_s: float, chips: int, vendor: str, recovery: Recovery | None 
     )
 
 
-def _walls(useful_s: float, chips: int, rate: float, how: Recovery, every: float, seed: int) -> np.ndarray:
+def _walls(
+    useful_s: float, chips: int, rate: float, how: Recovery, every: float, seed: int
+) -> np.ndarray:
     """A few simulated runs; a long run is simulated over its first five thousand intervals and scaled."""
     mttf = mean_time_to_failure(chips, rate)
     span = min(useful_s, 400 * max(every, mttf))

@@ -31,9 +31,18 @@ class Layout:
     schedule: str = "1f1b"
 
     def words(self) -> str:
-        parts = [f"TP{self.tp}", f"PP{self.pp}", f"EP{self.ep}", f"CP{self.cp}", f"DP{self.dp}", f"micro-batch {self.micro_batch}"]
+        parts = [
+            f"TP{self.tp}",
+            f"PP{self.pp}",
+            f"EP{self.ep}",
+            f"CP{self.cp}",
+            f"DP{self.dp}",
+            f"micro-batch {self.micro_batch}",
+        ]
         extra = [f"{self.vpp} virtual stages"] if self.vpp > 1 else []
-        return ", ".join([*parts, *extra, f"ZeRO-{self.zero}", f"recompute {self.recompute}", self.schedule])
+        return ", ".join(
+            [*parts, *extra, f"ZeRO-{self.zero}", f"recompute {self.recompute}", self.schedule]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,9 @@ class Job:
         """Micro-batches one pipeline works through in a step, at least one."""
         local = max(1.0, self.global_batch / self.layout.dp)
         count = max(1, round(local / self.layout.micro_batch))
-        if self.layout.pp > 1 and count < self.layout.pp:  # the whole local batch was given: a pipeline splits it itself
+        if (
+            self.layout.pp > 1 and count < self.layout.pp
+        ):  # the whole local batch was given: a pipeline splits it itself
             count = int(min(local, self.layout.pp))
         return max(1, count)
 

@@ -76,7 +76,11 @@ def _divisors(number: int, limit: int) -> list[int]:
 def _expert_splits(s: Shape, room: int) -> list[int]:
     if not s.moe:
         return [1]
-    return [n for n in _powers(min(s.experts, 256)) if s.experts % n == 0 and room % n == 0 and n >= min(4, s.experts)]
+    return [
+        n
+        for n in _powers(min(s.experts, 256))
+        if s.experts % n == 0 and room % n == 0 and n >= min(4, s.experts)
+    ]
 
 
 def _virtuals(s: Shape, pp: int, micro_batches: int) -> list[int]:
@@ -111,15 +115,23 @@ def search(job: Job, model: Model) -> Choice:
     if not finalists:
         assert spare is not None
         finalists = [spare]
-        notes.append("nothing fits with margin; shown is the layout that needs least memory" if spare[1].verdict == "does not fit" else "only a tight fit was found")
+        notes.append(
+            "nothing fits with margin; shown is the layout that needs least memory"
+            if spare[1].verdict == "does not fit"
+            else "only a tight fit was found"
+        )
     seconds = model.seconds([one for one, _ in finalists])
-    best, memory = min(zip(finalists, seconds, strict=True), key=lambda pair: pair[1] / pair[0][0].tokens_per_step)[0]
+    best, memory = min(
+        zip(finalists, seconds, strict=True), key=lambda pair: pair[1] / pair[0][0].tokens_per_step
+    )[0]
     if best.global_batch != job.global_batch:
         notes.append(f"global batch {job.global_batch} became {best.global_batch} to divide evenly")
     return Choice(best, model.predict(best), memory, len(costed), fitting, tuple(notes))
 
 
-def empty_job(shape: Shape, chip: Chip, chips: int, sequence: int, batch: int, precision: str, software: str) -> Job:
+def empty_job(
+    shape: Shape, chip: Chip, chips: int, sequence: int, batch: int, precision: str, software: str
+) -> Job:
     """A job whose layout is still to be found."""
     return Job(
         shape=shape, chip=chip, chips=chips, sequence=sequence, global_batch=batch, precision=precision, layout=Layout(dp=chips),

@@ -55,14 +55,20 @@ class Memory:
 
 @functools.cache
 def shipped_memory() -> MemoryConstants:
-    with resources.files("bascule.plan").joinpath("data/constants.json").open(encoding="utf-8") as handle:
+    with (
+        resources.files("bascule.plan")
+        .joinpath("data/constants.json")
+        .open(encoding="utf-8") as handle
+    ):
         return MemoryConstants(**json.load(handle).get("memory", {}))
 
 
 def memory_of(job: Job, constants: MemoryConstants | None = None) -> Memory:
     """The worst pipeline stage's peak. `tight`: the upper end of the interval would not fit."""
     c = constants or shipped_memory()
-    stages = [(stage_parts(job, stage, c), stage) for stage in {0, job.layout.pp // 2, job.layout.pp - 1}]
+    stages = [
+        (stage_parts(job, stage, c), stage) for stage in {0, job.layout.pp // 2, job.layout.pp - 1}
+    ]
     parts, stage = max(stages, key=lambda pair: sum(pair[0].values()))
     total = sum(parts.values())
     available = job.chip.memory_gb * 1e9 if job.chip.memory_gb else None
@@ -88,7 +94,9 @@ def stage_parts(job: Job, stage: int, c: MemoryConstants) -> dict[str, float]:
     whole = both if lay.pp > 1 else 2 * both / max(1.0, s.layers / lay.pp)
     parts = {
         "weights": 2 * (split + whole) if lay.zero >= 3 else 2 * both,
-        "gradients": 4 * split + (2 * both if lay.zero >= 3 and lay.pp > 1 else 0.0) if lay.zero >= 2 else 4 * both,
+        "gradients": 4 * split + (2 * both if lay.zero >= 3 and lay.pp > 1 else 0.0)
+        if lay.zero >= 2
+        else 4 * both,
         "optimizer": 12 * (split if lay.zero >= 1 else both),
         "activations": _activations(job, stage, c),
         "logits": _logits(job, stage, c),
@@ -102,7 +110,11 @@ def stage_parameters(s: Shape, pp: int, stage: int) -> tuple[float, float]:
     layers = s.layers / pp
     dense_first = min(layers, max(0.0, s.dense_layers - stage * layers)) if s.moe else layers
     moe = layers - dense_first
-    plain = layers * s.attention_weights + dense_first * s.dense_ffn_weights + moe * (s.shared_weights + s.router_weights)
+    plain = (
+        layers * s.attention_weights
+        + dense_first * s.dense_ffn_weights
+        + moe * (s.shared_weights + s.router_weights)
+    )
     experts = moe * s.experts * s.expert_weights
     if stage == 0:
         plain += s.head_weights
@@ -142,7 +154,11 @@ def layer_activation_bytes(s: Shape, tp: int, *, recompute: str) -> float:
 
 def _activations(job: Job, stage: int, c: MemoryConstants) -> float:
     s, lay = job.shape, job.layout
-    share = {"none": c.kept, "selective": c.kept_selective if lay.zero >= 3 else c.kept, "full": 1.0}[lay.recompute]
+    share = {
+        "none": c.kept,
+        "selective": c.kept_selective if lay.zero >= 3 else c.kept,
+        "full": 1.0,
+    }[lay.recompute]
     kept = share * layer_activation_bytes(s, lay.tp, recompute=lay.recompute)
     flying = in_flight(lay.pp, lay.vpp, job.micro_batches, stage)
     total = job.micro_tokens * kept * s.layers / lay.pp * flying
@@ -154,4 +170,10 @@ def _activations(job: Job, stage: int, c: MemoryConstants) -> float:
 def _logits(job: Job, stage: int, c: MemoryConstants) -> float:
     if stage != job.layout.pp - 1:
         return 0.0
-    return job.micro_tokens * job.shape.vocab * c.logits_bytes / job.layout.tp * (1 + job.shape.mtp_layers)
+    return (
+        job.micro_tokens
+        * job.shape.vocab
+        * c.logits_bytes
+        / job.layout.tp
+        * (1 + job.shape.mtp_layers)
+    )

@@ -56,8 +56,13 @@ class Parts:
     terms: tuple[Term, ...]
 
     @classmethod
-    def between(cls, a: Sequence[Point], b: Sequence[Point], terms: tuple[Term, ...], prior_sd: Array) -> Parts:
-        ga, gb = (np.array([p.gradient for p in side]).reshape(len(side), -1) * prior_sd for side in (a, b))
+    def between(
+        cls, a: Sequence[Point], b: Sequence[Point], terms: tuple[Term, ...], prior_sd: Array
+    ) -> Parts:
+        ga, gb = (
+            np.array([p.gradient for p in side]).reshape(len(side), -1) * prior_sd
+            for side in (a, b)
+        )
         na, nb = (np.array([p.numbers for p in side]).reshape(len(side), -1) for side in (a, b))
         masks = []
         for term in terms:
@@ -106,17 +111,25 @@ class Process:
     @cached_property
     def inverse(self) -> Array:
         """Inverse of the points' covariance with noise."""
-        system = self.parts.covariance(self.sizes, self.lengths) + np.diag(self.noise_variance(self.points))
+        system = self.parts.covariance(self.sizes, self.lengths) + np.diag(
+            self.noise_variance(self.points)
+        )
         return np.asarray(np.linalg.inv(system))
 
     def cross(self, new: Sequence[Point]) -> Array:
-        return Parts.between(new, self.points, self.terms, self.prior_sd).covariance(self.sizes, self.lengths)
+        return Parts.between(new, self.points, self.terms, self.prior_sd).covariance(
+            self.sizes, self.lengths
+        )
 
     def predict(self, new: Sequence[Point]) -> tuple[Array, Array]:
         """Mean and standard deviation (noise included) of the log error at new points."""
         cross = self.cross(new)
-        own = np.diag(Parts.between(new, new, self.terms, self.prior_sd).covariance(self.sizes, self.lengths))
-        spread = own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross) + self.noise_variance(new)
+        own = np.diag(
+            Parts.between(new, new, self.terms, self.prior_sd).covariance(self.sizes, self.lengths)
+        )
+        spread = (
+            own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross) + self.noise_variance(new)
+        )
         return cross @ self.inverse @ self.targets, np.sqrt(np.maximum(spread, 1e-8))
 
     def left_out(self, groups: Sequence[str] | None = None) -> tuple[Array, Array]:

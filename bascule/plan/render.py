@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -27,26 +28,39 @@ def figure(e: Estimate, digits: int = 3) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Three significant digits, thousands separated, no exponent from a thousandth up."""
+    """Rounded to three significant digits, thousands separated, no exponent from a thousandth up."""
     if value == 0:
         return "0"
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{round(value):,}"
-    return f"{value:.{digits}g}"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, places)
+    return f"{rounded:,.0f}" if places <= 0 else f"{rounded:.{places}f}"
 
 
 def preference_text(p: Preference) -> str:
     even = p.break_even
-    lines = [f"{p.second} pays below {even.value:.2f}x the price of {p.first} per chip-hour (80 %: {even.low:.2f}x to {even.high:.2f}x)"]
+    lines = [
+        f"{p.second} pays below {even.value:.2f}x the price of {p.first} per chip-hour (80 %: {even.low:.2f}x to {even.high:.2f}x)"
+    ]
     if p.break_even_usd_h:
         e = p.break_even_usd_h
         lines[0] += f", that is below {e.value:.2f} USD (80 %: {e.low:.2f} to {e.high:.2f})"
     lines.append(
         f"  against {p.first}: {p.time_ratio:.2f}x the time, {p.chip_hours_ratio:.2f}x the chip-hours, {p.energy_ratio:.2f}x the energy, "
-        + (f"{p.money_ratio:.2f}x the money" if p.money_ratio is not None else "money unknown (no public price for one of them)")
+        + (
+            f"{p.money_ratio:.2f}x the money"
+            if p.money_ratio is not None
+            else "money unknown (no public price for one of them)"
+        )
     )
-    lines.append("  what could turn the answer (cost of the second over the first" + (", equal prices taken" if p.money_ratio is None else "") + "):")
-    lines += [f"    {swing.assumption:<46} {swing.low:5.2f}x to {swing.high:5.2f}x{'   turns it' if swing.turns else ''}" for swing in p.swings]
+    lines.append(
+        "  what could turn the answer (cost of the second over the first"
+        + (", equal prices taken" if p.money_ratio is None else "")
+        + "):"
+    )
+    lines += [
+        f"    {swing.assumption:<46} {swing.low:5.2f}x to {swing.high:5.2f}x{'   turns it' if swing.turns else ''}"
+        for swing in p.swings
+    ]
     return "\n".join(lines)
 
 
@@ -56,12 +70,21 @@ def side_by_side(trainings: tuple[TrainingAnswer, ...]) -> str:
     rows.append(("days, failures included", *[_short(t.days) for t in trainings]))
     rows.append(("chip-hours", *[_short(t.chip_hours) for t in trainings]))
     rows.append(("energy, MWh", *[_short(t.energy) for t in trainings]))
-    rows.append(("money, USD", *[_short(t.money) if t.money else "no public price" for t in trainings]))
+    rows.append(
+        ("money, USD", *[_short(t.money) if t.money else "no public price" for t in trainings])
+    )
     rows.append(("failures expected", *[f"{t.failures.failures:,.0f}" for t in trainings]))
     rows.append(("effective time", *[f"{100 * t.failures.effective:.1f} %" for t in trainings]))
-    rows.append(("memory a chip, GiB", *[f"{t.memory.total / GIB:.0f} ({t.memory.verdict})" for t in trainings]))
+    rows.append(
+        (
+            "memory a chip, GiB",
+            *[f"{t.memory.total / GIB:.0f} ({t.memory.verdict})" for t in trainings],
+        )
+    )
     width = max(30, *(len(cell) + 2 for row in rows for cell in row[1:]))
-    return "\n".join(f"{row[0]:<26}" + "".join(f"{cell:>{width}}" for cell in row[1:]) for row in rows)
+    return "\n".join(
+        f"{row[0]:<26}" + "".join(f"{cell:>{width}}" for cell in row[1:]) for row in rows
+    )
 
 
 def _short(e: Estimate) -> str:
@@ -74,15 +97,27 @@ def training_text(t: TrainingAnswer) -> str:
         f"{t.name}, {number(t.ask.tokens / 1e12, 4)} T tokens, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
         f"  layout   {lay.words()} ({t.layout_basis})",
         f"  step     {figure(Estimate(t.step.seconds, t.step.low, t.step.high, 's', ''))}; {figure(t.tokens_per_s_chip)}",
-        "           " + ", ".join(f"{name} {100 * value / t.step.seconds:.0f} %" for name, value in sorted(t.step.parts.items(), key=lambda pair: -pair[1]) if value / t.step.seconds >= 0.005),
+        "           "
+        + ", ".join(
+            f"{name} {100 * value / t.step.seconds:.0f} %"
+            for name, value in sorted(t.step.parts.items(), key=lambda pair: -pair[1])
+            if value / t.step.seconds >= 0.005
+        ),
         f"  memory   {memory_text(t.memory)}",
     ]
     if t.played:
-        lines.append(f"  pipeline bubble {100 * t.played.bubble:.1f} % of the busiest stage, played event by event ({100 * expected_bubble(t.job):.1f} % if all stages were equal)")
+        lines.append(
+            f"  pipeline bubble {100 * t.played.bubble:.1f} % of the busiest stage, played event by event ({100 * expected_bubble(t.job):.1f} % if all stages were equal)"
+        )
     lines += [
         f"  failures {f.failures:,.0f} expected, one every {f.mean_time_to_failure_s / 3600:.1f} h; checkpoint every {f.interval_s / 60:.0f} min (Young/Daly {f.young_daly_s / 60:.0f} min); effective {100 * f.effective:.1f} % (80 %: {100 * f.effective_low:.1f} to {100 * f.effective_high:.1f} %)",
         f"  finish   {figure(t.days)}",
-        f"  cost     {figure(t.chip_hours)}; energy {figure(t.energy)}; " + (f"money {figure(t.money)}" if t.money else "money unknown: no public price, give one such as ', 2 USD/h'"),
+        f"  cost     {figure(t.chip_hours)}; energy {figure(t.energy)}; "
+        + (
+            f"money {figure(t.money)}"
+            if t.money
+            else "money unknown: no public price, give one such as ', 2 USD/h'"
+        ),
         f"  rests on {t.step.basis}",
         f"           failures: {f.source}",
         f"           energy: {t.energy.basis}" + (f"; price: {t.money.basis}" if t.money else ""),
@@ -91,7 +126,11 @@ def training_text(t: TrainingAnswer) -> str:
 
 
 def memory_text(m: Memory) -> str:
-    left = "" if m.margin_bytes is None or m.available is None else f", {m.margin_bytes / GIB:+.1f} GiB to spare of {m.available / GIB:.1f}"
+    left = (
+        ""
+        if m.margin_bytes is None or m.available is None
+        else f", {m.margin_bytes / GIB:+.1f} GiB to spare of {m.available / GIB:.1f}"
+    )
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in m.parts.items() if value > 0)
     return f"{m.verdict}: {m.total / GIB:.1f} GiB (80 %: {m.low / GIB:.1f} to {m.high / GIB:.1f}) on stage {m.stage + 1} of {m.stages}, the worst{left}; {parts}"
 
@@ -102,10 +141,22 @@ def service_text(s: Service) -> str:
     lines = [
         f"serve on {a.chip.name}: replica of {s.chips} chips, {a.prompt:,} tokens in, {a.completion:,} out, {a.precision}, at most {a.tpot_s * 1e3:.0f} ms a token and {a.ttft_s:.2g} s to the first",
         f"  decode   {_triple(s.decode)} tokens/s per chip at {number(s.batch_per_chip)} sequences a chip, {s.tpot_s[0] * 1e3:.1f} ms a token",
-        "           " + ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in sorted(s.parts.items(), key=lambda pair: -pair[1]) if value / total >= 0.01),
+        "           "
+        + ", ".join(
+            f"{name} {100 * value / total:.0f} %"
+            for name, value in sorted(s.parts.items(), key=lambda pair: -pair[1])
+            if value / total >= 0.01
+        ),
         f"  prefill  {_triple(s.prefill)} tokens/s per chip, first token after {s.ttft_s:.2f} s ({'kept' if s.ttft_kept else 'NOT kept'}); {s.prefill_chips_per_decode_chip:.2f} prefill chips for each decode chip",
-        f"  cache    {s.cache_gb:.1f} GB a chip" + (f" of {s.memory_gb:.0f} GB" if s.memory_gb else ""),
-        "  cost     " + (f"{_triple(s.usd_per_m_out)} USD per million completion tokens, prompts included ({a.price_usd_h:.2f} USD per chip-hour)" if s.usd_per_m_out and a.price_usd_h is not None else "money unknown: no public price, give one such as ', 2 USD/h'") + f"; {s.kwh_per_m_out:.2f} kWh",
+        f"  cache    {s.cache_gb:.1f} GB a chip"
+        + (f" of {s.memory_gb:.0f} GB" if s.memory_gb else ""),
+        "  cost     "
+        + (
+            f"{_triple(s.usd_per_m_out)} USD per million completion tokens, prompts included ({a.price_usd_h:.2f} USD per chip-hour)"
+            if s.usd_per_m_out and a.price_usd_h is not None
+            else "money unknown: no public price, give one such as ', 2 USD/h'"
+        )
+        + f"; {s.kwh_per_m_out:.2f} kWh",
         f"  RL       rollouts would take {100 * s.rollout_share:.0f} % of the chip time of a rollout-and-train loop on this chip",
         f"  rests on {s.basis}",
     ]
@@ -120,8 +171,16 @@ def to_json(answer: Answer) -> dict[str, Any]:
     """Plain values for `--json`; every estimate as value, low, high, unit, basis."""
     s = answer.model
     return {
-        "model": {"name": s.name, "parameters": s.parameters, "active_parameters": s.active_weights, "cache_bytes_per_token": s.cache_bytes()},
-        "preferences": [asdict(p) | {"turns": [swing.assumption for swing in p.swings if swing.turns]} for p in answer.preferences],
+        "model": {
+            "name": s.name,
+            "parameters": s.parameters,
+            "active_parameters": s.active_weights,
+            "cache_bytes_per_token": s.cache_bytes(),
+        },
+        "preferences": [
+            asdict(p) | {"turns": [swing.assumption for swing in p.swings if swing.turns]}
+            for p in answer.preferences
+        ],
         "options": [_training_json(t) for t in answer.trainings],
         "services": [_service_json(one) for one in answer.services],
     }
@@ -141,5 +200,7 @@ def _training_json(t: TrainingAnswer) -> dict[str, Any]:
 
 def _service_json(s: Service) -> dict[str, Any]:
     plain = asdict(s)
-    plain["ask"] = {key: value for key, value in plain["ask"].items() if key != "chip"} | {"chip": s.ask.chip.name}
+    plain["ask"] = {key: value for key, value in plain["ask"].items() if key != "chip"} | {
+        "chip": s.ask.chip.name
+    }
     return plain

@@ -44,12 +44,21 @@ class Played:
 def play(stages: Sequence[Stage], devices: int, micro_batches: int, schedule: str) -> Played:
     """Play one step. `stages` has devices * virtual entries. Raises RecipeError for an unknown schedule or an uneven split."""
     if schedule not in SCHEDULES:
-        raise RecipeError(f"'{schedule}' is not a pipeline schedule; allowed: {', '.join(SCHEDULES)}.{nearest(schedule, SCHEDULES)}")
+        raise RecipeError(
+            f"'{schedule}' is not a pipeline schedule; allowed: {', '.join(SCHEDULES)}.{nearest(schedule, SCHEDULES)}"
+        )
     if len(stages) % devices:
-        raise RecipeError(f"{len(stages)} stages cannot be spread over {devices} pipeline devices: give a multiple.")
-    played = micro_batches if micro_batches <= 6 * devices else 5 * devices + micro_batches % devices
+        raise RecipeError(
+            f"{len(stages)} stages cannot be spread over {devices} pipeline devices: give a multiple."
+        )
+    played = (
+        micro_batches if micro_batches <= 6 * devices else 5 * devices + micro_batches % devices
+    )
     events = _run(stages, devices, played, schedule)
-    per_device = [sum(s.forward + s.backward + s.weight for s in _hosted(stages, devices, d, schedule)) for d in range(devices)]
+    per_device = [
+        sum(s.forward + s.backward + s.weight for s in _hosted(stages, devices, d, schedule))
+        for d in range(devices)
+    ]
     left = micro_batches - played
     seconds = max(event[5] for event in events) + left * max(per_device)
     return Played(seconds, tuple(micro_batches * one for one in per_device), tuple(events))
@@ -60,11 +69,18 @@ def _hosted(stages: Sequence[Stage], devices: int, device: int, schedule: str) -
     own = [stage for index, stage in enumerate(stages) if index % devices == device]
     if schedule != "dualpipe":
         return own
-    mirror = [stage for index, stage in enumerate(stages) if index % devices == devices - 1 - device]
-    return [Stage((a.forward + b.forward) / 2, (a.backward + b.backward) / 2, (a.weight + b.weight) / 2) for a, b in zip(own, mirror, strict=True)]
+    mirror = [
+        stage for index, stage in enumerate(stages) if index % devices == devices - 1 - device
+    ]
+    return [
+        Stage((a.forward + b.forward) / 2, (a.backward + b.backward) / 2, (a.weight + b.weight) / 2)
+        for a, b in zip(own, mirror, strict=True)
+    ]
 
 
-def _run(stages: Sequence[Stage], devices: int, micro_batches: int, schedule: str) -> list[tuple[int, str, int, int, float, float]]:
+def _run(
+    stages: Sequence[Stage], devices: int, micro_batches: int, schedule: str
+) -> list[tuple[int, str, int, int, float, float]]:
     """List scheduling: the device that can start first takes its most urgent operation that is ready."""
     board = _Board(stages, devices, micro_batches, schedule)
     queue = [(0.0, device) for device in range(devices)]
@@ -86,7 +102,9 @@ def _run(stages: Sequence[Stage], devices: int, micro_batches: int, schedule: st
     return board.events
 
 
-def interleaved_order(devices: int, virtual: int, micro_batches: int, device: int) -> list[Operation]:
+def interleaved_order(
+    devices: int, virtual: int, micro_batches: int, device: int
+) -> list[Operation]:
     """Megatron-LM's order on one device: groups of `devices` micro-batches walk the chunks; after the warm-up one forward,
     one backward in turn."""
 
@@ -107,14 +125,20 @@ def interleaved_order(devices: int, virtual: int, micro_batches: int, device: in
 class _Board:
     """Which operations are ready when, and what each device should do next."""
 
-    def __init__(self, stages: Sequence[Stage], devices: int, micro_batches: int, schedule: str) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], devices: int, micro_batches: int, schedule: str
+    ) -> None:
         self.stages, self.devices, self.schedule = stages, devices, schedule
         self.virtual = len(stages) // devices
         self.split = schedule in ("zb", "dualpipe")
         self.ready: list[dict[Operation, float]] = [{} for _ in range(devices)]
         self.left = [0] * devices
         self.flying: list[dict[int, int]] = [{0: 0, 1: 0} for _ in range(devices)]
-        self.order = [interleaved_order(devices, self.virtual, micro_batches, d) for d in range(devices)] if schedule == "interleaved" else []
+        self.order = (
+            [interleaved_order(devices, self.virtual, micro_batches, d) for d in range(devices)]
+            if schedule == "interleaved"
+            else []
+        )
         self.events: list[tuple[int, str, int, int, float, float]] = []
         self.micro_batches = micro_batches
         for micro in range(micro_batches):
@@ -154,7 +178,11 @@ class _Board:
         ready = list(self.ready[device].items())
         if self.order:
             ready = [(op, when) for op, when in ready if self.order[device][:1] == [op]]
-        times = [when for op, when in ready if when > now + 1e-12 and (self.order or op[0] != "F" or self.room(device, op[2]))]
+        times = [
+            when
+            for op, when in ready
+            if when > now + 1e-12 and (self.order or op[0] != "F" or self.room(device, op[2]))
+        ]
         return min(times) if times else None
 
     def unfinished(self, device: int) -> bool:
@@ -167,13 +195,20 @@ class _Board:
             self.order[device].pop(0)
         self.left[device] -= 1
         one = self.stages[stage]
-        cost = {"F": one.forward, "B": one.backward + (0.0 if self.split else one.weight), "W": one.weight}[kind]
+        cost = {
+            "F": one.forward,
+            "B": one.backward + (0.0 if self.split else one.weight),
+            "W": one.weight,
+        }[kind]
         end = now + cost
         self.events.append((device, kind, stage, micro, now, end))
         if kind == "F":
             self.flying[device][self.stream(micro)] += 1
             last = stage == len(self.stages) - 1
-            self._offer(("B", stage, micro) if last else ("F", stage + 1, micro), end + (0.0 if last else one.transfer))
+            self._offer(
+                ("B", stage, micro) if last else ("F", stage + 1, micro),
+                end + (0.0 if last else one.transfer),
+            )
         elif kind == "B":
             self.flying[device][self.stream(micro)] -= 1
             if stage:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bascule.errors import BasculeError, RecipeError, nearest
-from bascule.plan.fit import measured_tokens, scoreable
+from bascule.plan.fit import DATA, measured_tokens, scoreable
 from bascule.plan.fit_serving import serving_of, target_of
 from bascule.plan.forecast import Model, shipped
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
@@ -73,7 +73,15 @@ def _training_row(row: Row, model: Model) -> Scored:
     except BasculeError as error:
         return refused(row, published, str(error))
     tokens = job.tokens_per_step / job.chips
-    return Scored(row["id"], row["vendor"], row["family"], published, tokens / found.seconds, tokens / found.high, tokens / found.low)
+    return Scored(
+        row["id"],
+        row["vendor"],
+        row["family"],
+        published,
+        tokens / found.seconds,
+        tokens / found.high,
+        tokens / found.low,
+    )
 
 
 def score_serving(rows: Sequence[Row], model: ServeModel | None = None) -> list[Scored]:
@@ -91,7 +99,9 @@ def _serving_row(row: Row, model: ServeModel) -> Scored:
     return Scored(row["id"], row["vendor"], row["family"], published, value, low, high)
 
 
-def left_out_serving(model: ServeModel, rows: Sequence[Row], *, by: Callable[[Row], str] = lambda row: row["family"]) -> list[Scored]:
+def left_out_serving(
+    model: ServeModel, rows: Sequence[Row], *, by: Callable[[Row], str] = lambda row: row["family"]
+) -> list[Scored]:
     """Each published serving point predicted without its group; a latency errs as its rate does."""
     names = {row["id"]: row for row in rows}
     points = model.process.points
@@ -102,7 +112,17 @@ def left_out_serving(model: ServeModel, rows: Sequence[Row], *, by: Callable[[Ro
         kind, published = target_of(row) or ("rate", 1.0)
         predicted = published * math.exp((middle - target) * (-1 if kind == "tpot" else 1))
         width = math.exp(model.interval_width * spread)
-        result.append(Scored(row["id"], row["vendor"], row["family"], published, predicted, predicted / width, predicted * width))
+        result.append(
+            Scored(
+                row["id"],
+                row["vendor"],
+                row["family"],
+                published,
+                predicted,
+                predicted / width,
+                predicted * width,
+            )
+        )
     return result
 
 
@@ -113,13 +133,26 @@ def score_memory(rows: Sequence[Row], constants: MemoryConstants | None = None) 
         published = number(row, "mem_GiB_chip_pub")
         if published:
             found = memory_of(job_of(row), constants)
-            result.append(Scored(row["id"], row["vendor"], row["family"], published, found.total / GIB, found.low / GIB, found.high / GIB))
+            result.append(
+                Scored(
+                    row["id"],
+                    row["vendor"],
+                    row["family"],
+                    published,
+                    found.total / GIB,
+                    found.low / GIB,
+                    found.high / GIB,
+                )
+            )
     return result
 
 
 def false_fits(rows: Sequence[Scored], available_gib: Sequence[float]) -> int:
     """Rows that would be told to fit though their published peak does not."""
-    return sum(row.predicted is not None and row.predicted <= room < row.published for row, room in zip(rows, available_gib, strict=True))
+    return sum(
+        row.predicted is not None and row.predicted <= room < row.published
+        for row, room in zip(rows, available_gib, strict=True)
+    )
 
 
 def score_file(path: Path, kind: str | None = None) -> dict[str, Any]:
@@ -127,18 +160,45 @@ def score_file(path: Path, kind: str | None = None) -> dict[str, Any]:
     rows = read_rows(path)
     found = kind or ("inference" if rows and "phase" in rows[0] else "train")
     if found not in ("train", "inference"):
-        raise RecipeError(f"--kind '{found}' is not known; allowed: train, inference.{nearest(found, ('train', 'inference'))}")
+        raise RecipeError(
+            f"--kind '{found}' is not known; allowed: train, inference.{nearest(found, ('train', 'inference'))}"
+        )
     column = "phase" if found == "inference" else "seq_len"
     if rows and column not in rows[0]:
-        raise RecipeError(f"The table '{path}' has no column '{column}', which every {found} table has; give the other --kind.")
-    return {"kind": found} | report(score_serving(rows) if found == "inference" else score_training(rows))
+        raise RecipeError(
+            f"The table '{path}' has no column '{column}', which every {found} table has; give the other --kind."
+        )
+    scored = score_serving(rows) if found == "inference" else score_training(rows)
+    known = _own_rows(rows, found)
+    return {"kind": found, "left_out": sum(row.name in known for row in scored)} | report(
+        [known.get(row.name, row) for row in scored]
+    )
+
+
+def _own_rows(rows: Sequence[Row], kind: str) -> dict[str, Scored]:
+    """Rows that the planner was fitted on, predicted without their family: repeating a published figure is no forecast."""
+    model = shipped_serving() if kind == "inference" else shipped()
+    here = {row["id"]: row for row in rows}
+    data = read_rows(DATA / ("inference.csv" if kind == "inference" else "runs.csv"))
+    own = left_out_serving(model, data) if isinstance(model, ServeModel) else left_out(model, data)
+    return {one.name: one for one in own if one.name in here and _same_run(here[one.name], data)}
+
+
+def _same_run(row: Row, data: Sequence[Row]) -> bool:
+    """Not merely the same id: model, chip and count agree too."""
+    return any(
+        all(row.get(key) == one.get(key) for key in ("id", "model", "chip", "chips"))
+        for one in data
+    )
 
 
 def refused(row: Row, published: float, why: str) -> Scored:
     return Scored(row["id"], row["vendor"], row["family"], published, None, None, None, why)
 
 
-def left_out(model: Model, rows: Sequence[Row], *, by: Callable[[Row], str] = lambda row: row["family"]) -> list[Scored]:
+def left_out(
+    model: Model, rows: Sequence[Row], *, by: Callable[[Row], str] = lambda row: row["family"]
+) -> list[Scored]:
     """Each anchor row predicted without its group (default: its family), the physics' constants unlearnt to first order."""
     names = {row["id"]: row for row in rows}
     points = model.process.points
@@ -150,7 +210,17 @@ def left_out(model: Model, rows: Sequence[Row], *, by: Callable[[Row], str] = la
         published = measured_tokens(row) or 1.0
         predicted = published * math.exp(target - middle)
         width = math.exp(model.interval_width * spread)
-        result.append(Scored(row["id"], row["vendor"], row["family"], published, predicted, predicted / width, predicted * width))
+        result.append(
+            Scored(
+                row["id"],
+                row["vendor"],
+                row["family"],
+                published,
+                predicted,
+                predicted / width,
+                predicted * width,
+            )
+        )
     return result
 
 
@@ -159,7 +229,11 @@ def summarise(rows: Sequence[Scored]) -> Summary:
     if not done:
         return Summary(len(rows), 0.0, None, None, None, None, None, None)
     errors = np.array([row.error for row in done], dtype=float)
-    inside = [row.low <= row.published <= row.high for row in done if row.low is not None and row.high is not None]
+    inside = [
+        row.low <= row.published <= row.high
+        for row in done
+        if row.low is not None and row.high is not None
+    ]
     return Summary(
         n=len(rows),
         coverage=len(done) / len(rows),
@@ -181,7 +255,11 @@ def kendall(rows: Sequence[Scored]) -> float | None:
     for members in families.values():
         for i, a in enumerate(members):
             for b in members[i + 1 :]:
-                if a.predicted is None or b.predicted is None or abs(math.log(a.published / b.published)) < 0.01:
+                if (
+                    a.predicted is None
+                    or b.predicted is None
+                    or abs(math.log(a.published / b.published)) < 0.01
+                ):
                     continue
                 total += 1
                 agree += 1 if (a.published > b.published) == (a.predicted > b.predicted) else -1
@@ -191,11 +269,16 @@ def kendall(rows: Sequence[Scored]) -> float | None:
 def report(rows: Sequence[Scored]) -> dict[str, Any]:
     """The `--json` form: `overall`, `by_vendor`, and the refused rows with their reasons."""
     if not rows:
-        raise RecipeError("The table has no scoreable row: training needs tier A or A- with a published throughput, inference a published rate or latency.")
+        raise RecipeError(
+            "The table has no scoreable row: training needs tier A or A- with a published throughput, inference a published rate or latency."
+        )
     vendors = dict.fromkeys(row.vendor for row in rows)
     return {
         "overall": asdict(summarise(rows)),
-        "by_vendor": {vendor: asdict(summarise([row for row in rows if row.vendor == vendor])) for vendor in vendors},
+        "by_vendor": {
+            vendor: asdict(summarise([row for row in rows if row.vendor == vendor]))
+            for vendor in vendors
+        },
         "refused": {row.name: row.refused for row in rows if row.refused},
     }
 
@@ -203,11 +286,28 @@ def report(rows: Sequence[Scored]) -> dict[str, Any]:
 def as_text(result: dict[str, Any]) -> str:
     """The same for people, one line a vendor, in percent."""
     head = f"{'':<14}{'n':>5}{'covered':>9}{'median':>9}{'p90':>8}{'bias':>8}{'in 10 %':>9}{'80 % held':>11}{'tau':>7}"
-    lines = [head]
+    lines = (
+        [head]
+        if not result.get("left_out")
+        else [
+            f"{result['left_out']} of the rows are the planner's own data: each of those is predicted without its family",
+            head,
+        ]
+    )
     for name, one in [("all", result["overall"]), *result["by_vendor"].items()]:
-        cells = [one["coverage"], one["median_abs_error"], one["p90_abs_error"], one["bias"], one["within_10"], one["interval_coverage"]]
+        cells = [
+            one["coverage"],
+            one["median_abs_error"],
+            one["p90_abs_error"],
+            one["bias"],
+            one["within_10"],
+            one["interval_coverage"],
+        ]
         widths = (9, 9, 8, 8, 9, 11)
-        text = "".join(f"{'-' if c is None else f'{100 * c:.1f} %':>{w}}" for c, w in zip(cells, widths, strict=True))
+        text = "".join(
+            f"{'-' if c is None else f'{100 * c:.1f} %':>{w}}"
+            for c, w in zip(cells, widths, strict=True)
+        )
         tau = one["kendall_tau"]
         lines.append(f"{name:<14}{one['n']:>5}{text}{'-' if tau is None else f'{tau:.2f}':>7}")
     lines += [f"refused {name}: {why}" for name, why in result["refused"].items()]

@@ -21,8 +21,15 @@ from bascule.plan.catalogue import Chip
 from bascule.plan.cost import all_to_all_bytes_s, gemm_peak, link_bytes_s, memory_bytes_s
 from bascule.plan.regress import Point, Process, Term
 
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5625}  # 4-bit formats carry a scale for every 16 or 32 values
-MTP_ACCEPTED = 1.7  # tokens a step with one draft token; assumed (no source read prints the acceptance)
+WEIGHT_BYTES = {
+    "bf16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "fp4": 0.5625,
+}  # 4-bit formats carry a scale for every 16 or 32 values
+MTP_ACCEPTED = (
+    1.7  # tokens a step with one draft token; assumed (no source read prints the acceptance)
+)
 MEMORY_USABLE = 0.88
 
 
@@ -40,7 +47,16 @@ class ServeConstants:
     rows: float = math.log(24.0)  # rows per chip at which half of the matrix rate is lost
 
 
-SERVE_PRIOR_SD = ServeConstants(memory=0.25, compute=0.4, prefill=0.3, attention=0.4, layer=0.7, sequence=0.8, exposed=0.5, rows=0.7)
+SERVE_PRIOR_SD = ServeConstants(
+    memory=0.25,
+    compute=0.4,
+    prefill=0.3,
+    attention=0.4,
+    layer=0.7,
+    sequence=0.8,
+    exposed=0.5,
+    rows=0.7,
+)
 SERVE_NAMES = tuple(f.name for f in fields(ServeConstants))
 
 
@@ -78,16 +94,27 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
     dense = s.parameters - s.expert_parameters - s.head_weights
     everyone = batch * n
     touched = 1 - (1 - s.topk / s.experts) ** everyone if s.moe else 0.0
-    weights = (dense if p.split and s.moe else dense / n) * size + s.expert_parameters * touched / n * size
+    weights = (
+        dense if p.split and s.moe else dense / n
+    ) * size + s.expert_parameters * touched / n * size
     copies = n if s.latent and not p.split else 1  # a latent cache cannot be cut by heads
-    cache = batch * p.context * s.cache_bytes(element_bytes=2 if p.precision == "bf16" else 1.5) * copies
+    cache = (
+        batch
+        * p.context
+        * s.cache_bytes(element_bytes=2 if p.precision == "bf16" else 1.5)
+        * copies
+    )
     active = s.active_weights - s.mtp_layers * s.mtp_weights
     good = batch * n / (batch * n + math.exp(c.rows))
     spans = _span_flops(s) * p.context
     work = {
         "weights": weights / memory_bytes_s(chip) / math.exp(c.memory),
         "cache": cache / memory_bytes_s(chip) / math.exp(c.memory),
-        "matmul": batch * p.accepted**0.5 * 2 * active / (gemm_peak(chip, p.precision) * math.exp(c.compute) * good),
+        "matmul": batch
+        * p.accepted**0.5
+        * 2
+        * active
+        / (gemm_peak(chip, p.precision) * math.exp(c.compute) * good),
         "attention": batch * copies * spans / (gemm_peak(chip, "bf16") * math.exp(c.attention)),
         "collectives": math.exp(c.exposed) * _collectives(p, batch),
         "launches": s.layers * math.exp(c.layer) * (1.0 if n == 1 else 1 + 0.15 * math.log2(n)),
@@ -118,7 +145,9 @@ def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
     s = p.shape
     active = s.active_weights - s.mtp_layers * s.mtp_weights - s.head_weights
     matmul = 2 * active / (gemm_peak(p.chip, p.precision) * math.exp(c.prefill))
-    attention = s.attention_flops(max(1, int(p.prompt))) / (gemm_peak(p.chip, "bf16") * math.exp(c.attention))
+    attention = s.attention_flops(max(1, int(p.prompt))) / (
+        gemm_peak(p.chip, "bf16") * math.exp(c.attention)
+    )
     return matmul + attention + 0.5 * math.exp(c.exposed) * _collectives(p, 1.0)
 
 
@@ -130,7 +159,15 @@ def memory_batch(p: Serving) -> float:
     held = (dense if p.split and s.moe else dense / n) * size + s.expert_parameters / n * size
     room = MEMORY_USABLE * (p.chip.memory_gb or 64.0) * 1e9 - held
     copies = n if s.latent and not p.split else 1
-    return max(0.01, room / (s.cache_bytes(element_bytes=2 if p.precision == "bf16" else 1.5) * (p.prompt + p.completion) * copies))
+    return max(
+        0.01,
+        room
+        / (
+            s.cache_bytes(element_bytes=2 if p.precision == "bf16" else 1.5)
+            * (p.prompt + p.completion)
+            * copies
+        ),
+    )
 
 
 def token_s(p: Serving, c: ServeConstants, batch: float) -> float:
@@ -177,10 +214,26 @@ SERVE_TERMS = (
     Term(("chip", "model", "style")),
     Term(("chip",), "constants"),
 )
-SERVE_NUMBERS = ("log2 batch", "log2 prompt", "log2 completion", "log2 chips", "log2 active", "log2 token time", "memory share")
+SERVE_NUMBERS = (
+    "log2 batch",
+    "log2 prompt",
+    "log2 completion",
+    "log2 chips",
+    "log2 active",
+    "log2 token time",
+    "memory share",
+)
 
 
-def serve_point(p: Serving, c: ServeConstants, *, target: str = "rate", family: str = "", name: str = "", noise: float = 1.0) -> Point:
+def serve_point(
+    p: Serving,
+    c: ServeConstants,
+    *,
+    target: str = "rate",
+    family: str = "",
+    name: str = "",
+    noise: float = 1.0,
+) -> Point:
     batch = chosen_batch(p, c) if p.phase != "prefill" else 64.0
     parts = step_s(p, c, batch)
     numbers = (
@@ -227,11 +280,15 @@ class ServeModel:
     def predict(self, p: Serving, target: str = "rate") -> tuple[float, float, float]:
         """Value, low and high of `serve_value`. The regression learns rates; a latency errs the other way."""
         point = serve_point(p, self.constants, target=target)
-        back = np.array([getattr(ServeConstants(), n) - getattr(self.constants, n) for n in SERVE_NAMES])
+        back = np.array(
+            [getattr(ServeConstants(), n) - getattr(self.constants, n) for n in SERVE_NAMES]
+        )
         sign = -1.0 if target == "tpot" else 1.0
         mirrored = replace(point, gradient=tuple(sign * g for g in point.gradient))
         mean, sd = self.process.predict([mirrored])
-        value = serve_value(p, self.constants, target) * math.exp(sign * (float(mean[0]) + float(np.array(mirrored.gradient) @ back)))
+        value = serve_value(p, self.constants, target) * math.exp(
+            sign * (float(mean[0]) + float(np.array(mirrored.gradient) @ back))
+        )
         width = math.exp(self.interval_width * float(sd[0]))
         return value, value / width, value * width
 
@@ -241,14 +298,30 @@ class ServeModel:
 
 @functools.cache
 def shipped_serving() -> ServeModel:
-    with resources.files("bascule.plan").joinpath("data/serving.json").open(encoding="utf-8") as handle:
+    with (
+        resources.files("bascule.plan")
+        .joinpath("data/serving.json")
+        .open(encoding="utf-8") as handle
+    ):
         raw = json.load(handle)
-    points = tuple(Point(a["words"], tuple(a["numbers"]), tuple(a["gradient"]), a["family"], a["name"], a["noise"]) for a in raw["anchors"])
+    points = tuple(
+        Point(
+            a["words"],
+            tuple(a["numbers"]),
+            tuple(a["gradient"]),
+            a["family"],
+            a["name"],
+            a["noise"],
+        )
+        for a in raw["anchors"]
+    )
     process = Process(
         points, np.array([a["target"] for a in raw["anchors"]]), SERVE_TERMS, np.array(raw["sizes"]), np.array([raw["lengths"][n] for n in SERVE_NUMBERS]),
         np.array([getattr(SERVE_PRIOR_SD, n) for n in SERVE_NAMES]), raw["noise"],
     )  # fmt: skip
-    return ServeModel(ServeConstants(*[raw["constants"][n] for n in SERVE_NAMES]), process, raw["interval_width"])
+    return ServeModel(
+        ServeConstants(*[raw["constants"][n] for n in SERVE_NAMES]), process, raw["interval_width"]
+    )
 
 
 @dataclass(frozen=True)
@@ -284,22 +357,40 @@ def replica_chips(shape: Shape, chip: Chip, precision: str) -> int:
 def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
     """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit."""
     model = shipped_serving()
-    n = ask.chips or max(replica_chips(shape, ask.chip, ask.precision), 32 if shape.experts >= 64 else 1)
-    both = Serving(shape=shape, chip=ask.chip, chips=n, precision=ask.precision, phase="decode", prompt=ask.prompt, completion=ask.completion, tpot_s=ask.tpot_s)
+    n = ask.chips or max(
+        replica_chips(shape, ask.chip, ask.precision), 32 if shape.experts >= 64 else 1
+    )
+    both = Serving(
+        shape=shape,
+        chip=ask.chip,
+        chips=n,
+        precision=ask.precision,
+        phase="decode",
+        prompt=ask.prompt,
+        completion=ask.completion,
+        tpot_s=ask.tpot_s,
+    )
     decode = model.predict(both)
     prefill = model.predict(replace(both, phase="prefill"))
     batch = chosen_batch(both, model.constants)
     tpot = batch / decode[0]
     ttft = ask.prompt / prefill[0] / min(n, 8)
     watts = ask.chip.power_all_in_w or (ask.chip.tdp_w * 2.3 if ask.chip.tdp_w else 1500.0)
-    seconds = 1 / decode[0] + ask.prompt / ask.completion / prefill[0]  # chip-seconds of one completion token, its prompt included
-    low_s, high_s = 1 / decode[2] + ask.prompt / ask.completion / prefill[2], 1 / decode[1] + ask.prompt / ask.completion / prefill[1]
+    seconds = (
+        1 / decode[0] + ask.prompt / ask.completion / prefill[0]
+    )  # chip-seconds of one completion token, its prompt included
+    low_s, high_s = (
+        1 / decode[2] + ask.prompt / ask.completion / prefill[2],
+        1 / decode[1] + ask.prompt / ask.completion / prefill[1],
+    )
     usd = None
     if ask.price_usd_h is not None:
         usd = tuple(x * 1e6 / 3600 * ask.price_usd_h for x in (seconds, low_s, high_s))
     notes = []
     if token_s(both, model.constants, 0.01) > ask.tpot_s:
-        notes.append(f"the limit of {ask.tpot_s * 1e3:.0f} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms")
+        notes.append(
+            f"the limit of {ask.tpot_s * 1e3:.0f} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
+        )
     if memory_batch(both) <= 0.011:
         notes.append(f"the weights leave no room for a cache on {n} chips; take more")
     return Service(

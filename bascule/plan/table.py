@@ -1,7 +1,8 @@
 """Rows in the format of runs.csv and inference.csv, read as inputs. The answer columns are never looked at here.
 
 A paper rarely prints the whole layout; what is missing is filled by rule (no free choice per row): no layout at all means fully
-sharded data parallel, optimizer states are split (ZeRO-1) unless it says plain DDP, an unknown micro-batch is 1 (a sharded replica's whole batch), unknown recomputation is none, an unprinted schedule of a
+sharded data parallel, optimizer states are split (ZeRO-1) unless it says plain DDP, an unknown micro-batch is 1 (a sharded replica's whole batch), unknown recomputation is none, an unknown batch keeps a
+pipeline busy with four micro-batches a stage, an unprinted schedule of a
 pipeline is interleaved with two layers or more to a virtual stage, four virtual stages at most (two where only
 `interleaved` is printed).
 """
@@ -40,7 +41,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         raise RecipeError(f"The table '{path}' cannot be read ({error}).") from None
     for column in ("id", "chip", "model"):
         if rows and column not in rows[0]:
-            raise RecipeError(f"The table '{path}' has no column '{column}'; it must look like runs.csv or inference.csv.")
+            raise RecipeError(
+                f"The table '{path}' has no column '{column}'; it must look like runs.csv or inference.csv."
+            )
     return rows
 
 
@@ -80,13 +83,23 @@ def shape_of(row: Row) -> Shape:
         vocab=whole(row, "vocab", 1),
         gated=extra.get("ffn_matrices", 3) == 3,
         tied=bool(extra.get("tied_embeddings", False)),
-        latent=Latent(q_lora=mla["q_lora"] or None, kv_lora=mla["kv_lora"], nope=mla["nope"], rope=mla["rope"], v=mla["v"]) if mla else None,
+        latent=Latent(
+            q_lora=mla["q_lora"] or None,
+            kv_lora=mla["kv_lora"],
+            nope=mla["nope"],
+            rope=mla["rope"],
+            v=mla["v"],
+        )
+        if mla
+        else None,
         experts=experts,
         topk=int(number(row, "topk") or 0),
         moe_ffn=moe_ffn,
         shared_ffn=int(extra.get("shared_ffn_total", 0)),
         dense_layers=min(dense, layers),
-        mtp_layers=0 if "w/o MTP" in row.get("notes", "") or row.get("vendor") == "Google" else int(extra.get("mtp_layers", 0)),
+        mtp_layers=0
+        if "w/o MTP" in row.get("notes", "") or row.get("vendor") == "Google"
+        else int(extra.get("mtp_layers", 0)),
         window=window,
         local_layers=local,
     )
@@ -111,9 +124,13 @@ def job_of(row: Row) -> Job:
     """A row of runs.csv as a job, from its inputs alone. Raises RecipeError naming what is missing."""
     chips, sequence = number(row, "chips"), number(row, "seq_len")
     if not chips or not sequence:
-        raise RecipeError(f"Row {row.get('id')}: the number of chips or the sequence length is missing.")
+        raise RecipeError(
+            f"Row {row.get('id')}: the number of chips or the sequence length is missing."
+        )
     layout = layout_of(row, int(chips))
-    batch = number(row, "global_batch_seqs") or layout.micro_batch * layout.dp
+    batch = number(row, "global_batch_seqs") or layout.micro_batch * layout.dp * (
+        4 * layout.pp if layout.pp > 1 else 1
+    )
     notes = row.get("notes", "")
     return Job(
         shape=shape_of(row),
@@ -133,13 +150,23 @@ def layout_of(row: Row, chips: int) -> Layout:
     """The row's layout; blanks filled by rule."""
     sharding = row.get("sharding", "").lower()
     tp, cp = min(whole(row, "tp", 1), chips), whole(row, "cp", 1)
-    pp = min(whole(row, "pp", 1), max(1, chips // (tp * cp)))  # a layout printed for a larger run cannot exceed the chips
+    pp = min(
+        whole(row, "pp", 1), max(1, chips // (tp * cp))
+    )  # a layout printed for a larger run cannot exceed the chips
     unknown = not row.get("tp") and not row.get("pp") and not sharding
     zero = 3 if "fsdp" in sharding or unknown else 0 if sharding == "ddp" else 1
     zero = 2 if "shard_grad_op" in sharding or "zero-2" in sharding else zero
     overlap = row.get("schedule_overlap", "")
     vpp = _virtual(row, pp)
-    schedule = "zb" if "zero-bubble" in overlap.lower() else "dualpipe" if "dualpipe" in overlap.lower() else "interleaved" if vpp > 1 else "1f1b"
+    schedule = (
+        "zb"
+        if "zero-bubble" in overlap.lower()
+        else "dualpipe"
+        if "dualpipe" in overlap.lower()
+        else "interleaved"
+        if vpp > 1
+        else "1f1b"
+    )
     return Layout(
         tp=tp,
         pp=pp,
@@ -148,7 +175,11 @@ def layout_of(row: Row, chips: int) -> Layout:
         ep=whole(row, "ep", 1),
         dp=max(1, chips // (tp * pp * cp)),
         zero=zero,
-        micro_batch=whole(row, "micro_batch", _whole_local_batch(row, chips // (tp * pp * cp)) if zero == 3 and pp == 1 else 1),
+        micro_batch=whole(
+            row,
+            "micro_batch",
+            _whole_local_batch(row, chips // (tp * pp * cp)) if zero == 3 and pp == 1 else 1,
+        ),
         recompute=_recompute(row.get("recompute", ""), stack_of(row)),
         tp_overlap=any(word in overlap for word in ("MC2", "AsyncTP", "comm overlap", "MegaScale")),
         schedule=schedule,

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from bascule.plan.goodput import Recovery, best_interval, causes_per_chip_hour, effective_share, goodput, mean_time_to_failure, simulate, young_daly
+from bascule.plan.goodput import (
+    Recovery,
+    best_interval,
+    causes_per_chip_hour,
+    effective_share,
+    goodput,
+    mean_time_to_failure,
+    simulate,
+    young_daly,
+)
 
 
 def test_llama3_failures_are_three_hours_apart() -> None:
@@ -14,11 +23,20 @@ def test_llama3_failures_are_three_hours_apart() -> None:
 
 @pytest.mark.parametrize(
     ("chips", "rate", "save", "restart", "published"),
-    [(1024, 2.34, 60, 900, 0.976), (2048, 6.5, 60, 900, 0.935), (16384, 2.34, 60, 900, 0.868), (16384, 6.5, 5, 120, 0.942)],
+    [
+        (1024, 2.34, 60, 900, 0.976),
+        (2048, 6.5, 60, 900, 0.935),
+        (16384, 2.34, 60, 900, 0.868),
+        (16384, 6.5, 5, 120, 0.942),
+    ],
 )
-def test_effective_time_matches_the_first_order_table_within_its_own_error(chips: int, rate: float, save: float, restart: float, published: float) -> None:
+def test_effective_time_matches_the_first_order_table_within_its_own_error(
+    chips: int, rate: float, save: float, restart: float, published: float
+) -> None:
     mttf, recovery = mean_time_to_failure(chips, rate), Recovery(save, 0, restart)
-    assert effective_share(young_daly(save, mttf), mttf, recovery) == pytest.approx(published, abs=0.012)
+    assert effective_share(young_daly(save, mttf), mttf, recovery) == pytest.approx(
+        published, abs=0.012
+    )
 
 
 def test_simulation_agrees_with_the_expectation() -> None:
@@ -26,7 +44,9 @@ def test_simulation_agrees_with_the_expectation() -> None:
     mttf = mean_time_to_failure(16384, 3.79)
     every = best_interval(mttf, recovery)
     useful = 60 * 86400.0
-    simulated = useful / simulate(useful, 16384, 3.79, recovery, interval_s=every, runs=100, seed=3).mean()
+    simulated = (
+        useful / simulate(useful, 16384, 3.79, recovery, interval_s=every, runs=100, seed=3).mean()
+    )
     assert simulated == pytest.approx(effective_share(every, mttf, recovery), abs=0.006)
 
 
@@ -39,7 +59,9 @@ def test_the_best_interval_is_no_worse_than_young_daly() -> None:
     for chips in (512, 16384, 100_000):
         mttf = mean_time_to_failure(chips, 6.5)
         recovery = Recovery(60, 60, 840)
-        assert effective_share(best_interval(mttf, recovery), mttf, recovery) >= effective_share(young_daly(60, mttf), mttf, recovery)
+        assert effective_share(best_interval(mttf, recovery), mttf, recovery) >= effective_share(
+            young_daly(60, mttf), mttf, recovery
+        )
 
 
 def test_the_same_seed_gives_the_same_walls() -> None:

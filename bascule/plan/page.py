@@ -1,0 +1,337 @@
+"""The answer as one self-contained HTML page: bars with intervals, step and memory breakdown, calendar, tornado, roofline.
+
+Each chart is a small function from plain values to an SVG string; the frame is `page.html`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from string import Template
+
+from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer
+from bascule.plan.cost import gemm_peak, memory_bytes_s
+from bascule.plan.memory import GIB, stage_parts
+from bascule.plan.memory import shipped_memory as memory_constants
+from bascule.plan.render import number, service_text
+
+PALETTE = (
+    "#2f6fb0",
+    "#c8642c",
+    "#3f8f6b",
+    "#8a5fb0",
+    "#b59a2d",
+    "#6b7a90",
+    "#b04a6a",
+    "#3a9aa8",
+    "#7c6a4f",
+    "#9aa23c",
+    "#577399",
+    "#a3735c",
+)
+WIDTH, LEFT, RIGHT, ROW = 940, 230, 30, 34
+
+
+def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
+    """The page as text. `start`: first day of the calendar (default: today)."""
+    first = start or datetime.date.today()
+    sections = []
+    if answer.trainings:
+        sections.append(_section("Options side by side", _table(answer.trainings)))
+        sections += [_section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
+        sections.append(
+            _section(
+                "What a step is made of",
+                _stacks([(t.name, t.step.parts) for t in answer.trainings], "s", 1.0),
+            )
+        )
+        sections += [
+            _section(f"Memory by pipeline stage, {t.name}", _memory(t)) for t in answer.trainings
+        ]
+        sections.append(_section("Calendar", _calendar(answer.trainings, first)))
+        sections += [_section(f"Roofline, {t.name}", _roofline(t)) for t in answer.trainings]
+    sections += [
+        _section(f"What could turn the answer: {p.second} over {p.first}", _tornado(p))
+        for p in answer.preferences
+    ]
+    sections += [
+        _section(f"Serving on {s.ask.chip.name}", f"<pre>{html.escape(service_text(s))}</pre>")
+        for s in answer.services
+    ]
+    sections += [_section("What it rests on", _basis(answer))]
+    template = Template(
+        resources.files("bascule.plan").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    shape = answer.model
+    return template.substitute(
+        title=html.escape(f"What would {shape.name} cost?"),
+        model=html.escape(
+            f"{shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used by a token"
+        ),
+        lead=html.escape(_lead(answer)),
+        sections="\n".join(sections),
+    )
+
+
+def _lead(answer: Answer) -> str:
+    if answer.preferences:
+        p = answer.preferences[0]
+        return f"{p.second} pays below {p.break_even.value:.2f}x the price of {p.first} per chip-hour (80 %: {p.break_even.low:.2f}x to {p.break_even.high:.2f}x)."
+    if answer.trainings:
+        t = answer.trainings[0]
+        return f"{t.name}: {number(t.days.value)} days (80 %: {number(t.days.low)} to {number(t.days.high)})."
+    return "What serving it would cost."
+
+
+def _section(title: str, body: str) -> str:
+    return f'<section><h2>{html.escape(title)}</h2><div class="wide">{body}</div></section>'
+
+
+def _table(trainings: Sequence[TrainingAnswer]) -> str:
+    rows: list[tuple[str, list[str]]] = [
+        ("tokens/s per chip", [_cell(t.tokens_per_s_chip) for t in trainings]),
+        ("days, failures included", [_cell(t.days) for t in trainings]),
+        ("chip-hours", [_cell(t.chip_hours) for t in trainings]),
+        ("energy, MWh", [_cell(t.energy) for t in trainings]),
+        ("money, USD", [_cell(t.money) if t.money else "no public price" for t in trainings]),
+        ("failures expected", [f"{t.failures.failures:,.0f}" for t in trainings]),
+        ("effective time", [f"{100 * t.failures.effective:.1f} %" for t in trainings]),
+        ("layout", [html.escape(t.job.layout.words()) for t in trainings]),
+    ]
+    head = "".join(f"<th>{html.escape(t.name)}</th>" for t in trainings)
+    body = "".join(
+        f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
+    )
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def _cell(e: Estimate) -> str:
+    return f"{number(e.value)} <span class='soft'>{number(e.low)} to {number(e.high)}</span>"
+
+
+def _svg(height: float, body: str, label: str) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(label)}">{body}</svg>'
+
+
+def _text(x: float, y: float, words: str, *, anchor: str = "start", soft: bool = False) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{" class=soft" if soft else ""}>{html.escape(words)}</text>'
+
+
+def _rect(x: float, y: float, width: float, height: float, color: str, title: str = "") -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height:.1f}" fill="{color}" rx="2"><title>{html.escape(title)}</title></rect>'
+
+
+def _bars(trainings: Sequence[TrainingAnswer], pick: object) -> str:
+    """One bar an option, a whisker for its 80 % interval."""
+    estimates = [pick(t) for t in trainings]  # type: ignore[operator]
+    scale = (WIDTH - LEFT - RIGHT - 160) / max(e.high for e in estimates)
+    body = ""
+    for i, (t, e) in enumerate(zip(trainings, estimates, strict=True)):
+        y = i * ROW + 6
+        middle = y + 11
+        body += _text(0, y + 15, t.name) + _rect(
+            LEFT, y, e.value * scale, 22, PALETTE[i % len(PALETTE)], e.basis
+        )
+        body += f'<path d="M{LEFT + e.low * scale:.1f} {middle}H{LEFT + e.high * scale:.1f}M{LEFT + e.low * scale:.1f} {middle - 6}v12M{LEFT + e.high * scale:.1f} {middle - 6}v12" stroke="currentColor" fill="none"/>'
+        body += _text(LEFT + e.high * scale + 8, y + 15, f"{number(e.value)} {e.unit}")
+    return _svg(len(estimates) * ROW + 8, body, "bars with 80 % intervals")
+
+
+def _stacks(
+    rows: Sequence[tuple[str, Mapping[str, float]]],
+    unit: str,
+    divide: float,
+    limit: float | None = None,
+    names: Sequence[str] = (),
+) -> str:
+    """Stacked bars with a legend; `limit` draws a line (a chip's memory)."""
+    keys = list(names) or list(dict.fromkeys(key for _, parts in rows for key in parts))
+    most = max([sum(parts.values()) / divide for _, parts in rows] + ([limit] if limit else []))
+    scale = (WIDTH - LEFT - RIGHT - 80) / most
+    body, y = "", 6.0
+    for name, parts in rows:
+        x = float(LEFT)
+        body += _text(0, y + 15, name)
+        for index, key in enumerate(keys):
+            value = parts.get(key, 0.0) / divide
+            if value > 0:
+                body += _rect(
+                    x,
+                    y,
+                    value * scale,
+                    22,
+                    PALETTE[index % len(PALETTE)],
+                    f"{key}: {number(value)} {unit}",
+                )
+                x += value * scale
+        body += _text(x + 6, y + 15, f"{number(sum(parts.values()) / divide)} {unit}")
+        y += ROW
+    if limit:
+        at = LEFT + limit * scale
+        body += f'<path d="M{at:.1f} 0V{y:.1f}" stroke="#c0392b" stroke-dasharray="4 3"/>' + _text(
+            at - 4, y + 8, f"chip: {number(limit)} {unit}", anchor="end", soft=True
+        )
+        y += 12
+    for index, key in enumerate(keys):
+        x, line = LEFT + (index % 4) * 170, y + 14 + (index // 4) * 20
+        body += _rect(x, line - 10, 12, 12, PALETTE[index % len(PALETTE)]) + _text(
+            x + 18, line, key
+        )
+    return _svg(y + 24 + ((len(keys) - 1) // 4) * 20, body, "stacked bars")
+
+
+def _memory(t: TrainingAnswer) -> str:
+    stages = (
+        range(t.job.layout.pp)
+        if t.job.layout.pp <= 16
+        else [0, 1, t.job.layout.pp // 2, t.job.layout.pp - 2, t.job.layout.pp - 1]
+    )
+    rows = [
+        (f"stage {i + 1} of {t.job.layout.pp}", stage_parts(t.job, i, memory_constants()))
+        for i in stages
+    ]
+    return (
+        _stacks(rows, "GiB", GIB, t.memory.available / GIB if t.memory.available else None)
+        + f'<p class="soft">Verdict: {t.memory.verdict}.</p>'
+    )
+
+
+def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
+    """From the start to the finish, the 80 % spread of the finish shaded."""
+    most = max(t.days.high for t in trainings)
+    scale = (WIDTH - LEFT - RIGHT - 60) / most
+    body = ""
+    months = int(most // 30.44) + 1
+    for month in range(0, months + 1, max(1, months // 8)):
+        x = LEFT + month * 30.44 * scale
+        day = start + datetime.timedelta(days=month * 30.44)
+        body += f'<path class="axis" d="M{x:.1f} 0V{len(trainings) * ROW + 6}"/>' + _text(
+            x, len(trainings) * ROW + 20, f"{day:%d %b %Y}", anchor="middle", soft=True
+        )
+    for i, t in enumerate(trainings):
+        y = i * ROW + 6
+        finish = [
+            start + datetime.timedelta(days=value)
+            for value in (t.days.low, t.days.value, t.days.high)
+        ]
+        body += _text(0, y + 15, t.name) + _rect(LEFT, y, t.days.low * scale, 22, PALETTE[i])
+        spread = _rect(
+            LEFT + t.days.low * scale,
+            y,
+            (t.days.high - t.days.low) * scale,
+            22,
+            PALETTE[i],
+            f"finish between {finish[0]} and {finish[2]}",
+        )
+        body += spread.replace(" rx=", ' fill-opacity="0.35" rx=')
+        body += _text(LEFT + t.days.value * scale, y + 15, f"{finish[1]:%d %b %Y}", anchor="middle")
+    return _svg(len(trainings) * ROW + 30, body, "calendar with finish dates")
+
+
+def _tornado(p: Preference) -> str:
+    """Each assumption's swing of the cost ratio on a logarithmic axis, the line at 1 where the answer turns."""
+    low, high = min([s.low for s in p.swings] + [0.9]), max([s.high for s in p.swings] + [1.1])
+    left = LEFT + 90
+    scale = (WIDTH - left - RIGHT - 90) / math.log(high / low)
+
+    def at(value: float) -> float:
+        return left + math.log(value / low) * scale
+
+    body = "".join(
+        _text(0, i * ROW + 21, s.assumption)
+        + _rect(
+            at(s.low),
+            i * ROW + 6,
+            at(s.high) - at(s.low),
+            22,
+            PALETTE[1] if s.turns else PALETTE[0],
+            f"{s.low:.2f}x to {s.high:.2f}x",
+        )
+        + _text(at(s.high) + 6, i * ROW + 21, f"{s.low:.2f}x to {s.high:.2f}x")
+        for i, s in enumerate(p.swings)
+    )
+    bottom = len(p.swings) * ROW + 6
+    body += (
+        f'<path d="M{at(1):.1f} 0V{bottom}" stroke="currentColor" stroke-dasharray="4 3"/>'
+        + _text(at(1), bottom + 14, "same cost", anchor="middle", soft=True)
+    )
+    return _svg(bottom + 22, body, "sensitivity")
+
+
+def _roofline(t: TrainingAnswer) -> str:
+    """Peak against bytes moved: the model's matrix products, experts and attention as points on the chip's roof."""
+    peak, bandwidth = gemm_peak(t.ask.chip, t.ask.precision), memory_bytes_s(t.ask.chip)
+    height, bottom = 260, 230
+    points = [(name, intensity) for name, intensity in operators(t).items() if intensity > 0]
+    low, high = 1.0, max(4e3, *(i for _, i in points)) * 1.5
+    span = WIDTH - 60 - RIGHT
+
+    def x_of(intensity: float) -> float:
+        return 60 + span * math.log(max(intensity, low) / low) / math.log(high / low)
+
+    def y_of(rate: float) -> float:
+        return bottom - (bottom - 20) * max(
+            0.0, math.log(rate / (bandwidth * low)) / math.log(peak / (bandwidth * low))
+        )
+
+    ridge = peak / bandwidth
+    body = f'<path d="M{x_of(low):.1f} {y_of(bandwidth * low):.1f}L{x_of(ridge):.1f} {y_of(peak):.1f}H{x_of(high):.1f}" stroke="currentColor" stroke-width="2" fill="none"/>'
+    body += _text(
+        x_of(high),
+        y_of(peak) - 6,
+        f"{peak / 1e12:,.0f} TFLOPS dense {t.ask.precision}",
+        anchor="end",
+        soft=True,
+    )
+    body += _text(x_of(ridge), bottom + 18, f"ridge {ridge:.0f} FLOP/B", anchor="middle", soft=True)
+    for i, (name, intensity) in enumerate(points):
+        rate = min(peak, bandwidth * intensity)
+        body += (
+            f'<circle cx="{x_of(intensity):.1f}" cy="{y_of(rate):.1f}" r="6" fill="{PALETTE[i]}"/>'
+            + _text(
+                x_of(intensity),
+                y_of(rate) + 22 + 16 * (i % 3),
+                f"{name} ({intensity:.0f})",
+                anchor="middle",
+            )
+        )
+    return (
+        _svg(height, body, "roofline")
+        + '<p class="soft">Position: FLOPs per byte of this layout, weights and activations counted once (logarithmic).</p>'
+    )
+
+
+def operators(t: TrainingAnswer) -> dict[str, float]:
+    """FLOPs per byte of the model's operators in this layout: weights and activations read once, results written once."""
+    s, lay, rows = t.job.shape, t.job.layout, t.job.micro_tokens
+    size = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5}[t.ask.precision]
+
+    def product(m: float, k: float, n: float) -> float:
+        return 2 * m * k * n / (size * (m * k + k * n) + 2 * m * n)
+
+    found = {"dense products": product(rows, s.hidden, max(s.ffn, s.hidden) / lay.tp)}
+    if s.moe:
+        found["experts"] = product(rows * lay.ep * s.topk / s.experts, s.hidden, s.moe_ffn)
+    width = 2 * s.head_dim if s.latent is None else s.latent.nope + s.latent.rope + s.latent.v
+    found["attention"] = t.job.sequence / 2 * width / (2 * 2 * width)
+    found["optimizer"] = 12 / 26
+    return found
+
+
+def _basis(answer: Answer) -> str:
+    lines = [
+        f"<li><b>{html.escape(t.name)}</b>: {html.escape(t.step.basis)}. Energy: {html.escape(t.energy.basis)}. Failures: {html.escape(t.failures.source)}."
+        + (f" Price: {html.escape(t.money.basis)}." if t.money else "")
+        + "".join(f" {html.escape(n)}." for n in t.notes)
+        + "</li>"
+        for t in answer.trainings
+    ]
+    lines += [
+        f"<li><b>serving on {html.escape(s.ask.chip.name)}</b>: {html.escape(s.basis)}</li>"
+        for s in answer.services
+    ]
+    return f"<ul>{''.join(lines)}</ul>"

@@ -1,0 +1,122 @@
+"""The whole answer: what it holds, how fast it comes, and that it is what the parts say."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bascule.errors import RecipeError
+from bascule.plan.answer import Answer, answer
+from bascule.plan.page import render_page
+from bascule.plan.render import cli_text, to_json
+
+
+@pytest.fixture(scope="module")
+def asked() -> Answer:
+    return answer(
+        "deepseek-v3",
+        train=["2048 x H800, 14.8T tokens"],
+        versus=["6144 x Ascend 910C"],
+        serve=["H20, 4k in, 1k out, 50 ms"],
+    )
+
+
+def test_the_break_even_price_comes_first_and_follows_from_chip_hours(asked: Answer) -> None:
+    one = asked.preferences[0]
+    assert one.break_even.value == pytest.approx(
+        asked.trainings[0].chip_hours.value / asked.trainings[1].chip_hours.value
+    )
+    assert one.break_even.low < one.break_even.value < one.break_even.high
+    first_lines = cli_text(asked).split("\n\n")[1].splitlines()
+    assert "pays below" in first_lines[0]
+
+
+def test_deepseeks_own_published_chip_hours_are_inside_the_interval(asked: Answer) -> None:
+    """DeepSeek-V3 states 2.664 M H800 hours for 14.8 T tokens of pre-training; no H800 run is among the anchors."""
+    hours = asked.trainings[0].chip_hours
+    assert hours.low < 2.664e6 * 1.05 and hours.value < 2 * 2.664e6
+
+
+def test_every_estimate_has_an_interval_a_unit_and_a_basis(asked: Answer) -> None:
+    for training in asked.trainings:
+        for one in (
+            training.tokens_per_s_chip,
+            training.days,
+            training.chip_hours,
+            training.energy,
+        ):
+            assert one.low < one.value < one.high and one.unit and one.basis
+    assert asked.trainings[1].money is None  # no public price for the 910C, and none is made up
+
+
+def test_parts_of_a_step_add_up(asked: Answer) -> None:
+    for training in asked.trainings:
+        assert sum(training.step.parts.values()) == pytest.approx(training.step.seconds)
+
+
+def test_the_chosen_layout_uses_all_chips_and_fits(asked: Answer) -> None:
+    for training in asked.trainings:
+        lay = training.job.layout
+        assert lay.tp * lay.pp * lay.cp * lay.dp == training.ask.chips
+        assert training.memory.verdict == "fits"
+
+
+def test_json_holds_plain_values(asked: Answer) -> None:
+    plain = json.loads(json.dumps(to_json(asked)))
+    assert plain["options"][0]["memory"]["verdict"] == "fits"
+    assert plain["options"][1]["money"] is None
+    assert plain["preferences"][0]["break_even"]["unit"]
+
+
+def test_the_page_is_self_contained_and_shows_every_chart(asked: Answer) -> None:
+    page = render_page(asked, start=datetime.date(2026, 1, 1))
+    assert page.count("<svg") >= 9
+    assert "http://" not in page and "https://" not in page and "$" not in page.replace("USD", "")
+
+
+def test_16384_chips_take_under_two_seconds_and_no_torch() -> None:
+    code = (
+        "import sys, time; t = time.process_time(); from bascule.plan.answer import answer; from bascule.plan.render import cli_text; "
+        "print(len(cli_text(answer('deepseek-v3', train=['16384 x H100, 14.8T tokens'])))); "
+        "assert 'torch' not in sys.modules; print(time.process_time() - t)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PATH": ""},
+    )
+    assert float(done.stdout.split()[1]) < 2.0, f"{time.perf_counter() - begin:.1f} s of wall time"
+
+
+def test_a_given_layout_is_priced_as_given() -> None:
+    one = answer(
+        "llama-3.1-70b", train=["64 x H100, 1T tokens, TP4 PP4 MB1, batch 256, seq 8k"]
+    ).trainings[0]
+    assert one.layout_basis == "given" and one.job.layout.pp == 4 and one.played is not None
+
+
+def test_a_model_that_cannot_fit_is_said_not_to_fit() -> None:
+    one = answer("deepseek-v3", train=["8 x H100, 1T tokens"]).trainings[0]
+    assert one.memory.verdict == "does not fit" and one.notes
+
+
+def test_an_own_measurement_moves_the_forecast_and_narrows_it() -> None:
+    from bascule.plan.forecast import shipped
+
+    one = answer("llama-3.1-70b", train=["64 x H100, 1T tokens"]).trainings[0]
+    anchored = shipped().with_anchor(one.job, one.step.seconds * 1.3).predict(one.job)
+    assert anchored.seconds == pytest.approx(one.step.seconds * 1.3, rel=0.1)
+    assert anchored.high / anchored.low < one.step.high / one.step.low
+
+
+def test_nothing_asked_is_refused() -> None:
+    with pytest.raises(RecipeError, match="Nothing was asked"):
+        answer("deepseek-v3")

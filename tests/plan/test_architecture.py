@@ -1,0 +1,72 @@
+"""Counts are exact: they agree with the model room's and with published figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bascule.config import PRESETS, ModelConfig
+from bascule.errors import RecipeError
+from bascule.model import count
+from bascule.plan.architecture import from_config, from_hugging_face, model_named
+from bascule.plan.fit import DATA
+from bascule.plan.table import number, read_rows, shape_of
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_the_planner_and_the_model_count_the_same_parameters(preset: str) -> None:
+    config = ModelConfig.model_validate({"preset": preset})
+    shape = from_config(config)
+    assert shape.parameters == pytest.approx(count.parameters(config, mtp=True), rel=0.01)
+
+
+def test_deepseek_v3_is_the_published_model() -> None:
+    shape = model_named("deepseek-v3")
+    assert shape.train_flops(4096) / 1e9 == pytest.approx(
+        260.6, rel=0.001
+    )  # NVIDIA's own pair of tokens/s and TFLOPS
+    assert shape.attention_weights / 1e6 == pytest.approx(187.1, abs=0.1)
+    assert shape.cache_bytes() == 70_272
+    assert model_named("llama-3.1-70b").cache_bytes() == 327_680
+    assert model_named("llama-3.1-405b").cache_bytes() == 516_096
+
+
+def test_flops_agree_with_every_published_row_without_a_window() -> None:
+    checked = 0
+    for row in read_rows(DATA / "runs.csv"):
+        published = number(row, "d_flops_per_token_G")
+        if (
+            row["tier"] not in ("A", "A-")
+            or not published
+            or "window" in row["arch_json"]
+            or "local" in row["arch_json"]
+        ):
+            continue
+        if row["model"].startswith(
+            ("Mistral", "Gemma2")
+        ):  # these look back 4,096 tokens; the table counts them in full
+            continue
+        assert shape_of(row).train_flops(int(row["seq_len"])) / 1e9 == pytest.approx(
+            published, rel=0.02
+        ), row["id"]
+        checked += 1
+    assert checked > 150
+
+
+def test_a_hugging_face_config_is_read(tmp_path: Path) -> None:
+    raw = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    assert model_named(str(path)).parameters == pytest.approx(30.5e9, rel=0.01)  # Qwen3-30B-A3B
+
+
+def test_a_config_without_sizes_says_what_is_missing() -> None:
+    with pytest.raises(RecipeError, match="num_attention_heads"):
+        from_hugging_face({}, name="empty")
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'deepseek-v3'"):
+        model_named("deepseek-v33")

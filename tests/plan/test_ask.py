@@ -1,0 +1,107 @@
+"""What people type is read, and refused in one sentence when it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bascule.errors import RecipeError
+from bascule.plan.ask import parse_serve, parse_train
+from bascule.plan.catalogue import chips, chips_from_toml, find_chip, with_measured
+
+
+def test_a_training_is_read() -> None:
+    ask = parse_train("2048 x H800, 14.8T tokens")
+    assert (ask.chips, ask.chip.name, ask.tokens, ask.precision, ask.price_usd_h) == (
+        2048,
+        "H800 SXM",
+        14.8e12,
+        "fp8",
+        2.0,
+    )
+
+
+def test_every_part_may_be_given_in_any_order() -> None:
+    ask = parse_train(
+        "6,144 x Ascend 910C, seq 8k, 1.2 USD/h, bf16, batch 15360, pue 1.1, 4 failures, TP4 PP8 EP32, 2T tokens"
+    )
+    assert (
+        ask.chips,
+        ask.sequence,
+        ask.price_usd_h,
+        ask.batch,
+        ask.pue,
+        ask.failures,
+        ask.tokens,
+    ) == (6144, 8192, 1.2, 15360, 1.1, 4.0, 2e12)
+    assert ask.layout is not None and ask.layout.dp == 6144 // 32
+
+
+def test_a_service_is_read() -> None:
+    ask = parse_serve("H20, 4k in, 1k out, 50 ms, ttft 2 s")
+    assert (ask.chip.name, ask.prompt, ask.completion, ask.tpot_s, ask.ttft_s) == (
+        "H20-96",
+        4096,
+        1024,
+        0.05,
+        2.0,
+    )
+    assert parse_serve("16 x H800, 30 ms").chips == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("2048 x H8000, 1T tokens", "Did you mean 'h800'"),
+        ("H800, 1T tokens", "number of chips"),
+        ("2048 x H800", "how many tokens"),
+        ("2048 x H800, 1T tokens, -2 USD/h", "cannot be negative"),
+        ("2048 x H800, 1T tokens, 2/h", "no currency"),
+        ("2048 x H800, 1T tokens, TP3", "multiple of TP x PP x CP = 3"),
+        ("2048 x H800, 1T tokens, pue 9", "1.0 to 3.0"),
+        ("2048 x H800, 1T tokens, colour blue", "not understood"),
+        ("0 x H800, 1T tokens", "above 0"),
+    ],
+)
+def test_bad_trainings_are_refused_in_one_sentence(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        parse_train(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("H20, 50", "no unit"),
+        ("H20, 0 ms", "above 0"),
+        ("H2O, 50 ms", "not a chip"),
+        ("H20, blue", "not understood"),
+    ],
+)
+def test_bad_services_are_refused(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        parse_serve(text)
+
+
+def test_every_shipped_chip_has_a_source_and_no_recalled_figure() -> None:
+    for chip in chips().values():
+        assert chip.source, chip.name
+        assert "recall" not in chip.source + chip.note
+        assert chip.basis in ("datasheet", "assumed")
+        if chip.price_usd_h is not None:
+            assert chip.price_note, f"{chip.name}: a price needs its date and kind"
+
+
+def test_a_users_own_chips_come_first_and_bad_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "chips.toml"
+    path.write_text('["My Chip"]\nbf16_tflops = 500.0\nmemory_gb = 96\n')
+    own = chips_from_toml(path)
+    assert find_chip("mychip", own).bf16_tflops == 500.0
+    path.write_text('["My Chip"]\nbf16_tflop = 500.0\n')
+    with pytest.raises(RecipeError, match="Did you mean 'bf16_tflops'"):
+        chips_from_toml(path)
+
+
+def test_measured_figures_replace_the_datasheet() -> None:
+    chip = with_measured(find_chip("H100"), {"bf16_tflops": 700.0, "unrelated": 1.0})
+    assert (chip.bf16_tflops, chip.basis) == (700.0, "measured on this machine")
