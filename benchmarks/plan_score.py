@@ -1,0 +1,193 @@
+"""How wrong the planner is, beside what anyone could do without one. Prints the tables of docs/plan.md.
+
+    python benchmarks/plan_score.py [--runs FILE.csv] [--inference FILE.csv] [--verified-only]
+
+Each training row is predicted (a) with its family left out, (b) with its whole paper or vendor table left out, (c) with only
+the row itself left out, (d) with its family left out but for one anchor run. Baselines see the same rows under the same rule:
+fixed 40 % of the bf16 peak, and the median share of peak by (chip, precision, dense or sparse) of the other families. The
+peers' own figures come from their papers or from running them (docs/plan.md says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bascule.plan.fit import DATA, fit_memory, memory_rows, usable
+from bascule.plan.fit import fit as fit_training
+from bascule.plan.forecast import model_from, shipped
+from bascule.plan.memory import GIB
+from bascule.plan.score import (
+    Scored,
+    as_text,
+    left_out,
+    left_out_serving,
+    report,
+    score_memory,
+    score_training,
+    training_rows,
+)
+from bascule.plan.serving import shipped_serving
+from bascule.plan.table import Row, job_of, read_rows
+
+
+def share_of_peak(row: Row, published: float) -> float:
+    job = job_of(row)
+    return published * job.shape.train_flops(job.sequence) / ((job.chip.bf16_tflops or 1) * 1e12)
+
+
+def baseline(
+    rows: Sequence[Row],
+    scored: Sequence[Scored],
+    guess: Callable[[Row, Sequence[Row]], float | None],
+) -> list[Scored]:
+    """Predictions of a rule that turns a row and the other families' rows into a share of the bf16 peak."""
+    names = {one.name: one for one in scored}
+    result = []
+    for row in (row for row in rows if row["id"] in names):
+        others = [
+            other for other in rows if other["family"] != row["family"] and other["id"] in names
+        ]
+        share = guess(row, others)
+        job = job_of(row)
+        predicted = (
+            None
+            if share is None
+            else share * (job.chip.bf16_tflops or 1) * 1e12 / job.shape.train_flops(job.sequence)
+        )
+        result.append(
+            Scored(
+                row["id"],
+                row["vendor"],
+                row["family"],
+                names[row["id"]].published,
+                predicted,
+                None,
+                None,
+            )
+        )
+    return result
+
+
+def fixed(_row: Row, _others: Sequence[Row]) -> float:
+    return 0.4
+
+
+def lookup(row: Row, others: Sequence[Row]) -> float | None:
+    """Median share of peak of the rows that agree in chip, precision and kind; fewer agreements when there are none."""
+    job = job_of(row)
+    keys = [("chip", "precision", "moe"), ("chip", "moe"), ("chip",), ()]
+    facts = [(other, job_of(other)) for other in others]
+    for key in keys:
+        found = [
+            share_of_peak(other, published(other))
+            for other, one in facts
+            if all(_fact(one, k) == _fact(job, k) for k in key)
+        ]
+        if found:
+            return statistics.median(found)
+    return None
+
+
+def _fact(job: object, key: str) -> object:
+    chip, precision, shape = job.chip.name, job.precision, job.shape.moe  # type: ignore[attr-defined]
+    return {"chip": chip, "precision": precision, "moe": shape}[key]
+
+
+def published(row: Row) -> float:
+    from bascule.plan.fit import measured_tokens
+
+    return measured_tokens(row) or 1.0
+
+
+def one_anchor(rows: Sequence[Row]) -> list[Scored]:
+    """Every family of two or more rows: the first row is the anchor (one measured run), the others are scored."""
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(row["family"], row["id"])
+    found = left_out(
+        shipped(),
+        rows,
+        by=lambda row: row["id"] if first[row["family"]] == row["id"] else row["family"],
+    )
+    return [one for one in found if first[one.family] != one.name]
+
+
+def refitted(rows: Sequence[Row], folds: int = 8) -> list[Scored]:
+    """The honest check of (a): everything, sizes included, fitted again without each fold of families."""
+    families = sorted({row["family"] for row in rows})
+    result: list[Scored] = []
+    for fold in range(folds):
+        held = set(families[fold::folds])
+        model = model_from(fit_training([row for row in rows if row["family"] not in held]))
+        result += score_training([row for row in rows if row["family"] in held], model)
+    return result
+
+
+def memory_left_out(rows: Sequence[Row]) -> list[Scored]:
+    found: list[Scored] = []
+    for family in sorted({row["family"] for row in rows}):
+        constants = fit_memory([row for row in rows if row["family"] != family])
+        found += score_memory([row for row in rows if row["family"] == family], constants)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=DATA / "runs.csv")
+    parser.add_argument("--inference", type=Path, default=DATA / "inference.csv")
+    parser.add_argument(
+        "--refit", action="store_true", help="also refit everything in eight folds (minutes)"
+    )
+    options = parser.parse_args()
+    rows = read_rows(options.runs)
+    anchors = [row for row in rows if usable(row)]
+    scored = left_out(shipped(), rows)
+    show("training, family left out", scored)
+    show(
+        "training, whole paper or table left out",
+        left_out(shipped(), rows, by=lambda row: row["family"].split("|")[0]),
+    )
+    show("training, only the row left out", left_out(shipped(), rows, by=lambda row: row["id"]))
+    show("training, family left out but for one anchor run", one_anchor(anchors))
+    show("  baseline: 40 % of the bf16 peak", baseline(rows, scored, fixed))
+    show(
+        "  baseline: median share of peak by chip, precision, dense or sparse",
+        baseline(rows, scored, lookup),
+    )
+    recalled = [row for row in training_rows(rows) if not usable(row)]
+    if recalled:
+        show("training, rows marked recall (never used)", score_training(recalled))
+    if options.refit:
+        show("training, refitted in eight folds", refitted(anchors))
+    printed = memory_rows(rows)
+    show("memory, as shipped", score_memory(printed))
+    held = memory_left_out(printed)
+    show("memory, family left out", held)
+    room = {row["id"]: (job_of(row).chip.memory_gb or np.inf) * 1e9 / GIB for row in printed}
+    wrong = [
+        one.name
+        for one in held
+        if one.predicted is not None and one.predicted <= room[one.name] < one.published
+    ]
+    print(f"false 'fits': {len(wrong)} {wrong}\n")
+    serving = read_rows(options.inference)
+    show("inference, family left out", left_out_serving(shipped_serving(), serving))
+    show(
+        "inference, only the row left out",
+        left_out_serving(shipped_serving(), serving, by=lambda row: row["id"]),
+    )
+
+
+def show(title: str, scored: Sequence[Scored]) -> None:
+    print(f"{title}\n{as_text(report(scored))}\n")
+
+
+if __name__ == "__main__":
+    main()
