@@ -18,7 +18,6 @@ import torch
 
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
-from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
 from bascule.errors import (
     BasculeError,
@@ -52,7 +51,7 @@ from bascule.records import (
 )
 from bascule.stages.course import Course, course
 from bascule.stages.train import ENDING_FILE
-from bascule.train import checkpoint, loop
+from bascule.train import checkpoint, loop, rewards
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
 from bascule.train.objective import Objective
@@ -340,18 +339,9 @@ class Trainer:
         )
 
     def _grpo(self, first_step: int) -> Grpo:
-        tasks = [registry.get(problem.task) for problem in self.course.train]
-
-        def reward(owners: Sequence[int], tokens: Sequence[list[int]]) -> list[float]:
-            texts = (self.course.tokenizer.decode(one) for one in tokens)
-            return [
-                tasks[owner].verify(self.course.train[owner], text)
-                for owner, text in zip(owners, texts, strict=True)
-            ]
-
         return Grpo(
             self.recipe.grpo, self.course.prompts(self.course.train), seed=self.recipe.seed, pad_id=self.course.tokenizer.pad_id,
-            sampler=self.sample, score=self.stepper.score, reward=reward, first_step=first_step,
+            sampler=self.sample, score=self.stepper.score, reward=rewards.verifier(self.course.train, self.course.tokenizer), first_step=first_step,
         )  # fmt: skip
 
     def _new_guard(self) -> Guard:
