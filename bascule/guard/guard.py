@@ -93,6 +93,7 @@ class Guard:
         self._checksums: Checksums | None = None
         self._commit_checksums: Checksums | None = None
         self._committing = 0
+        self._score_checksums: Checksums | None = None
         self._capture: audit.Capture | None = None
         self._expected: update.Expected | None = None
         self._bits: Tensor | None = None
@@ -117,10 +118,21 @@ class Guard:
         return step % self.config.audit_every_steps == 0
 
     def watch(self, step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
-        """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update."""
+        """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update; with
+        phase `score`, around a forward whose result becomes data."""
+        if phase == "score":
+            return self._watch_score(model)
         return (
             self._watch_commit(step, model) if phase == "commit" else self._watch_step(step, model)
         )
+
+    @contextmanager
+    def _watch_score(self, model: nn.Module) -> Iterator[None]:
+        """GRPO's old log-probabilities become part of the batch, so replays of the batch could not see that they are wrong:
+        every such forward is checked, and judged with the step that follows."""
+        self._score_checksums = Checksums(names=self._names_of(model))
+        with self._score_checksums:
+            yield
 
     @contextmanager
     def _watch_step(self, step: int, model: nn.Module) -> Iterator[None]:
@@ -221,6 +233,11 @@ class Guard:
         cries = [
             self.book.suspect(self._committing, "update checksum", v.ratio, str(v))
             for v in found[:1]
+        ]
+        scored, self._score_checksums = self._score_checksums, None
+        cries += [
+            self.book.suspect(step, "score checksum", v.ratio, str(v))
+            for v in (scored.violations()[:1] if scored is not None else [])
         ]
         wrong = None if expected is None else update.check(expected, stepper.model)
         if wrong is not None:

@@ -172,9 +172,14 @@ class Stepper:
         """Log-probabilities of `targets` under the present weights, (B,T) on the CPU: GRPO's old policy.
 
         Same shapes and kernels as the step that will learn from these tensors, so on a sound chip the first minibatch's
-        policy ratio is exactly 1.
+        policy ratio is exactly 1. The judge watches: what is scored here becomes data, and no replay of the batch would
+        question it.
         """
-        with self.accelerator.session(Work("train", step)), torch.no_grad():
+        with (
+            self.accelerator.session(Work("train", step)),
+            torch.no_grad(),
+            self.judge.watch(step, "score", self.model),
+        ):
             names = ("tokens", "targets", "real")
             placed = self.accelerator.to_device({name: tensors[name] for name in names})
             logits_BTV = self.model(placed["tokens"], mask=placed["real"]).logits_BTV
