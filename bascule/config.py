@@ -28,8 +28,16 @@ class ModelConfig(Section):
     """The architecture, under Hugging Face's own names so that export is a rename (issue part 1, item 4).
 
     Sizes count elements; `experts` fields matter only for `ffn = "moe"`, the `*_lora_rank` and `qk_*` fields only for MLA.
+    With `from`, the sizes are those of the model found there; `bascule run` fills them in before anything else happens.
     """
 
+    model_config = ConfigDict(populate_by_name=True)
+
+    from_: str | None = Field(
+        None,
+        alias="from",
+        description="start from an existing model: a Hugging Face folder (safetensors), or a GGUF file",
+    )
     preset: str = Field(
         "nano", description="named shape to start from; any field below overrides it"
     )
@@ -69,9 +77,14 @@ class ModelConfig(Section):
     def _fill_from_preset(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        preset = data.get("preset", "nano")
+        existing = data.get("from") or data.get("from_")
+        preset = data.get("preset", "custom" if existing else "nano")
+        if existing and preset != "custom":
+            raise ValueError(
+                f"from = '{existing}' brings its own shape; leave preset = '{preset}' out"
+            )
         if preset == "custom":
-            return data
+            return {**data, "preset": preset}
         if preset not in PRESETS:
             raise ValueError(
                 f"'{preset}' is not a preset; allowed: custom, {', '.join(PRESETS)}.{nearest(str(preset), PRESETS)}"
@@ -228,6 +241,9 @@ class GuardConfig(Section):
     )
     audit_every_steps: int = Field(
         25, ge=1, description="replay one rotating layer of every n-th step on the referee"
+    )
+    certify_sequences: int = Field(
+        8, ge=0, description="sequences of the step after a snapshot that the referee replays to certify it; 0 = all"
     )
     spike_sigma: float = Field(
         8.0, gt=0, description="robust z-score of loss and gradient norm that raises an alarm"
@@ -421,7 +437,7 @@ def _allowed_at(location: tuple[int | str, ...]) -> list[str]:
                 section = TaskConfig
             elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 section = annotation
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def package_toml(path: Path) -> dict[str, Any]:

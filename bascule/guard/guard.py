@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
@@ -26,7 +27,16 @@ from bascule.folder import RunFolder
 from bascule.guard import audit, sentinels, update
 from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Checksums, Violation, parameter_names
-from bascule.guard.replay import Finding, NoiseFloor, Recomputer, StepProposal, investigate
+from bascule.guard.replay import (
+    Again,
+    Finding,
+    NoiseFloor,
+    Recomputer,
+    StepProposal,
+    again,
+    investigate,
+    some_sequences,
+)
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
 from bascule.records import SnapshotState
@@ -107,12 +117,8 @@ class Guard:
     # ---- watching
 
     def watches(self, step: int) -> bool:
-        """Does `step` run under checksums? Every n-th, the first after a snapshot, and all of them under probation."""
-        return (
-            self._probation_until is not None
-            or self._pending is not None
-            or step % self.config.checksum_every_steps == 0
-        )
+        """Does `step` run under checksums? Every n-th, and all of them under probation."""
+        return self._probation_until is not None or step % self.config.checksum_every_steps == 0
 
     def audits(self, step: int) -> bool:
         return step % self.config.audit_every_steps == 0
@@ -187,8 +193,11 @@ class Guard:
             self.book.suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
         ]
         suspicions += self._audit(proposal)
-        if not suspicions and self._pending is not None and self._checksums is not None:
-            suspicions += self._certify(proposal, stepper)
+        if not suspicions and self._pending is not None:
+            probe = self._probe(proposal, stepper)
+            suspicions += self._certify(probe, stepper)
+            if suspicions:
+                proposal, violations = probe.proposal, probe.violations
         if suspicions:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
         self._accept(proposal, watch)
@@ -293,9 +302,21 @@ class Guard:
                 return True
         return False
 
-    def _certify(self, proposal: StepProposal, stepper: Recomputer) -> list[Cry]:
-        """Replay the step that follows the snapshot on the referee, whole. Equal: certified, with the step as witness."""
+    def _probe(self, proposal: StepProposal, stepper: Recomputer) -> Again:
+        """The step that follows the snapshot, or some of its sequences, on the chip with every product checked."""
         assert self._pending is not None
+        key = draws.key(self._pending.step, "guard.certify")
+        batch = some_sequences(proposal.batch, self.config.certify_sequences, key)
+        if batch is proposal.batch and self._checksums is not None:
+            return Again(proposal)
+        return again(stepper, batch, proposal.attempt)
+
+    def _certify(self, probe: Again, stepper: Recomputer) -> list[Cry]:
+        """Hold the probe against the referee. Equal: the snapshot is certified, with the probe as its witness."""
+        assert self._pending is not None
+        proposal = probe.proposal
+        for violation in probe.violations[:1]:
+            return [self.book.suspect(proposal.step, "checksum", violation.ratio, str(violation))]
         right = stepper.recompute(proposal.batch, self.referee, 0)
         found = self.floor.compare(proposal, right, stepper)
         if not found.agrees:
@@ -305,7 +326,7 @@ class Guard:
                 )
             ]
         witness = self.snapshots.write_witness(self._pending.path / "witness.safetensors", proposal)
-        reason = f"step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
+        reason = f"{_sequences(proposal.batch)} sequences of step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
         self.snapshots.set_trust(self._pending.path, "certified", reason, witness=witness)
         sha256 = self.snapshots.sha256(self._pending.path)
         self.book.certified(self._pending.step, self._pending.path.name, sha256, reason)
@@ -439,3 +460,7 @@ class Guard:
     def _same_kernels(self) -> bool:
         """Chip and referee run the same code, so that right results are equal bit for bit (a simulated chip on its base)."""
         return self.accelerator.device == self.referee.device
+
+
+def _sequences(batch: Any) -> int:
+    return len(next(iter(batch.tensors.values())))

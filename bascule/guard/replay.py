@@ -15,6 +15,7 @@ out on the referee (numerics.py). On chips with equal kernels the errors are zer
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -217,8 +218,8 @@ def moved_weights(model: nn.Module, key: int, ulps: int) -> Iterator[None]:
 
 
 @dataclass
-class _Again:
-    """One recomputation under full checksums."""
+class Again:
+    """One computation of a step under full checksums."""
 
     proposal: Any
     violations: list[Violation] = field(default_factory=list)
@@ -227,7 +228,7 @@ class _Again:
 
 def again(
     stepper: Recomputer, batch: StepBatch, attempt: int, accelerator: Accelerator | None = None
-) -> _Again:
+) -> Again:
     """Recompute a step with every product checked; the first wrong one is kept."""
     modes: list[Checksums] = []
 
@@ -237,9 +238,22 @@ def again(
 
     proposal = stepper.recompute(batch, accelerator, attempt, watch)
     found = [violation for mode in modes for violation in mode.violations()]
-    return _Again(
+    return Again(
         proposal, found, next((mode.kept for mode in modes if mode.kept is not None), None)
     )
+
+
+def some_sequences(batch: Any, count: int, key: int) -> Any:
+    """The batch cut to `count` of its sequences, drawn from `key` and in their old order; the batch itself when that is all of
+    them, when `count` is 0, or when its tensors do not share a first dimension."""
+    sizes = {len(tensor) for tensor in batch.tensors.values()}
+    if count == 0 or len(sizes) != 1 or count >= min(sizes):
+        return batch
+    rows = torch.from_numpy(draws.permutation(key, sizes.pop())[:count]).sort().values
+    cut = {name: tensor[rows] for name, tensor in batch.tensors.items()}
+    if not all(bool(tensor.bool().any()) for tensor in cut.values()):
+        return batch  # none of the chosen sequences counts: their loss would be 0 / 0
+    return dataclasses.replace(batch, tensors=cut)
 
 
 def investigate(
