@@ -49,6 +49,11 @@ class RunFolder:
         return self.root / "model"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of a run that does not use bascule's own closed vocabulary; written before the workers start."""
+        return self.root / "tokenizer"
+
+    @property
     def weights(self) -> Path:
         """Live weights on their way from the trainer to the rollout engine; written by place/sync."""
         return self.root / "weights"

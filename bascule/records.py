@@ -75,6 +75,18 @@ class RecipeResolved(Record):
     recipe: dict[str, Any]
 
 
+class ModelOrigin(Record):
+    """The existing model that a run starts from. `sha256` covers the bytes of `files`, in the order of their names."""
+
+    kind: Literal["model_origin"] = "model_origin"
+    path: str
+    format: Literal["huggingface", "gguf"]
+    family: str
+    parameters: int
+    files: tuple[str, ...]
+    sha256: str
+
+
 class OptionPriced(Record):
     """What the plan expects of one pool. `basis` says what the figures rest on (datasheet, measured, assumed)."""
 
@@ -294,7 +306,7 @@ class Telemetry(Record):
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
-    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry,
+    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin,
     Field(discriminator="kind"),
 ]  # fmt: skip
 
