@@ -174,6 +174,12 @@ CHECKS: tuple[Check, ...] = (
         catches=("wrong-all-reduce",),
     ),
     Check(
+        "resume.roundtrip", ("train",),
+        "Can a training leave this chip and come back: snapshot here, restore on the reference, and back?",
+        "state bit-equal after every hop; next step bit-equal here, and within 16 times the response to one ulp there", "resume:roundtrip",
+        catches=("backward-wrong",),
+    ),
+    Check(
         "soak.training", ("train",),
         "Do repeated training steps with known answers stay right?",
         "every checksum equal; the report says what rate of corruption this could have seen", "soak:training",

@@ -70,7 +70,7 @@ def _judge(context: CheckContext, look: Look, what: str) -> list[Evidence]:
     exact = look(work.twin, batch)
     plain_model = work.new_model()
     plain = look(plain_model, batch)
-    nudged = look(_nudged(plain_model, context.seed), batch)
+    moved = look(nudged(plain_model, context.seed), batch)
     on_chip = work.model_on(context.accelerator)
     batch_on_chip = context.accelerator.to_device(batch)
     with context.chip():
@@ -78,7 +78,7 @@ def _judge(context: CheckContext, look: Look, what: str) -> list[Evidence]:
     findings = []
     worst, where = 0.0, ""
     for name, want in exact.items():
-        floor = _floor(want, plain[name], nudged[name])
+        floor = _floor(want, plain[name], moved[name])
         found = numerics.compare(answer[name], want)
         why = numerics.verdict(found, floor, plain[name].dtype)
         if why:
@@ -100,7 +100,7 @@ def _floor(exact: Tensor, plain: Tensor, nudged: Tensor) -> Comparison:
     return replace(floor, rms=RESPONSE_MARGIN * floor.rms, tail=RESPONSE_MARGIN * floor.tail)
 
 
-def _nudged(model: Transformer, seed: int) -> Transformer:
+def nudged(model: Transformer, seed: int) -> Transformer:
     """Move every weight by one ulp, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
