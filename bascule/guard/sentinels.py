@@ -127,10 +127,13 @@ class Spike:
         return state if value is None or not math.isfinite(value) else state.then(seen.phase, value)
 
     def _value(self, seen: Seen) -> float | None:
+        if self.read == "loss" and seen.phase == "grpo":
+            # A policy-gradient loss is centred on 0 and its size follows the advantages that were drawn: late in training,
+            # when most groups agree, one mixed group is ten sigma. Its gradient norm is watched instead.
+            return None
         if self.read in ("loss", "grad_norm"):
             value: float = getattr(seen, self.read)
-            # A policy-gradient loss is centred on 0 and has either sign: its size is what can explode.
-            return abs(value)
+            return value
         return seen.metrics.get(self.read)
 
 

@@ -70,13 +70,11 @@ def _ask(
     )
     for token, _ in run.engine.stream(prompt, sampling):
         more_thought, more_answer = splitter.feed(run.tokenizer.decode([token]))
+        if show and more_answer and thought and not answer:
+            print(f"{plain}")
         thought, answer = thought + more_thought, answer + more_answer
         if show:
-            print(
-                f"{dim}{more_thought}{plain}{more_answer}" if more_thought else more_answer,
-                end="",
-                flush=True,
-            )
+            print(f"{dim}{more_thought}{plain}{more_answer}", end="", flush=True)
     more_thought, more_answer = splitter.close()
     if show:
         print(f"{dim}{more_thought}{plain}{more_answer}")

@@ -119,3 +119,11 @@ def test_folding_changes_nothing_so_a_discarded_step_can_be_folded_again() -> No
         watch, _ = watch.fold(one)
     spike = seen(101, loss=9.0)
     assert watch.fold(spike)[1] == watch.fold(spike)[1] != []
+
+
+def test_a_large_policy_loss_late_in_grpo_is_no_spike() -> None:
+    """Seen in the demo at step 939: 60 steps near 0.008, then one of 0.079 when a single mixed group was drawn."""
+    rng = np.random.default_rng(0)
+    quiet = [seen(i + 1, loss=0.008 * rng.standard_normal(), phase="grpo") for i in range(60)]
+    assert cries([*quiet, seen(61, loss=0.0787, phase="grpo")]) == []
+    assert cries([*quiet, seen(61, grad_norm=50.0, phase="grpo")]) != []
