@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 720.0, 220.0
@@ -52,8 +52,11 @@ def line_chart(
     *,
     y_min: float | None = None,
     y_max: float | None = None,
+    log_y: bool = False,
 ) -> str:
-    """A line chart, or an empty string when there is nothing to draw."""
+    """A line chart, or an empty string when there is nothing to draw. `log_y` leaves out values that are not positive."""
+    if log_y:
+        series = [replace(one, points=_log(one.points)) for one in series]
     points = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not points:
         return ""
@@ -66,7 +69,7 @@ def line_chart(
         y = TOP + (1 - (min(max(point[1], y0), y1) - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM)
         return x, y
 
-    parts = [_axes(x0, x1, y0, y1, x_label)]
+    parts = [_axes(x0, x1, y0, y1, x_label, log_y=log_y)]
     for row, mark in enumerate(marks):
         x, _ = place((mark.x, y0))
         anchor = "end" if x > WIDTH * 0.8 else "start"
@@ -138,15 +141,29 @@ def _figure(title: str, body: str, height: float, legend: str) -> str:
     )
 
 
-def _axes(x0: float, x1: float, y0: float, y1: float, x_label: str) -> str:
+def _log(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, math.log10(y)) for x, y in points if y > 0]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Decimal logarithms of 1, 2 and 5 times powers of ten between 10^low and 10^high."""
+    found = [
+        math.log10(factor) + power
+        for power in range(math.floor(low), math.ceil(high) + 1)
+        for factor in (1, 2, 5)
+    ]
+    return [tick for tick in found if low <= tick <= high]
+
+
+def _axes(x0: float, x1: float, y0: float, y1: float, x_label: str, *, log_y: bool = False) -> str:
     parts = []
-    for tick in _ticks(y0, y1):
+    for tick in _log_ticks(y0, y1) if log_y else _ticks(y0, y1):
         y = TOP + (1 - (tick - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10**tick if log_y else tick:.3g}</text>'
         )
     for tick in _ticks(x0, x1):
         x = LEFT + (tick - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)

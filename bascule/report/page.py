@@ -95,7 +95,7 @@ def charts(records: Sequence[AnyRecord], start_s: float) -> list[str]:
     return [
         line_chart("Reward while training, pass@1 on held-out problems", "step",
                    [Series("reward (mean of rollouts)", "a", rewards), Series("pass@1 held out", "b", passes, markers=True)], y_min=0.0, y_max=1.0),
-        line_chart("Loss, incidents marked", "step", loss, incidents),
+        line_chart("SFT loss (logarithmic), incidents marked", "step", loss, incidents, log_y=True),
         _pools(records, start_s),
         line_chart("Rollout chip against trainer: mean |Δ log-prob|", "step", [Series("mean |Δ log-prob|", "b", mismatch)]),
     ]  # fmt: skip
