@@ -65,7 +65,6 @@ def run_battery(
     only: Sequence[str] = (),
     roles: Sequence[Role] = BOTH,
     ask_limit_s: float | None = None,
-    fault_log: Path | None = None,
     on_evidence: OnEvidence | None = None,
     on_progress: OnProgress | None = None,
 ) -> BatteryResult:
@@ -87,7 +86,6 @@ def run_battery(
         seed=seed,
         threads=threads,
         ask_limit_s=ask_limit_s,
-        fault_log=fault_log,
         on_evidence=on_evidence,
         on_progress=on_progress,
         left=list(asks(quick=quick, only=only, roles=roles)),
@@ -121,7 +119,6 @@ class _Run:
     seed: int
     threads: int
     ask_limit_s: float | None
-    fault_log: Path | None
     on_evidence: OnEvidence | None
     on_progress: OnProgress | None
     left: list[Ask]
@@ -179,7 +176,6 @@ class _Run:
                 "threads": self.threads,
                 "workdir": str(self.folder),
                 "answers": str(answers),
-                "fault_log": str(self.fault_log) if self.fault_log else None,
                 "asks": [ask.name for ask in self.left],
             },
         )

@@ -33,11 +33,8 @@ def main(request: dict[str, Any]) -> int:
 
 
 def _answer(request: dict[str, Any], write: Any) -> int:
-    log = request["fault_log"]
     try:
-        accelerator = open_accelerator(
-            request["accelerator"], seed=request["seed"], fault_log=Path(log) if log else None
-        )
+        accelerator = open_accelerator(request["accelerator"], seed=request["seed"])
     except (UsageError, DeviceFault) as error:
         write({"refused": str(error), "usage": isinstance(error, UsageError)})
         return error.exit_code

@@ -77,7 +77,6 @@ def qualify_pools(
             quick=recipe.qualify.quick,
             seed=recipe.seed,
             threads=recipe.threads,
-            fault_log=folder.ground_truth / f"{pool}-qualify.jsonl",
             on_evidence=lambda item: ledger.append(item),
             on_progress=lambda question, done, total: check_stop(),
         )
