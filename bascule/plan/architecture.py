@@ -7,8 +7,9 @@ planner.md section 7: a token costs `6 * matmul weights used + 3 * attention for
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,11 @@ class Shape:
         body += (self.layers - self.moe_layers) * self.layer_weights(active=True, moe=False)
         return body + self.head_weights + self.mtp_layers * self.mtp_weights
 
-    def attention_flops(self, sequence: int) -> float:
-        """Forward score and value FLOPs of one token in all layers, causal, averaged over a sequence of this length."""
+    def attention_flops(self, sequence: int, *, saved: float = 1.0) -> float:
+        """Forward score and value FLOPs of one token in all layers, causal, averaged over a sequence of this length.
+
+        `saved`: share of what a window could save that is saved (kernels skip whole blocks only, some none).
+        """
         widths = (
             2 * self.head_dim
             if self.latent is None
@@ -153,6 +157,7 @@ class Shape:
             if self.window <= 0 or self.window >= sequence
             else self.window - self.window**2 / (2 * sequence)
         )
+        near = full - saved * (full - near)
         layers = self.layers + self.mtp_layers
         return (
             2
@@ -320,9 +325,11 @@ ALIASES = {
 
 
 def model_named(name: str) -> Shape:
-    """A preset, a public model's name, or the path of a `config.json`. Raises RecipeError with the nearest name."""
+    """A preset, a public model's name, or the path of a `config.json` or a TOML table. Raises RecipeError with the nearest name."""
     if name.endswith(".json"):
         return _read(Path(name))
+    if name.endswith(".toml"):
+        return from_table(Path(name))
     key = ALIASES.get(name.lower(), name.lower())
     if key in NAMED:
         return NAMED[key]
@@ -330,8 +337,32 @@ def model_named(name: str) -> Shape:
         return from_config(ModelConfig.model_validate({"preset": key}), name=name)
     known = [*PRESETS, *NAMED, *ALIASES]
     raise RecipeError(
-        f"'{name}' is not a model the planner knows; known: {', '.join(known)}, or a path to a config.json.{nearest(key, known)}"
+        f"'{name}' is not a model the planner knows; known: {', '.join(known)}, or a path to a config.json or a TOML table.{nearest(key, known)}"
     )
+
+
+def from_table(path: Path) -> Shape:
+    """A TOML table whose keys are `Shape`'s (and a `latent` table with `Latent`'s). Raises RecipeError naming a wrong key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"The model table '{path}' cannot be read ({error}).") from None
+    allowed = [f.name for f in fields(Shape)]
+    for key in table:
+        if key not in allowed:
+            raise RecipeError(
+                f"{path}: {key}: unknown key; allowed: {', '.join(allowed)}.{nearest(key, allowed)}"
+            )
+    table.setdefault("name", path.stem)
+    table.setdefault("kv_heads", table.get("heads"))
+    table.setdefault("dense_layers", 0 if table.get("experts") else table.get("layers"))
+    try:
+        latent = Latent(**table.pop("latent")) if "latent" in table else None
+        return Shape(latent=latent, **table)
+    except TypeError as error:
+        raise RecipeError(
+            f"{path}: {str(error).replace('Shape.__init__() ', '')}. A table needs at least hidden, layers, heads, head_dim, ffn and vocab."
+        ) from None
 
 
 def _read(path: Path) -> Shape:

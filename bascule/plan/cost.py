@@ -31,13 +31,16 @@ class Constants:
     )  # local matrix width at which half of that is lost, at 300 TFLOPS
     rows_half: float = math.log(120.0)  # rows per expert likewise
     attention: float = math.log(0.50)  # share of the bf16 peak in flash attention
+    window_saved: float = math.log(
+        0.5
+    )  # share of a sliding window's possible saving that kernels realise
     attention_half: float = math.log(1000.0)  # sequence at which half of that is lost
     elementwise: float = math.log(
         30.0
     )  # bytes touched per token, layer and hidden element, forward and backward
     permute: float = math.log(12.0)  # the same per routed copy of a token
     launch: float = math.log(60e-6)  # seconds a layer and micro-batch that no kernel hides
-    launch_moe: float = math.log(200e-6)  # the same for a mixture-of-experts layer
+    launch_moe: float = math.log(500e-6)  # the same for a mixture-of-experts layer
     tp_exposed: float = math.log(0.80)  # share of tensor-parallel traffic that is not hidden
     tp_overlap: float = math.log(0.6)  # further share where the stack overlaps it
     ep_exposed: float = math.log(0.60)
@@ -52,7 +55,7 @@ class Constants:
 
 
 PRIOR_SD = Constants(
-    gemm=0.15, gemm_8bit=0.15, gemm_4bit=0.2, width_half=0.5, rows_half=0.7, attention=0.3, attention_half=0.7, elementwise=0.5, permute=0.6,
+    gemm=0.15, gemm_8bit=0.15, gemm_4bit=0.2, width_half=0.5, rows_half=0.7, attention=0.3, window_saved=0.5, attention_half=0.7, elementwise=0.5, permute=0.6,
     launch=0.7, launch_moe=0.7, tp_exposed=0.4, tp_overlap=0.4, ep_exposed=0.5, cp_exposed=0.5, dp_exposed=0.6, fsdp_exposed=0.6,
     head_stage=0.5, optimizer=0.3, scale=0.7,
 )  # fmt: skip
@@ -114,6 +117,16 @@ def _narrow(width: float, half: float) -> float:
     return width / (width + half)
 
 
+def _tiled(width: float, tile: int) -> float:
+    """Share of whole tiles that a width fills."""
+    return width / (math.ceil(width / tile) * tile)
+
+
+def matrix_unit(chip: Chip) -> int:
+    """Side of the chip's matrix unit: 256 on TPUs since v6e, else taken as 128."""
+    return 256 if chip.vendor == "Google" and (chip.year or 0) >= 2024 else 128
+
+
 def _compute(job: Job, c: Constants) -> dict[str, float]:
     """Matrix products, attention, element-wise traffic and launches of one chip's share of a step."""
     s, lay, chip = job.shape, job.layout, job.chip
@@ -135,14 +148,15 @@ def _compute(job: Job, c: Constants) -> dict[str, float]:
         fine = _narrow(rows, math.exp(c.rows_half) * math.sqrt(faster)) * _narrow(
             min(s.hidden, s.moe_ffn), half
         )
+        fine *= _tiled(s.hidden, matrix_unit(chip)) * _tiled(s.moe_ffn, matrix_unit(chip))
         result["experts"] = tokens * (6 + 2 * again) * _routed(s) / rate / fine
     passes = 3.5 + (1.0 if lay.recompute in ("full", "selective") else 0.0)
-    span = s.attention_flops(job.sequence)
-    narrow_heads = (
-        _narrow(128 if s.latent else s.head_dim, 96)
-        / _narrow(128, 96)
-        * _narrow(job.sequence, math.exp(c.attention_half))
-    )
+    span = s.attention_flops(job.sequence, saved=min(1.0, math.exp(c.window_saved)))
+    unit = (
+        matrix_unit(chip) if matrix_unit(chip) > 128 else 96
+    )  # what a head must fill for half the rate
+    narrow_heads = _narrow(128 if s.latent else s.head_dim, unit) / _narrow(128, unit)
+    narrow_heads *= _narrow(job.sequence, math.exp(c.attention_half))
     result["attention"] = (
         tokens * passes * span / (gemm_peak(chip, "bf16") * math.exp(c.attention) * narrow_heads)
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Latent, Shape, model_named
-from bascule.plan.catalogue import find_chip
+from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.job import precision_class
 from bascule.plan.regress import Array, Point, Process
 from bascule.plan.serving import (
@@ -24,6 +24,7 @@ from bascule.plan.serving import (
     SERVE_NUMBERS,
     SERVE_PRIOR_SD,
     SERVE_TERMS,
+    WEIGHT_BYTES,
     ServeConstants,
     Serving,
     serve_point,
@@ -32,6 +33,7 @@ from bascule.plan.serving import (
 from bascule.plan.table import Row, number, whole
 
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024  # where a source prints no lengths
+ASSUMED_INTERACTIVE_MS = 15.0  # a benchmark's interactive scenario, where the row prints no limit
 MLPERF = {
     "DeepSeek-R1": (800, 3900),
     "Llama-2-70B": (300, 300),
@@ -64,7 +66,9 @@ def serving_of(row: Row) -> Serving:
     deployment, chips_text = row.get("deployment", ""), row.get("chips", "")
     shape = served_shape(row)
     chip = find_chip(row["chip"])
-    chips = whole(row, "chips", 8 if shape.parameters < 2e11 else 16)
+    chips = whole(
+        row, "chips", roomy_replica(shape, chip, precision_class(row.get("precision", "")))
+    )
     dies = re.search(r"EP(\d+)", deployment)
     if not chips_text and dies:
         chips = int(dies.group(1))
@@ -80,6 +84,8 @@ def serving_of(row: Row) -> Serving:
         per_chip = "per NPU" in row["batch_or_concurrency"] or "openpangu" in row["family"]
         batch = concurrency if per_chip else concurrency / chips
     limit = number(row, "slo_tpot_ms")
+    if limit is None and "interactive" in phase_text:
+        limit = ASSUMED_INTERACTIVE_MS
     user = number(row, "tok_s_user")
     if (
         user is not None and not chips_text
@@ -91,6 +97,13 @@ def serving_of(row: Row) -> Serving:
         split="TP" not in deployment and shape.moe, accepted=MTP_ACCEPTED if "MTP" in row.get("spec_decode", "") else 1.0,
         software=_software(row),
     )  # fmt: skip
+
+
+def roomy_replica(shape: Shape, chip: Chip, precision: str) -> int:
+    """Chips of a replica where nobody printed them: a power of two, weights in less than half of the memory, eight at least
+    for large models."""
+    need = shape.parameters * WEIGHT_BYTES[precision] / (0.45 * (chip.memory_gb or 64.0) * 1e9)
+    return max(8 if shape.parameters > 5e10 else 1, int(2) ** math.ceil(math.log2(max(1.0, need))))
 
 
 def _software(row: Row) -> str:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from bascule.errors import BasculeError, RecipeError, nearest
+from bascule.plan.cost import step_seconds
 from bascule.plan.fit import DATA, measured_tokens, scoreable
 from bascule.plan.fit_serving import serving_of, target_of
 from bascule.plan.forecast import Model, shipped
+from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.serving import ServeModel, shipped_serving
 from bascule.plan.table import Row, job_of, number, read_rows
@@ -62,26 +64,29 @@ def training_rows(rows: Sequence[Row]) -> list[Row]:
 def score_training(rows: Sequence[Row], model: Model | None = None) -> list[Scored]:
     """Predict tokens per second and chip for every scoreable row with one model."""
     used = model or shipped()
-    return [_training_row(row, used) for row in training_rows(rows)]
+    readable: list[tuple[Row, Job]] = []
+    result: dict[str, Scored] = {}
+    for row in training_rows(rows):
+        try:
+            job = job_of(row)
+            step_seconds(job, used.constants)
+            readable.append((row, job))
+        except BasculeError as error:
+            result[row["id"]] = refused(row, measured_tokens(row) or 1.0, str(error))
+    ratios, spreads = used.correction([job for _, job in readable]) if readable else ([], [])
+    for (row, job), ratio, spread in zip(readable, ratios, spreads, strict=True):
+        predicted = (
+            job.tokens_per_step / job.chips / step_seconds(job, used.constants) / math.exp(ratio)
+        )
+        width = math.exp(used.interval_width * spread)
+        result[row["id"]] = _scored(
+            row, measured_tokens(row) or 1.0, predicted, predicted / width, predicted * width
+        )
+    return [result[row["id"]] for row in training_rows(rows)]
 
 
-def _training_row(row: Row, model: Model) -> Scored:
-    published = measured_tokens(row) or 1.0
-    try:
-        job = job_of(row)
-        found = model.predict(job)
-    except BasculeError as error:
-        return refused(row, published, str(error))
-    tokens = job.tokens_per_step / job.chips
-    return Scored(
-        row["id"],
-        row["vendor"],
-        row["family"],
-        published,
-        tokens / found.seconds,
-        tokens / found.high,
-        tokens / found.low,
-    )
+def _scored(row: Row, published: float, predicted: float, low: float, high: float) -> Scored:
+    return Scored(row["id"], row["vendor"], row["family"], published, predicted, low, high)
 
 
 def score_serving(rows: Sequence[Row], model: ServeModel | None = None) -> list[Scored]:

@@ -42,7 +42,9 @@ class ServeConstants:
     prefill: float = math.log(0.42)  # the same in prefill
     attention: float = math.log(0.45)
     layer: float = math.log(60e-6)  # launch and synchronisation floor of a layer
-    sequence: float = math.log(4e-6)  # scheduling and sampling a sequence and step
+    sequence: float = math.log(
+        8e-6
+    )  # scheduling and sampling a sequence and step, by one scheduler (a data-parallel rank's own)
     exposed: float = math.log(0.7)  # share of collectives not hidden
     rows: float = math.log(24.0)  # rows per chip at which half of the matrix rate is lost
 
@@ -118,7 +120,7 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
         "attention": batch * copies * spans / (gemm_peak(chip, "bf16") * math.exp(c.attention)),
         "collectives": math.exp(c.exposed) * _collectives(p, batch),
         "launches": s.layers * math.exp(c.layer) * (1.0 if n == 1 else 1 + 0.15 * math.log2(n)),
-        "scheduling": everyone * math.exp(c.sequence),
+        "scheduling": (batch if p.split and s.moe else everyone) * math.exp(c.sequence),
     }
     return work
 

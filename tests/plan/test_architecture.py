@@ -70,3 +70,17 @@ def test_a_config_without_sizes_says_what_is_missing() -> None:
 def test_an_unknown_model_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'deepseek-v3'"):
         model_named("deepseek-v33")
+
+
+def test_a_model_may_be_a_table_of_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        "hidden = 4096\nlayers = 32\nheads = 32\nkv_heads = 8\nhead_dim = 128\nffn = 14336\nvocab = 128256\n"
+    )
+    assert model_named(str(path)).parameters == model_named("llama-3.1-8b").parameters
+    path.write_text("hiden = 4096\n")
+    with pytest.raises(RecipeError, match="Did you mean 'hidden'"):
+        model_named(str(path))
+    path.write_text("hidden = 4096\n")
+    with pytest.raises(RecipeError, match="at least hidden"):
+        model_named(str(path))
