@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.errors import NonFiniteLogits, UsageError
@@ -20,6 +23,16 @@ from bascule.infer.prefix import PrefixStore
 from bascule.infer.sampling import Draws, Knobs, Sampling, choose, edits
 from bascule.model.cache import Cache
 from bascule.model.transformer import Transformer
+
+
+class Constraint(Protocol):
+    """What a row may say next, when that is not up to the model alone (a grammar). It sees every token in order."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """True for every token of the vocabulary that may come now; at least one."""
+        ...
+
+    def take(self, token: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -34,6 +47,7 @@ class Row:
     sampling: Sampling
     index: int = 0
     top: int | None = None
+    constraint: Constraint | None = None
     said: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -41,6 +55,9 @@ class Row:
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.sampling, self.index)
+        if self.constraint is not None:
+            for token in self.said:
+                self.constraint.take(token)
 
     @property
     def text(self) -> list[int]:
@@ -196,12 +213,15 @@ class Batch:
             logits_BV.shape[1],
             logits_BV.device,
         )
+        extra = _forbid(rows, logits_BV, extra)
         tokens_B, logprobs_B = choose(logits_BV, knobs, uniform, extra)
         if any(row.top is not None for row in rows):
             self._note_top(rows, logits_BV, tokens_B)
         for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
             row.said.append(token)
             row.logprobs.append(logprob)
+            if row.constraint is not None:
+                row.constraint.take(token)
             if token == self._eos_id:
                 row.finish = "stop"
             elif len(row.said) >= row.sampling.max_tokens:
@@ -279,6 +299,15 @@ class Prefill:
         if self.read == len(self.text):
             self.logits_BV = output.logits_BTV[:, 0]
         return len(chunk)
+
+
+def _forbid(rows: Sequence[Row], logits_BV: Tensor, extra_BV: Tensor | None) -> Tensor | None:
+    """Minus infinity on what a row's grammar does not allow now."""
+    for at, row in enumerate(rows):
+        if row.constraint is not None:
+            extra_BV = torch.zeros_like(logits_BV) if extra_BV is None else extra_BV
+            extra_BV[at, ~torch.from_numpy(row.constraint.allowed())] = float("-inf")
+    return extra_BV
 
 
 def _refuse(rows: Sequence[Row], logits_BV: Tensor) -> None:

@@ -27,6 +27,85 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolFunction(BaseModel):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class NamedFunction(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Schema(BaseModel):
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"]
+
+
+class JsonFormat(BaseModel):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(BaseModel):
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's extension: exactly one of these forms."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if len(self.form) != 1:
+            raise ValueError("give exactly one of json, regex, choice, grammar")
+        return self
+
+    @property
+    def form(self) -> dict[str, Any]:
+        forms = {
+            "json": self.json_,
+            "regex": self.regex,
+            "choice": self.choice,
+            "lark": self.grammar,
+        }
+        return {kind: value for kind, value in forms.items() if value is not None}
+
+
 class Message(BaseModel):
     """One turn. Reasoning that a client sends back (either spelling) is accepted and left out of the prompt, as R1 asks."""
 
@@ -35,14 +114,23 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
 
     @property
     def text(self) -> str:
+        """What the model reads. A call it made stands as the JSON it wrote."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
+        if self.content is None and self.tool_calls:
+            calls = [
+                f'{{"name":"{call.function.name}","arguments":{call.function.arguments}}}'
+                for call in self.tool_calls
+            ]
+            return "".join(calls)
         return self.content or ""
 
 
@@ -66,6 +154,7 @@ class Generation(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
@@ -128,9 +217,11 @@ class ChatBody(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    response_format: (
+        Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     store: bool | None = None
@@ -143,6 +234,29 @@ class ChatBody(Generation):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is allowed only with logprobs=true")
         return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        formed = self.response_format is not None and self.response_format.type != "text"
+        if sum([formed, self.structured_outputs is not None, bool(self.callable_tools)]) > 1:
+            raise ValueError(
+                "only one of response_format, structured_outputs and tools can bind an answer"
+            )
+        if isinstance(self.tool_choice, NamedTool) and not self.callable_tools:
+            raise ValueError(
+                f"tool_choice names '{self.tool_choice.function.name}', which is not among the tools"
+            )
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice is 'required' but there are no tools")
+        return self
+
+    @property
+    def callable_tools(self) -> list[ToolFunction]:
+        """The tools that the answer may call."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return [tool.function for tool in self.tools if named in (None, tool.function.name)]
 
     @property
     def limit(self) -> int | None:

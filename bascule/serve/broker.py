@@ -62,6 +62,7 @@ class Ticket:
     prompt: list[int]
     sampling: Sampling
     top: int | None
+    form: dict[str, Any] | None
     said: list[list[int]]
     open: set[int]
     submitted_s: float = field(default_factory=time.monotonic)
@@ -128,9 +129,15 @@ class Broker:
         await self._end_process()
 
     def submit(
-        self, prompt: list[int], sampling: Sampling, *, choices: int = 1, top: int | None = None
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        choices: int = 1,
+        top: int | None = None,
+        form: dict[str, Any] | None = None,
     ) -> Ticket:
-        """Raises Refused with 429 when the queue is full, 503 when no chip answers."""
+        """`form`: the keywords of the worker's Grammars.constraint. Raises Refused with 429 when the queue is full, 503 when no chip answers."""
         if self.state in ("down", "closed"):
             raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
         limit = int(self.about.get("slots", self._slots)) + self._max_queue
@@ -145,6 +152,7 @@ class Broker:
             prompt,
             sampling,
             top,
+            form,
             [[] for _ in range(choices)],
             set(range(choices)),
         )
@@ -171,6 +179,7 @@ class Broker:
                     "prompt": ticket.prompt,
                     "sampling": asdict(ticket.sampling),
                     "top": ticket.top,
+                    "form": ticket.form,
                     "rows": [
                         {"choice": choice, "said": ticket.said[choice]}
                         for choice in sorted(ticket.open)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -11,10 +12,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bascule.serve.bodies import ChatBody
-from bascule.serve.errors import ApiError, read
+from bascule.serve.bodies import ChatBody, JsonFormat, SchemaFormat
+from bascule.serve.errors import read
+from bascule.serve.grammar import call_form
 from bascule.serve.service import Ask, Service, Spoken, usage
-from bascule.serve.text import chat_prompt
+from bascule.serve.text import Reader, chat_prompt
 
 
 class ChatRoute:
@@ -24,7 +26,6 @@ class ChatRoute:
     async def answer(self, request: Request) -> Response:
         body = await read(request, ChatBody)
         self.service.check_model(body.model)
-        _refuse_unsupported(body)
         prompt = self.service.readable(lambda: chat_prompt(body.messages, self.service.tokenizer))
         ask = self.service.ask(
             body,
@@ -32,6 +33,7 @@ class ChatRoute:
             body.limit,
             top=(body.top_logprobs or 0) if body.logprobs else None,
             split=True,
+            form=_form(body),
         )
         envelope = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -53,20 +55,33 @@ class ChatRoute:
                 marks[spoken.choice] += self._chat_logprobs(spoken)
                 finishes[spoken.choice] = spoken.finish or finishes[spoken.choice]
         choices = [
-            {
-                "index": at,
-                "message": {
-                    "role": "assistant",
-                    "content": reader.answer or None if reader.thought else reader.answer,
-                    "refusal": None,
-                    **_thought(reader.thought),
-                },
-                "logprobs": {"content": marks[at], "refusal": None} if body.logprobs else None,
-                "finish_reason": finishes[at],
-            }
-            for at, reader in enumerate(ask.readers)
+            self._choice(body, at, reader, finish, marks[at])
+            for at, (reader, finish) in enumerate(zip(ask.readers, finishes, strict=True))
         ]
         return {**envelope, "object": "chat.completion", "choices": choices, "usage": usage([ask])}
+
+    def _choice(
+        self,
+        body: ChatBody,
+        at: int,
+        reader: Reader,
+        finish: str | None,
+        marks: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        call = _call(body, reader.answer)
+        said = None if call or (reader.thought and not reader.answer) else reader.answer
+        message = {
+            "role": "assistant",
+            "content": said,
+            "refusal": None,
+            **_thought(reader.thought),
+        }
+        return {
+            "index": at,
+            "message": message | ({"tool_calls": [call]} if call else {}),
+            "logprobs": {"content": marks, "refusal": None} if body.logprobs else None,
+            "finish_reason": "tool_calls" if call else finish,
+        }
 
     async def _chat_chunks(
         self, body: ChatBody, ask: Ask, envelope: dict[str, Any]
@@ -94,13 +109,21 @@ class ChatRoute:
         async with aclosing(self.service.spoken([ask])) as stream:
             async for spoken in stream:
                 delta = _thought(spoken.piece.thought) if spoken.piece.thought else {}
-                if spoken.piece.answer:
+                answer = ask.readers[spoken.choice].answer
+                # What may become a call is held back: a client must not see the same words as text and as a call.
+                held = bool(body.callable_tools) and answer.startswith("{")
+                call = _call(body, answer) if held and spoken.finish else None
+                if call:
+                    delta["tool_calls"] = [{"index": 0, **call}]
+                elif held and spoken.finish:
+                    delta["content"] = answer
+                elif spoken.piece.answer and not held:
                     delta["content"] = spoken.piece.answer
                 marks = self._chat_logprobs(spoken)
                 if delta or marks:
                     yield chunk(spoken.choice, delta, marks=marks)
                 if spoken.finish:
-                    yield chunk(spoken.choice, {}, spoken.finish)
+                    yield chunk(spoken.choice, {}, "tool_calls" if call else spoken.finish)
         if body.wants_usage:
             yield {**base, "choices": [], "usage": usage([ask])}
 
@@ -116,21 +139,28 @@ class ChatRoute:
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-def _refuse_unsupported(body: ChatBody) -> None:
-    if body.tools and body.tool_choice != "none":
-        raise ApiError(
-            400,
-            "tools: this model was not trained to call tools. Leave the field out.",
-            code="unsupported",
-            param="tools",
-        )
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise ApiError(
-            400,
-            "response_format: only {'type': 'text'} is supported.",
-            code="unsupported",
-            param="response_format",
-        )
+def _form(body: ChatBody) -> dict[str, Any] | None:
+    """The form that the answer must follow, if the client asked for one."""
+    if body.callable_tools:
+        tools = [tool.model_dump() for tool in body.callable_tools]
+        return call_form(tools, free=body.tool_choice in (None, "auto"))
+    if body.structured_outputs is not None:
+        return body.structured_outputs.form
+    if isinstance(body.response_format, SchemaFormat):
+        return {"json": body.response_format.json_schema.schema_}
+    return {"json": {"type": "object"}} if isinstance(body.response_format, JsonFormat) else None
+
+
+def _call(body: ChatBody, answer: str) -> dict[str, Any] | None:
+    """The tool call that an answer is, or None when it is plain text or was cut off."""
+    if not body.callable_tools or not answer.startswith("{"):
+        return None
+    try:
+        found = json.loads(answer)
+    except json.JSONDecodeError:
+        return None
+    function = {"name": found["name"], "arguments": json.dumps(found["arguments"])}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _thought(text: str) -> dict[str, Any]:

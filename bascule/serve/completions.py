@@ -38,6 +38,7 @@ class CompletionRoute:
                         limit,
                         top=body.logprobs,
                         split=False,
+                        form=body.structured_outputs.form if body.structured_outputs else None,
                         first_choice=len(asks) * body.choices,
                     )
                 )

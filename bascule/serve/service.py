@@ -18,6 +18,7 @@ from bascule.serve.bodies import Generation
 from bascule.serve.broker import Broker, Refused, Said, Ticket
 from bascule.serve.errors import ApiError
 from bascule.serve.events import EventStream, as_lines, gone
+from bascule.serve.grammar import compile_form
 from bascule.serve.metrics import Metrics
 from bascule.serve.text import Piece, Reader
 
@@ -62,6 +63,7 @@ class Service:
         *,
         top: int | None,
         split: bool,
+        form: dict[str, Any] | None = None,
         first_choice: int = 0,
     ) -> Ask:
         """Check the room, hand the prompt to the engine. Raises ApiError; a prompt that does not fit is never cut."""
@@ -89,7 +91,8 @@ class Service:
                 seed=secrets.randbits(62),
                 vocab_size=self.tokenizer.vocab_size,
             )
-            ticket = self.broker.submit(prompt, sampling, choices=body.choices, top=top)
+            bound = {"grammar": compile_form(form), "may_think": split} if form else None
+            ticket = self.broker.submit(prompt, sampling, choices=body.choices, top=top, form=bound)
         except Refused as error:
             raise ApiError(
                 error.status,

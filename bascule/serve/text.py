@@ -10,6 +10,9 @@ from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.serve.bodies import Message
 
+# The chat format knows three roles: what a tool returned is told to the model as if the user said it.
+ROLES = {"developer": "system", "tool": "user"}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -82,7 +85,7 @@ def chat_prompt(
 ) -> list[int]:
     """Render and encode. Raises UsageError for what this model cannot be told, control tokens smuggled in as text included."""
     plain = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        {"role": ROLES.get(message.role, message.role), "content": message.text}
         for message in messages
     ]
     for at, message in enumerate(plain):

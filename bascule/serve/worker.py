@@ -34,6 +34,7 @@ from bascule.infer.prefix import PrefixStore
 from bascule.infer.sequence import Sampling
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, load_hf
+from bascule.serve.grammar import Grammars
 
 CHUNK_TOKENS = 256  # read of a long prompt per tick: about what the others wait for it
 TOGETHER_TOKENS = 512  # short prompts that are read in one go per tick
@@ -55,18 +56,24 @@ class Desk:
     """Takes jobs, runs the batch, hands out tokens. One thread owns it."""
 
     def __init__(
-        self, model: Transformer, accelerator: Accelerator, *, eos_id: int, pad_id: int, slots: int
+        self, model: Transformer, accelerator: Accelerator, tokenizer: Tokenizer, *, slots: int
     ) -> None:
         length = model.config.max_position_embeddings
         row_bytes = model.new_cache(1, length).memory_bytes
         self.prefixes = PrefixStore(PREFIX_BYTES)
         self.batch = Batch(
-            model, slots=max(1, min(slots, CACHE_BYTES // row_bytes)), length=length, eos_id=eos_id, pad_id=pad_id, prefixes=self.prefixes
-        )  # fmt: skip
+            model,
+            slots=max(1, min(slots, CACHE_BYTES // row_bytes)),
+            length=length,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            prefixes=self.prefixes,
+        )
         self.accelerator = accelerator
         self.waiting: deque[list[Seat]] = deque()
         self.reading: tuple[list[Seat], Prefill] | None = None
         self.jobs = 0
+        self._grammars = Grammars(tokenizer)
         self._said: list[list[Any]] = []
         self._began: list[list[int]] = []
 
@@ -89,6 +96,7 @@ class Desk:
                 sampling,
                 index=row["choice"],
                 top=job["top"],
+                constraint=self._grammars.constraint(**job["form"]) if job["form"] else None,
                 said=list(row["said"]),
                 job=job["id"],
                 choice=row["choice"],
@@ -252,13 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = Tokenizer.load(options.model)
         model, _ = load_hf(options.model)
         sha256 = fingerprint(model)
-        desk = Desk(
-            accelerator.move(model).eval(),
-            accelerator,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            slots=options.slots,
-        )
+        desk = Desk(accelerator.move(model).eval(), accelerator, tokenizer, slots=options.slots)
         line.send({"ready": _about(desk, sha256, time.perf_counter() - start)})
         work(desk, line)
     except torch.OutOfMemoryError as error:

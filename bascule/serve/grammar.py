@@ -1,0 +1,151 @@
+"""Answers that must follow a form: a JSON schema, a regular expression, a choice, a tool call. Through llguidance.
+
+The grammar binds the answer, not the thought: a model that thinks may think freely first, and what follows `</think>` is bound.
+llguidance is an extra (`pip install bascule[grammar]`); without it such a request is refused, not answered without its form.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import UsageError
+
+llguidance: Any
+try:
+    llguidance = importlib.import_module("llguidance")
+except ModuleNotFoundError:  # an extra; `compile_form` says so to whoever asks for it
+    llguidance = None
+
+# Spaces between JSON's parts are not left to the model: a small one can fill its whole budget with them.
+COMPACT = {"whitespace_flexible": False}
+
+
+def compile_form(form: dict[str, Any]) -> str:
+    """A form ({"json": schema} | {"regex": text} | {"choice": [texts]} | {"lark": text}) as a grammar llguidance reads.
+
+    Raises UsageError with llguidance's own words when it does not understand the form.
+    """
+    if llguidance is None:
+        raise UsageError(
+            "Answers that must follow a form need llguidance. Install it where the server runs: pip install 'bascule[grammar]'."
+        )
+    ((kind, value),) = form.items()
+    matcher = llguidance.LLMatcher
+    try:
+        if kind == "json":
+            grammar = matcher.grammar_from_json_schema(value, defaults=COMPACT)
+        elif kind == "regex":
+            grammar = matcher.grammar_from_regex(value)
+        elif kind == "choice":
+            grammar = matcher.grammar_from_lark(
+                "start: " + " | ".join(json.dumps(one) for one in value)
+            )
+        else:
+            grammar = matcher.grammar_from_lark(value)
+    except ValueError as error:
+        raise UsageError(f"The form of the answer was not understood: {error}.") from None
+    trouble = matcher.validate_grammar(grammar)
+    if trouble:
+        raise UsageError(f"The form of the answer was not understood: {trouble.strip()}")
+    return str(grammar)
+
+
+def call_form(tools: Sequence[dict[str, Any]], *, free: bool) -> dict[str, Any]:
+    """The form of a call to one of `tools`: {"name": ..., "arguments": {...}}. `free`: plain text is allowed instead."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["name"]},
+                "arguments": tool.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if not free:
+        return {"json": schema}
+    inner = json.dumps({**schema, "x-guidance": COMPACT})
+    return {"lark": f"start: call | text\ncall: %json {inner}\ntext: /[^{{](?s:.*)/"}
+
+
+class Grammars:
+    """Makes constraints for one vocabulary. Building the vocabulary's trie costs a moment, so it is done once, when first needed."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary: Any = None
+
+    def constraint(self, grammar: str, *, may_think: bool) -> Bound:
+        if self._vocabulary is None:
+            self._vocabulary = llguidance.LLTokenizer(
+                llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer))
+            )
+        return Bound(
+            llguidance.LLMatcher(self._vocabulary, grammar), self._tokenizer, may_think=may_think
+        )
+
+
+class Bound:
+    """One answer under a grammar; see infer.batch.Constraint."""
+
+    def __init__(self, matcher: Any, tokenizer: Tokenizer, *, may_think: bool) -> None:
+        self._matcher = matcher
+        self._open, self._close = tokenizer.think_open_id, tokenizer.think_close_id
+        self._eos = tokenizer.eos_id
+        self._thinking = False
+        self._may_open = may_think
+        self._plain = np.array([len(symbol) == 1 for symbol in tokenizer.symbols])
+
+    def allowed(self) -> NDArray[np.bool_]:
+        if self._thinking:
+            allowed = self._plain.copy()
+            allowed[self._close] = True
+            return allowed
+        allowed = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.uint8) > 0
+        if self._may_open:
+            allowed = allowed.copy()
+            allowed[self._open] = True
+        return allowed
+
+    def take(self, token: int) -> None:
+        if self._may_open and token == self._open:
+            self._thinking = True
+        elif self._thinking:
+            self._thinking = token != self._close
+        elif token != self._eos or not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+        self._may_open = False
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer. Control tokens are marked by the byte it reserves for them: no text spells them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [
+            symbol.encode() if len(symbol) == 1 else b"\xff" + symbol.encode()
+            for symbol in tokenizer.symbols
+        ]
+        self.special_token_ids = [
+            at for at, symbol in enumerate(tokenizer.symbols) if len(symbol) > 1
+        ]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        plain = text.decode() if isinstance(text, bytes) else text
+        return [
+            token
+            for character in plain
+            for token in self._tokenizer.encode(character, replace_unknown=True)
+        ]
