@@ -1,0 +1,136 @@
+"""Flight Recorder dumps: the guilty rank is named and no innocent one; recorded incidents with known truth, and made ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bascule.errors import UsageError
+from bascule.guard import blame
+
+RECORDED = Path(__file__).parents[1] / "data" / "flight_recorder"
+WORLD = 4
+
+
+def entry(
+    number: int,
+    state: str = "scheduled",
+    name: str = "x:all_reduce",
+    group: str = "0",
+    p2p: bool = False,
+) -> dict[str, Any]:
+    return {"pg_id": int(group), "process_group": [group, f"group {group}"], "collective_seq_id": number, "p2p_seq_id": 0, "profiling_name": name, "state": state, "is_p2p": p2p}  # fmt: skip
+
+
+def dump(finished: int, entries: list[dict[str, Any]], issued: int | None = None) -> dict[str, Any]:
+    return {
+        "version": "2.9",
+        "pg_config": {"0": {"name": "0", "desc": "group 0", "ranks": str(list(range(WORLD)))}},
+        "pg_status": {
+            "0": {
+                "last_enqueued_collective": finished if issued is None else issued,
+                "last_completed_collective": finished,
+            }
+        },
+        "entries": entries,
+    }
+
+
+def waiting(finished: int = 9, issued: int = 12) -> dict[str, Any]:
+    return dump(finished, [entry(number) for number in range(finished + 1, issued + 1)], issued)
+
+
+def judged(tmp_path: Path, dumps: dict[int, dict[str, Any]]) -> blame.Blame:
+    for number, value in dumps.items():
+        (tmp_path / f"rank_{number}.json").write_text(json.dumps(value))
+    return blame.blame(tmp_path)
+
+
+@pytest.mark.parametrize(("incident", "guilty"), [("gpu_error", (12, 14)), ("lock_gil", (9, 14))])
+def test_recorded_incidents_name_exactly_the_true_ranks(
+    tmp_path: Path, incident: str, guilty: tuple[int, ...]
+) -> None:
+    dumps = json.loads((RECORDED / f"{incident}.json").read_text())
+    found = judged(tmp_path, {int(number): value for number, value in dumps.items()})
+    assert found.guilty_ranks == guilty and found.confidence == 0.9
+
+
+@pytest.mark.parametrize("gone", [0, 5, 12])
+def test_a_rank_without_a_dump_is_named_beside_the_others(tmp_path: Path, gone: int) -> None:
+    dumps = {
+        int(number): value
+        for number, value in json.loads((RECORDED / "lock_gil.json").read_text()).items()
+        if int(number) != gone
+    }
+    assert set(judged(tmp_path, dumps).guilty_ranks) == {9, 14, gone}
+
+
+def test_a_process_that_stopped_never_arrives(tmp_path: Path) -> None:
+    found = judged(tmp_path, {0: waiting(), 1: waiting(), 2: dump(9, []), 3: waiting()})
+    assert found.guilty_ranks == (2,) and "never issued" in found.reason
+
+
+def test_a_chip_that_stopped_does_not_finish_what_its_peers_finish(tmp_path: Path) -> None:
+    found = judged(tmp_path, {0: waiting(), 1: waiting(finished=4), 2: waiting(), 3: waiting()})
+    assert found.guilty_ranks == (1,) and "stopped inside" in found.reason
+
+
+def test_one_collective_behind_may_be_the_moment_of_the_dump_and_is_only_a_lead(
+    tmp_path: Path,
+) -> None:
+    found = judged(tmp_path, {0: waiting(), 1: waiting(finished=8), 2: waiting(), 3: waiting()})
+    assert found.guilty_ranks == (1,) and found.confidence == 0.3
+
+
+def test_a_victim_that_waits_in_another_group_is_not_named(tmp_path: Path) -> None:
+    """Rank 1 never reached the collective that 0 and 2 wait in, because it waits for a message from rank 3, which is gone silent."""
+    victim = dump(
+        9,
+        [
+            entry(0, name="x:recv 1<-3", group="0", p2p=False)
+            | {"is_p2p": True, "process_group": ["7", "pairs"], "pg_id": 7}
+        ],
+    )
+    victim["pg_config"]["7"] = {"name": "7", "desc": "pairs", "ranks": "[0, 1, 2, 3]"}
+    found = judged(tmp_path, {0: waiting(), 1: victim, 2: waiting(), 3: dump(9, [])})
+    assert found.guilty_ranks == (3,)
+
+
+def test_another_operation_under_the_same_number_is_a_mismatch(tmp_path: Path) -> None:
+    odd = dump(9, [entry(10, name="x:broadcast")], 10)
+    right = dump(9, [entry(10)], 10)
+    found = judged(tmp_path, {0: right, 1: right, 2: odd, 3: right})
+    assert found.guilty_ranks == (2,) and "another operation" in found.reason
+
+
+def test_where_nothing_tells_the_ranks_apart_nobody_is_named(tmp_path: Path) -> None:
+    found = judged(tmp_path, {number: waiting() for number in range(WORLD)})
+    assert found.guilty_ranks == () and found.confidence == 0.0
+    assert "guilty: nobody" in next(iter(blame.describe(found)))
+
+
+def test_pickles_are_read_and_those_that_would_run_something_are_refused(tmp_path: Path) -> None:
+    for number in range(WORLD):
+        value = dump(9, []) if number == 3 else waiting()
+        (tmp_path / f"trace_{number}").write_bytes(pickle.dumps(value))
+    assert blame.blame(tmp_path).guilty_ranks == (3,)
+    (tmp_path / "trace_2").write_bytes(pickle.dumps({"entries": random.Random(0)}))
+    with pytest.raises(UsageError, match=r"asks for random\.Random"):
+        blame.blame(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{broken", b"\x80\x05N.", b"not a dump"])
+def test_damaged_dumps_are_refused_with_their_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rank_0.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"rank_0\.json' is not a Flight Recorder dump"):
+        blame.blame(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no dumps"):
+        blame.blame(tmp_path)
