@@ -103,7 +103,7 @@ def roomy_replica(shape: Shape, chip: Chip, precision: str) -> int:
     """Chips of a replica where nobody printed them: a power of two, weights in less than half of the memory, eight at least
     for large models."""
     need = shape.parameters * WEIGHT_BYTES[precision] / (0.45 * (chip.memory_gb or 64.0) * 1e9)
-    return max(8 if shape.parameters > 5e10 else 1, int(2) ** math.ceil(math.log2(max(1.0, need))))
+    return max(8 if shape.parameters > 5e10 else 1, int(2 ** math.ceil(math.log2(max(1.0, need)))))
 
 
 def _software(row: Row) -> str:

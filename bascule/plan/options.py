@@ -19,11 +19,13 @@ from bascule.records import OptionPriced
 
 Measured = Mapping[str, Mapping[str, float | str]]
 
-# Shares and costs of small eager-mode models, from our own prototype's runs on one CPU thread (0.46 M to 6 M parameters):
-# matmul work reached 0.2 to 0.5 of the probe's rate, a training step issues about 400 operations a layer, a decoding step 60.
-MATMUL_SHARE = 0.35
-OPERATIONS_PER_LAYER_STEP, OPERATIONS_PER_LAYER_DECODE = 400, 60
-LAUNCH_S = {"cpu": 8e-6, "cuda": 8e-6, "npu": 16e-6}
+# Shares and costs of small eager-mode models, from our own runs on one CPU thread (0.46 M to 6 M parameters): matmul work
+# reached 0.15 to 0.5 of the probe's rate; a training step issues about 600 operations a layer (Muon's iterations included), a
+# decoding step 150; the guard's sampled checks add about a tenth.
+MATMUL_SHARE = 0.25
+OPERATIONS_PER_LAYER_STEP, OPERATIONS_PER_LAYER_DECODE = 600, 150
+LAUNCH_S = {"cpu": 10e-6, "cuda": 8e-6, "npu": 16e-6}
+GUARD_SHARE = 0.10
 TYPICAL_LENGTH_SHARE = 0.4  # mean sequence over max_position_embeddings in the demo's corpus
 TYPICAL_COMPLETION_SHARE = 0.4  # mean completion over the cap
 SPREAD = 2.0  # low = x / SPREAD, high = x * SPREAD where nothing was measured for this model
@@ -72,6 +74,8 @@ def _price(
     seconds = training_seconds(recipe, shape, rate, seen)
     components = memory_components(recipe, shape)
     needed = float(seen.get("train_peak_bytes", sum(components.values())))
+    if recipe.guard.enabled and not {"sft_step_s", "grpo_step_s"} & set(seen):
+        seconds["guard"] = GUARD_SHARE * sum(seconds.values())
     total = sum(seconds.values())
     hours = total * pool.chips / 3600
     spread = 1.25 if {"sft_step_s", "grpo_step_s"} <= set(seen) else rate.spread

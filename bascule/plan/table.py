@@ -25,6 +25,7 @@ Row = Mapping[str, str]
 
 # The stack is an input of a run; papers name it in the family or the source. First match wins.
 STACKS = {
+    "megascale|megatron-lm": "megatron-lm",
     "simumax": "megatron-core, no overlap", "mbridge": "megatron-bridge", "megatron-bridge": "megatron-bridge", "torchtitan": "torchtitan",
     "mosaic": "llm-foundry", "llm-foundry": "llm-foundry", "megascale": "megascale", "korthikanti": "megatron-lm", "megatron": "megatron-lm",
     "mindspeed": "mindspeed", "maxtext": "maxtext", "ironwood": "maxtext", "v6e": "maxtext", "v5p": "maxtext", "v5e": "maxtext",
