@@ -27,6 +27,7 @@ from bascule.serve.errors import (
     answer_nobody,
     read,
 )
+from bascule.serve.responses import ResponsesRoute
 from bascule.serve.service import Service
 from bascule.serve.text import chat_prompt
 
@@ -154,6 +155,7 @@ def application(service: Service, *, about: Callable[[], dict[str, Any]], page: 
         Route("/v1/models/{model:path}", api.one_model),
         Route("/v1/chat/completions", ChatRoute(service).answer, methods=["POST"]),
         Route("/v1/completions", CompletionRoute(service).answer, methods=["POST"]),
+        Route("/v1/responses", ResponsesRoute(service).answer, methods=["POST"]),
         Route("/v1/embeddings", api.embeddings, methods=["POST"]),
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
