@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -235,12 +235,16 @@ class TrainConfig(Section):
 class GuardConfig(Section):
     enabled: bool = True
     checksum_every_steps: int = Field(
-        8,
+        32,
         ge=1,
         description="check every matmul of every n-th step, forward and both backward products",
     )
     audit_every_steps: int = Field(
-        25, ge=1, description="replay one rotating layer of every n-th step on the referee"
+        100, ge=1, description="replay one rotating layer of every n-th step on the referee"
+    )
+    budget_percent: Annotated[float, Field(gt=0, le=100)] | Literal["full"] | None = Field(
+        None,
+        description="share of the step time for checksums and audits; their intervals follow from costs measured in the run. 'full': every step; unset: the intervals above",
     )
     certify_sequences: int = Field(
         8, ge=0, description="sequences of the step after a snapshot that the referee replays to certify it; 0 = all"
@@ -264,6 +268,9 @@ class QualifyConfig(Section):
     )
     required: bool = Field(
         True, description="refuse to place a role on a pool whose verdict is not fit"
+    )
+    max_age_days: float = Field(
+        90.0, gt=0, description="an older verdict is void: bad silicon often shows only after months"
     )
 
 

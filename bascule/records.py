@@ -124,6 +124,8 @@ class Evidence(Record):
 
 
 class Verdict(Record):
+    """Bound to what was examined: chip, driver, libraries and model. Another of these, or age, makes it void (judge.outdated)."""
+
     kind: Literal["verdict"] = "verdict"
     role: Role
     verdict: VerdictWord
@@ -132,6 +134,8 @@ class Verdict(Record):
     chip: str
     driver: str
     simulated: bool
+    libraries: str = ""
+    model_sha256: str = ""
 
 
 class Placement(Record):

@@ -64,13 +64,14 @@ def run_battery(
     threads: int = 1,
     only: Sequence[str] = (),
     roles: Sequence[Role] = BOTH,
+    chips: int = 2,
     ask_limit_s: float | None = None,
     on_evidence: OnEvidence | None = None,
     on_progress: OnProgress | None = None,
 ) -> BatteryResult:
     """Examine one pool's accelerator in child processes and judge it. Evidence and reproducers go to `folder`.
 
-    `ask_limit_s` overrides how long one question may take before it counts as a hang. `on_progress(question, done, total)` is
+    `chips` of the pool: links are asked about where there are several. `ask_limit_s` overrides how long one question may take before it counts as a hang. `on_progress(question, done, total)` is
     called when a question begins. Raises UsageError when the accelerator's name is not one; a chip that is not there is
     evidence (nothing can be proven about it).
     """
@@ -88,14 +89,14 @@ def run_battery(
         ask_limit_s=ask_limit_s,
         on_evidence=on_evidence,
         on_progress=on_progress,
-        left=list(asks(quick=quick, only=only, roles=roles)),
+        left=list(asks(quick=quick, only=only, roles=roles, chips=chips)),
     )
     started_s = time.monotonic()
     run.total = len(run.left)
     while run.left:
         run.one_child()
         run.drop_lost_roles()
-    judged = verdicts(run.evidence, run.examined, quick=quick, roles=roles)
+    judged = verdicts(run.evidence, run.examined, quick=quick, roles=roles, chips=chips)
     return BatteryResult(
         examined=run.examined,
         evidence=tuple(run.evidence),

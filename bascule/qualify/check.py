@@ -194,8 +194,13 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 
 
-def asks(*, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH) -> tuple[Ask, ...]:
-    """The battery in order. `only` keeps named checks or families; an unknown name raises UsageError."""
+def asks(
+    *, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH, chips: int = 2
+) -> tuple[Ask, ...]:
+    """The battery in order. `only` keeps named checks or families; an unknown name raises UsageError.
+
+    A pool of one chip has no links: it is asked about them only by name.
+    """
     known = {check.name for check in CHECKS} | {check.family for check in CHECKS}
     for name in only:
         if name not in known:
@@ -205,13 +210,17 @@ def asks(*, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH)
     wanted = [
         check
         for check in CHECKS
-        if (check.quick or not quick) and (not only or check.name in only or check.family in only)
+        if (check.quick or not quick)
+        and (not only or check.name in only or check.family in only)
+        and (chips > 1 or check.family != "links" or only)
     ]
     return tuple(Ask(check, role) for check in wanted for role in check.roles if role in roles)
 
 
-def required(role: Role, *, quick: bool) -> tuple[str, ...]:
+def required(role: Role, *, quick: bool, chips: int = 2) -> tuple[str, ...]:
     """Names of the checks that must have answered before `role` can be called fit."""
     return tuple(
-        ask.check.name for ask in asks(quick=quick) if ask.role == role and ask.check.decides
+        ask.check.name
+        for ask in asks(quick=quick, chips=chips)
+        if ask.role == role and ask.check.decides
     )

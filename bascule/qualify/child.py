@@ -39,10 +39,12 @@ def _answer(request: dict[str, Any], write: Any) -> int:
         write({"refused": str(error), "usage": isinstance(error, UsageError)})
         return error.exit_code
     accelerator.prepare(request["threads"])
-    write({"opened": dataclasses.asdict(examined(accelerator)), "note": accelerator.fallback_note})
+    model = ModelConfig.model_validate(request["model"])
+    opened = dataclasses.asdict(examined(accelerator, model))
+    write({"opened": opened, "note": accelerator.fallback_note})
     context = open_context(
         accelerator,
-        ModelConfig.model_validate(request["model"]),
+        model,
         quick=request["quick"],
         seed=request["seed"],
         workdir=Path(request["workdir"]),

@@ -15,7 +15,7 @@ from bascule.config import ModelConfig
 from bascule.errors import OperatorMissing
 from bascule.qualify.check import BOTH, Ask, asks
 from bascule.qualify.context import CheckContext, ChipFailed, describe
-from bascule.qualify.judge import Examined, verdicts
+from bascule.qualify.judge import Examined, model_sha256, verdicts
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence, Role, Verdict
 
@@ -43,7 +43,7 @@ def qualify(
             evidence.append(item)
             if on_evidence:
                 on_evidence(item)
-    return evidence, verdicts(evidence, examined(accelerator), quick=quick, roles=roles)
+    return evidence, verdicts(evidence, examined(accelerator, model), quick=quick, roles=roles)
 
 
 def open_context(
@@ -75,13 +75,14 @@ def put(context: CheckContext, ask: Ask) -> list[Evidence]:
     return [item.model_copy(update={"seconds": seconds}) for item in found]
 
 
-def examined(accelerator: Accelerator) -> Examined:
+def examined(accelerator: Accelerator, model: ModelConfig) -> Examined:
     info = accelerator.info()
     return Examined(
         accelerator=accelerator.name,
         chip=info.name,
         driver=info.driver,
         simulated=info.simulated,
+        model_sha256=model_sha256(model),
     )
 
 

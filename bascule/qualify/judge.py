@@ -9,9 +9,12 @@ Evidence carries the role it was measured in, so a fault that acts only in train
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
+from bascule.config import ModelConfig
 from bascule.qualify.check import BOTH, CHECKS, required
 from bascule.records import Evidence, Role, Verdict, VerdictWord
 
@@ -28,6 +31,7 @@ class Examined:
     chip: str = "unknown"
     driver: str = "unknown"
     simulated: bool = False
+    model_sha256: str = ""
 
 
 def verdicts(
@@ -36,23 +40,54 @@ def verdicts(
     *,
     quick: bool = True,
     roles: Collection[Role] = BOTH,
+    chips: int = 2,
 ) -> list[Verdict]:
     """One verdict for each role, in the order train, infer."""
     return [
-        _verdict(role, [item for item in evidence if role in item.roles], examined, quick)
+        _verdict(role, [item for item in evidence if role in item.roles], examined, quick, chips)
         for role in BOTH
         if role in roles
     ]
 
 
-def _verdict(role: Role, evidence: list[Evidence], examined: Examined, quick: bool) -> Verdict:
+def libraries() -> str:
+    """What computes for the chip in this environment, with versions."""
+    return f"torch {version('torch')}"
+
+
+def model_sha256(model: ModelConfig) -> str:
+    """Names the architecture: its operators and shapes are what was examined, not its weights."""
+    return hashlib.sha256(model.model_dump_json().encode()).hexdigest()
+
+
+def outdated(
+    verdict: Verdict, model: ModelConfig, *, now_s: float, max_age_days: float
+) -> str | None:
+    """Why this verdict holds no longer for `model` in this environment, or None. A changed chip or driver shows on opening it."""
+    age_days = (now_s - verdict.time_s) / 86400.0
+    if age_days > max_age_days:
+        return f"it is {age_days:.0f} days old, allowed {max_age_days:g} (qualify.max_age_days)"
+    if verdict.libraries != libraries():
+        return (
+            f"it was given with {verdict.libraries or 'unknown libraries'}, here is {libraries()}"
+        )
+    if verdict.model_sha256 != model_sha256(model):
+        return "it was given for another model architecture"
+    return None
+
+
+def _verdict(
+    role: Role, evidence: list[Evidence], examined: Examined, quick: bool, chips: int
+) -> Verdict:
     against = [
         item
         for item in evidence
         if item.outcome in ("fail", "error") and _DECIDES.get(item.check, True)
     ]
     answered = {item.check for item in evidence if item.outcome == "pass"}
-    open_questions = [name for name in required(role, quick=quick) if name not in answered]
+    open_questions = [
+        name for name in required(role, quick=quick, chips=chips) if name not in answered
+    ]
     if against:
         word: VerdictWord = "unfit"
         reasons = _merge(against)
@@ -70,6 +105,8 @@ def _verdict(role: Role, evidence: list[Evidence], examined: Examined, quick: bo
         chip=examined.chip,
         driver=examined.driver,
         simulated=examined.simulated,
+        libraries=libraries(),
+        model_sha256=examined.model_sha256,
     )
 
 

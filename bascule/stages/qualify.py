@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from bascule.errors import CheckFailed
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
 from bascule.qualify.battery import BatteryResult, run_battery
+from bascule.qualify.judge import outdated
 from bascule.records import Evidence, Verdict
 from bascule.stages.answer import Answer, say
 
@@ -61,7 +63,7 @@ def qualify_pools(
     check_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Examine every pool that has no verdict yet in this run; evidence and verdicts go to the ledger as they come."""
-    judged = {verdict.pool for verdict in of_kind(ledger.read(), Verdict)}
+    judged = _judged(recipe, ledger)
     for pool in recipe.order:
         if pool in judged:
             continue
@@ -77,6 +79,7 @@ def qualify_pools(
             quick=recipe.qualify.quick,
             seed=recipe.seed,
             threads=recipe.threads,
+            chips=recipe.pools[pool].chips,
             on_evidence=lambda item: ledger.append(item),
             on_progress=lambda question, done, total: check_stop(),
         )
@@ -85,6 +88,20 @@ def qualify_pools(
         ledger.append(*result.verdicts)
         for line in _lines(result):
             say(line)
+
+
+def _judged(recipe: Recipe, ledger: Ledger) -> set[str | None]:
+    """Pools whose newest verdicts still hold; a void one is said and asked again."""
+    newest = {(verdict.pool, verdict.role): verdict for verdict in of_kind(ledger.read(), Verdict)}
+    judged = {pool for pool, _ in newest}
+    for (pool, role), verdict in newest.items():
+        why = outdated(
+            verdict, recipe.model, now_s=time.time(), max_age_days=recipe.qualify.max_age_days
+        )
+        if why:
+            ledger.warn("verdict void", f"pool {pool}, {role}: {why}; it is examined again")
+            judged.discard(pool)
+    return judged
 
 
 def _lines(result: BatteryResult) -> list[str]:

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from bascule.config import ModelConfig
 from bascule.errors import UsageError
 from bascule.qualify.check import CHECKS, asks, required
-from bascule.qualify.judge import Examined, verdicts
+from bascule.qualify.judge import Examined, model_sha256, outdated, verdicts
 from bascule.records import Evidence, Role, Verdict
 
 CHIP = Examined("cpu", "a chip", "a driver")
@@ -129,3 +130,15 @@ def test_an_unknown_check_is_refused_with_the_nearest_name() -> None:
 def test_judge_and_supervisor_do_not_import_torch() -> None:
     code = "import sys, bascule.qualify.judge, bascule.qualify.battery, bascule.qualify.equivalence; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_verdict_is_void_when_old_or_for_another_model_or_other_libraries() -> None:
+    nano, tick = ModelConfig(preset="nano"), ModelConfig(preset="tick")
+    chip = Examined("cpu", model_sha256=model_sha256(nano))
+    verdict = verdicts(all_passed(), chip)[0]
+    now_s = verdict.time_s
+    assert outdated(verdict, nano, now_s=now_s, max_age_days=90) is None
+    assert "91 days old" in str(outdated(verdict, nano, now_s=now_s + 91 * 86400, max_age_days=90))
+    assert "another model" in str(outdated(verdict, tick, now_s=now_s, max_age_days=90))
+    newer = verdict.model_copy(update={"libraries": "torch 9.9"})
+    assert "torch 9.9" in str(outdated(newer, nano, now_s=now_s, max_age_days=90))
