@@ -7,6 +7,7 @@ measured on the same ones. Training problems whose (task, key) is held out are r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bascule import draws
@@ -66,10 +67,12 @@ def heldout_problems(config: DataConfig) -> list[Problem]:
     return _shuffled(heldout, draws.key(config.eval_seed, "data.order"))
 
 
-def sft_examples(problems: list[Problem], seed: int) -> list[tuple[str, str]]:
+def sft_examples(
+    problems: list[Problem], seed: int, prompt: Callable[[str], str] = chat.prompt
+) -> list[tuple[str, str]]:
     """(prompt text, completion text) of every problem whose solver succeeded with this seed; the others are left out.
 
-    The end token is not part of the completion text: training appends it. Another seed gives other searches for the same
+    `prompt` writes the question as the model reads it (Tokenizer.prompt). The end token is not part of the completion text: training appends it. Another seed gives other searches for the same
     problems. A trace that its own verifier does not pay in full is a defect of the solver and is dropped too.
     """
     examples = []
@@ -77,7 +80,7 @@ def sft_examples(problems: list[Problem], seed: int) -> list[tuple[str, str]]:
         task = registry.get(problem.task)
         trace = task.trace(problem, draws.key(seed, "data.trace", index))
         if trace is not None and task.verify(problem, trace) == 1.0:
-            examples.append((chat.prompt(problem.question), trace))
+            examples.append((prompt(problem.question), trace))
     return examples
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -88,6 +90,25 @@ class Tokenizer:
         """Text of `ids`. `<pad>`, `<bos>` and `<eos>` are silent; every other special token is written out."""
         text_of = self._text_of
         return "".join([text_of[i] for i in ids])
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as the text that a model with this vocabulary reads."""
+        return chat.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def prompt(self, question: str) -> str:
+        """The text that asks one question and waits for the answer."""
+        return self.render([{"role": "user", "content": question}])
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether prompts end with an open `<think>` (R1's template does): completions then begin inside the thought."""
+        return self.prompt("?").rstrip().endswith(chat.THINK_OPEN)
+
+    def completion(self, ids: list[int]) -> str:
+        """A completion as verifiers read it: with the thought's opening tag even where the prompt brought it."""
+        return (chat.THINK_OPEN if self.opens_thought else "") + self.decode(ids)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) into `folder`."""

@@ -164,12 +164,12 @@ def load_hf(
     tensors = _read_tensors(folder)
     config = hf_config.from_hf(raw, source=str(folder), mtp_layers=_count_mtp_layers(raw, tensors))
     model = Transformer(config).to(_dtype_of(tensors, folder))
-    _fill(model, tensors, folder)
+    fill(model, tensors, folder)
     return (model if device is None else model.to(device)), config
 
 
 @torch.no_grad()
-def _fill(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> None:
+def fill(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy every tensor into its place; complain about all that is missing, left over or misshapen at once."""
     wrong, used = [], {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, part in _layout(model, model.config):

@@ -26,7 +26,7 @@ import torch
 from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import ModelConfig, Recipe, read_resolved
-from bascule.data.tokenizer import Tokenizer
+from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.errors import BasculeError, DeviceFault, OutOfMemory, UsageError, nearest
 from bascule.folder import RunFolder
 from bascule.guard.watchdog import beat
@@ -209,8 +209,8 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
     if accelerator.fallback_note:
         Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
     accelerator.prepare(threads or recipe.threads)
-    tokenizer = Tokenizer()
-    config = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    tokenizer = open_or_own(folder.tokenizer)
+    config = sized(recipe.model, tokenizer)
     return Host(
         config,
         accelerator,

@@ -57,14 +57,14 @@ def _ask(
     run: Finished, messages: list[dict[str, str]], arguments: Namespace, *, show: bool
 ) -> tuple[str, str]:
     """Stream one answer; the thought is shown dimmed on a terminal. Raises UsageError for what the model cannot read."""
-    prompt = run.tokenizer.encode(chat.render(messages))
+    prompt = run.tokenizer.encode(run.tokenizer.render(messages))
     room = run.engine.model.config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UsageError(
             f"The conversation has {len(prompt)} tokens, the model's context holds {run.engine.model.config.max_position_embeddings}. Begin a new chat."
         )
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    splitter, thought, answer = chat.ReasoningSplitter(), "", ""
+    splitter, thought, answer = chat.ReasoningSplitter(opened=run.tokenizer.opens_thought), "", ""
     sampling = Sampling(
         temperature=arguments.temperature, max_tokens=room, seed=arguments.seed, purpose="chat"
     )

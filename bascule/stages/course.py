@@ -12,6 +12,7 @@ from bascule.config import ModelConfig, Recipe
 from bascule.data import chat, corpus
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
+from bascule.data.text_tokenizer import sized
 from bascule.data.tokenizer import Tokenizer
 
 
@@ -23,38 +24,40 @@ class Course:
     heldout: list[Problem]
 
     def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
-        return [self.tokenizer.encode(chat.prompt(problem.question)) for problem in problems]
+        tokenizer = self.tokenizer
+        return [tokenizer.encode(tokenizer.prompt(problem.question)) for problem in problems]
 
     def verifier(self, problems: Sequence[Problem]) -> Callable[[int, list[int]], float]:
         """(number of the problem, completion's token ids) to reward."""
         tasks = [registry.get(problem.task) for problem in problems]
 
         def verify(number: int, tokens: list[int]) -> float:
-            return tasks[number].verify(problems[number], self.tokenizer.decode(tokens))
+            return tasks[number].verify(problems[number], self.tokenizer.completion(tokens))
 
         return verify
 
     def examples(self, seed: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids with the end token) of every training problem whose solver succeeded."""
         encode, end = self.tokenizer.encode, [self.tokenizer.eos_id]
+        opened = chat.THINK_OPEN if self.tokenizer.opens_thought else ""
         return [
-            (encode(prompt), encode(trace) + end)
-            for prompt, trace in corpus.sft_examples(self.train, seed)
+            (encode(prompt), encode(trace.removeprefix(opened)) + end)
+            for prompt, trace in corpus.sft_examples(self.train, seed, self.tokenizer.prompt)
         ]
 
 
-def course(recipe: Recipe) -> Course:
-    """Draw the recipe's problems. Pure: the same recipe gives the same course on every machine."""
-    tokenizer = Tokenizer()
+def course(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
+    """Draw the recipe's problems. Pure: the same recipe and tokenizer (default: our own) give the same course anywhere."""
+    tokenizer = tokenizer or Tokenizer()
     split = corpus.split(recipe.data, recipe.seed)
-    model = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    model = sized(recipe.model, tokenizer)
     return Course(tokenizer=tokenizer, model=model, train=split.train, heldout=split.heldout)
 
 
-def heldout_only(recipe: Recipe) -> Course:
+def heldout_only(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
     """The course without its training side, for evaluation."""
-    tokenizer = Tokenizer()
-    model = recipe.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    tokenizer = tokenizer or Tokenizer()
+    model = sized(recipe.model, tokenizer)
     return Course(
         tokenizer=tokenizer, model=model, train=[], heldout=corpus.heldout_problems(recipe.data)
     )

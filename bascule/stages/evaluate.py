@@ -21,7 +21,7 @@ def main(arguments: Namespace) -> Answer:
     data = run.recipe.data.model_copy(
         update={name: value for name, value in changes.items() if value is not None}
     )
-    course = heldout_only(run.recipe.model_copy(update={"data": data}))
+    course = heldout_only(run.recipe.model_copy(update={"data": data}), run.tokenizer)
     start = time.perf_counter()
     score = evaluate(
         run.engine, course.prompts(course.heldout), course.verifier(course.heldout), samples=run.recipe.evaluate.samples,

@@ -8,6 +8,7 @@ from pathlib import Path
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import Recipe, read_resolved
+from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
@@ -51,7 +52,7 @@ def open_finished(run: str, on: str | None) -> Finished:
     accelerator.prepare(recipe.threads)
     if accelerator.fallback_note:
         Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
-    tokenizer = Tokenizer.load(folder.model)
+    tokenizer = open_tokenizer(folder.model)
     model, _ = load_hf(folder.model)
     engine = Engine(
         accelerator.move(model).eval(),

@@ -15,6 +15,7 @@ from bascule.plan.options import price_pools
 from bascule.plan.page import render_page
 from bascule.plan.render import cli_text, to_json
 from bascule.records import OptionPriced
+from bascule.stages import origin
 from bascule.stages.answer import Answer, duration, say
 
 
@@ -33,7 +34,7 @@ def main(arguments: Namespace) -> Answer:
         raise UsageError(
             "bascule plan needs a recipe, or --model with --train or --serve. Example: bascule plan runs/demo.toml"
         )
-    recipe = load_recipe(Path(words[0]), arguments.overrides)
+    recipe = origin.resolve(load_recipe(Path(words[0]), arguments.overrides))
     options = price_pools(recipe, {})
     plain = [one.model_dump(exclude={"schema_version", "kind"}) for one in options]
     return Answer(text="\n".join(_line(one) for one in options), data={"pools": plain})

@@ -12,6 +12,7 @@ from torch import Tensor
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import Recipe, read_resolved
+from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.data.tokenizer import Tokenizer
 from bascule.folder import RunFolder
 from bascule.guard.incident import Case, replay_incident
@@ -26,10 +27,13 @@ from bascule.train.step import Stepper
 def main(arguments: Namespace) -> Answer:
     """Exit 0 whatever is found: this verb measures, the guard has judged."""
     folder = Path(arguments.incident)
-    recipe = read_resolved(RunFolder(folder.resolve().parents[1]).recipe)
+    run = RunFolder(folder.resolve().parents[1])
+    recipe, tokenizer = read_resolved(run.recipe), open_or_own(run.tokenizer)
     accelerator = open_accelerator(arguments.on, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
-    report = replay_incident(folder, accelerator, lambda case, chip: _gradients(recipe, case, chip))
+    report = replay_incident(
+        folder, accelerator, lambda case, chip: _gradients(recipe, tokenizer, case, chip)
+    )
     lines = [
         f"replayed on {report.accelerator}; largest scale-free difference of any gradient from:"
     ]
@@ -54,9 +58,10 @@ def main(arguments: Namespace) -> Answer:
     return Answer(text="\n".join(lines), data=data)
 
 
-def _gradients(recipe: Recipe, case: Case, accelerator: Accelerator) -> Mapping[str, Tensor]:
-    config = recipe.model.model_copy(update={"vocab_size": Tokenizer().vocab_size})
-    model = Transformer(config)
+def _gradients(
+    recipe: Recipe, tokenizer: Tokenizer, case: Case, accelerator: Accelerator
+) -> Mapping[str, Tensor]:
+    model = Transformer(sized(recipe.model, tokenizer))
     model.load_state_dict(case.model)
     stepper = Stepper(accelerator.move(model), accelerator)
     stepper.begin(_objective(recipe, case.phase))

@@ -34,7 +34,7 @@ from bascule.records import (
     StepStats,
 )
 from bascule.report.story import summary
-from bascule.stages import place, plan, qualify, report, train
+from bascule.stages import origin, place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
 
 
@@ -42,7 +42,7 @@ def main(arguments: Namespace) -> Answer:
     overrides = list(arguments.overrides) + ([f'name="{arguments.name}"'] if arguments.name else [])
     if arguments.strict:
         overrides.append("strict=true")
-    recipe = load_recipe(Path(arguments.recipe), overrides)
+    recipe = origin.resolve(load_recipe(Path(arguments.recipe), overrides))
     return run(recipe, RunFolder(Path(arguments.out) / recipe.name))
 
 
@@ -56,6 +56,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)
+        origin.prepare(recipe, folder, ledger)
         try:
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger)

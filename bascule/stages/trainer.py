@@ -19,10 +19,12 @@ import torch
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
 from bascule.data.tasks.base import Problem
+from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
     BasculeError,
     CheckFailed,
     DeviceFault,
+    ModelFolderError,
     OutOfMemory,
     RolloutFailed,
     UsageError,
@@ -34,13 +36,14 @@ from bascule.guard.guard import Guard
 from bascule.infer.evaluate import Score, evaluate
 from bascule.infer.sampling import Sampling
 from bascule.ledger import Ledger, last, of_kind
-from bascule.model import weights
+from bascule.model import existing, origin, weights
 from bascule.model.transformer import Transformer
 from bascule.place import sync
 from bascule.place.client import RolloutClient
 from bascule.records import (
     Completion,
     Evaluation,
+    ModelOrigin,
     RolloutReply,
     RolloutRequest,
     RunFinished,
@@ -112,7 +115,7 @@ class Trainer:
         self.accelerator.prepare(self.recipe.threads)
         if self.accelerator.fallback_note:
             self.ledger.warn("accelerator fallback", self.accelerator.fallback_note)
-        self.course: Course = course(self.recipe)
+        self.course: Course = course(self.recipe, open_or_own(folder.tokenizer))
         self.stepper = Stepper(
             self._new_model(),
             self.accelerator,
@@ -306,9 +309,23 @@ class Trainer:
     # ---- parts
 
     def _new_model(self) -> Transformer:
-        model = Transformer(self.course.model)
-        weights.initialise(model, self.recipe.seed)
+        if self.course.model.from_:
+            model = self._existing_model(Path(self.course.model.from_))
+        else:
+            model = Transformer(self.course.model)
+            weights.initialise(model, self.recipe.seed)
         return self.accelerator.move(model)
+
+    def _existing_model(self, path: Path) -> Transformer:
+        """Raises ModelFolderError when the files are no longer those that the run began with."""
+        began = last(self.ledger.read(), ModelOrigin)
+        if began and origin.describe(path).sha256 != began.sha256:
+            raise ModelFolderError(
+                f"model.from = '{path}' is not the model this run began with (SHA-256 {began.sha256[:12]}…): its files changed. "
+                "Put the old files back, or begin another run with --name."
+            )
+        model, _ = existing.load(path, positions=self.course.model.max_position_embeddings)
+        return model
 
     def _objectives(self) -> dict[str, Objective]:
         steps = self.recipe.phase_steps()

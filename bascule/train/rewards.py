@@ -34,4 +34,4 @@ def verifier(
 def _one(problem: Problem, tokens: list[int], tokenizer: Tokenizer) -> float:
     if not tokens or tokens[-1] != tokenizer.eos_id:
         return 0.0
-    return registry.verify(problem, tokenizer.decode(tokens[:-1]))
+    return registry.verify(problem, tokenizer.completion(tokens[:-1]))

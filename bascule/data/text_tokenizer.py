@@ -1,0 +1,197 @@
+"""Any tokenizer in the `tokenizers` format behind the words of our own: what existing models and models of free text use.
+
+Prompts are written in the model's own chat template where its folder has one. `<think>` need not be a token of the vocabulary:
+as plain text it costs a few tokens more and means the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Backend
+
+from bascule.config import ModelConfig
+from bascule.data import chat
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import UsageError
+from bascule.folder import write_atomic, write_json_atomic
+
+NO_TOKEN = -1
+"""The id of a mark that the vocabulary does not have; equal to no token."""
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+"""For base models, which have no chat template: words that any text model has seen."""
+
+
+class TextTokenizer(Tokenizer):
+    """`settings` is the content of tokenizer_config.json: the names of the special tokens and the chat template."""
+
+    def __init__(self, backend: Backend, settings: Mapping[str, Any], *, source: str) -> None:
+        self.backend = backend
+        self.settings = dict(settings)
+        self.source = source
+        self._eos = self._named("eos_token")
+        if self._eos is None:
+            raise UsageError(
+                f"The tokenizer '{source}' names no eos_token that is in its vocabulary; without one no text ever ends. "
+                "Add eos_token to its tokenizer_config.json."
+            )
+        self._bos = self._named("bos_token")
+        self._pad = self._named("pad_token")
+        self._silent_ids = {self.pad_id, self.bos_id, self.eos_id}
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model may have more rows than that."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def pad_id(self) -> int:
+        return self.eos_id if self._pad is None else self._pad
+
+    @property
+    def bos_id(self) -> int:
+        return self.eos_id if self._bos is None else self._bos
+
+    @property
+    def eos_id(self) -> int:
+        assert self._eos is not None
+        return self._eos
+
+    @property
+    def unk_id(self) -> int:
+        found = self._named("unk_token")
+        return NO_TOKEN if found is None else found
+
+    @property
+    def think_open_id(self) -> int:
+        return self._id(chat.THINK_OPEN)
+
+    @property
+    def think_close_id(self) -> int:
+        return self._id(chat.THINK_CLOSE)
+
+    @cached_property
+    def _every_symbol(self) -> tuple[str, ...]:
+        return tuple(
+            self.backend.decode([i], skip_special_tokens=False) for i in range(self.vocab_size)
+        )
+
+    @property
+    def symbols(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The text of every token. A token that is part of a character shows as U+FFFD."""
+        return self._every_symbol
+
+    def encode(self, text: str, *, replace_unknown: bool = False) -> list[int]:
+        del replace_unknown  # byte-level vocabularies know every text
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts, on all the threads the library uses."""
+        return [
+            found.ids
+            for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        kept = [i for i in ids if i not in self._silent_ids]
+        text: str = self.backend.decode(kept, skip_special_tokens=False)
+        return text
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            return environment.from_string(self._template()).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self._name("bos_token") or "",
+                eos_token=self._name("eos_token") or "",
+            )
+        except TemplateError as error:
+            raise UsageError(
+                f"The chat template of '{self.source}' cannot write these messages: {error}."
+            ) from None
+
+    def save(self, folder: Path) -> None:
+        write_atomic(folder / "tokenizer.json", lambda path: self.backend.save(str(path)))
+        write_json_atomic(folder / "tokenizer_config.json", self.settings)
+
+    def _template(self) -> str:
+        found = self.settings.get("chat_template")
+        if isinstance(found, list):  # several named templates; the one for plain chat is called so
+            found = next((one["template"] for one in found if one.get("name") == "default"), None)
+        return found or PLAIN_TEMPLATE
+
+    def _name(self, kind: str) -> str | None:
+        found = self.settings.get(kind)
+        return found.get("content") if isinstance(found, dict) else found
+
+    def _named(self, kind: str) -> int | None:
+        name = self._name(kind)
+        found: int | None = None if name is None else self.backend.token_to_id(name)
+        return found
+
+    def _id(self, text: str) -> int:
+        found = self.backend.token_to_id(text)
+        return NO_TOKEN if found is None else int(found)
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder: our closed vocabulary, or any other in the `tokenizers` format.
+
+    Raises UsageError when there is none, or one that is only there as a SentencePiece or vocabulary file.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError(
+            f"'{folder}' has no tokenizer.json. Give a model folder with one; transformers' "
+            "AutoTokenizer.from_pretrained(..).save_pretrained(..) writes it from older files."
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        closed = raw["model"]["type"] == "WordLevel"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"'{path}' is damaged or not a tokenizers file ({error!r}). Copy it again."
+        ) from None
+    if closed:
+        return Tokenizer.load(Path(folder))
+    return TextTokenizer(Backend.from_file(str(path)), _settings(Path(folder)), source=str(folder))
+
+
+def open_or_own(folder: Path) -> Tokenizer:
+    """The tokenizer saved in `folder`, or bascule's own where nothing is saved."""
+    return open_tokenizer(folder) if (folder / "tokenizer.json").is_file() else Tokenizer()
+
+
+def sized(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """`config` with as many rows in its embedding as the tokenizer has ids; an existing model keeps the rows it has."""
+    if config.from_:
+        return config
+    return config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    template = folder / "chat_template.jinja"  # where transformers 5 puts it
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    return dict(settings)
+
+
+def _refuse(message: str) -> str:
+    raise TemplateError(message)
