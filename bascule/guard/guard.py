@@ -10,6 +10,7 @@ The guard knows neither the trainer nor its files: what it needs of them are the
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,7 +25,8 @@ from bascule.accelerators.base import Accelerator
 from bascule.config import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
 from bascule.folder import RunFolder
-from bascule.guard import audit, sentinels, update
+from bascule.guard import audit, budget, sentinels, update
+from bascule.guard.budget import Intervals, Measured
 from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 from bascule.guard.replay import (
@@ -91,6 +93,14 @@ class Guard:
         self.referee = referee
         self.snapshots = snapshots
         self.floor = NoiseFloor(referee)
+        full = config.budget_percent == "full"
+        self.every = (
+            Intervals(1, 1)
+            if full
+            else Intervals(config.checksum_every_steps, config.audit_every_steps)
+        )
+        self._measured = Measured()
+        self._settled = not isinstance(config.budget_percent, float)
         self._watch = Watch.begin(
             sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token)
         )
@@ -118,10 +128,10 @@ class Guard:
 
     def watches(self, step: int) -> bool:
         """Does `step` run under checksums? Every n-th, and all of them under probation."""
-        return self._probation_until is not None or step % self.config.checksum_every_steps == 0
+        return self._probation_until is not None or step % self.every.checksum == 0
 
     def audits(self, step: int) -> bool:
-        return step % self.config.audit_every_steps == 0
+        return step % self.every.audit == 0
 
     def watch(self, step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
         """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update; with
@@ -148,7 +158,7 @@ class Guard:
         with ExitStack() as stack:
             if self.audits(step):
                 self._parts = self._parts or audit.parts(model)
-                part = audit.turn(self._parts, step // self.config.audit_every_steps)
+                part = audit.turn(self._parts, step // self.every.audit)
                 self._capture = stack.enter_context(audit.capturing(part, step))
             if self.watches(step):
                 self._checksums = Checksums(names=self._names_of(model))
@@ -192,6 +202,7 @@ class Guard:
         suspicions += [
             self.book.suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
         ]
+        start = time.perf_counter()
         suspicions += self._audit(proposal)
         if not suspicions and self._pending is not None:
             probe = self._probe(proposal, stepper)
@@ -204,6 +215,7 @@ class Guard:
         if self._capture is not None:
             measure = not self._same_kernels()
             self._expected = update.expect(proposal, stepper, self.referee, measure=measure)
+        self._price(proposal, time.perf_counter() - start)
         return True
 
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
@@ -215,6 +227,22 @@ class Guard:
         if self._recent and self._recent[-1].phase != proposal.phase:
             self._recent.clear()
         self._recent.append(proposal.batch)
+
+    def _price(self, proposal: StepProposal, audit_s: float) -> None:
+        """Learn what watching costs here; with a budget, settle the intervals once all prices are known."""
+        if self._settled:
+            return
+        if self._capture is not None:
+            self._measured = self._measured.audited(audit_s)
+        elif self._checksums is not None:
+            self._measured = self._measured.checked(proposal.seconds)
+        else:
+            self._measured = self._measured.plain(proposal.seconds)
+        if self._measured.complete:
+            assert isinstance(self.config.budget_percent, float)
+            self.every = budget.intervals(self.config.budget_percent, self._measured)
+            self._settled = True
+            self.book.audited(proposal.step, budget.coverage(self.every, len(self._parts)))
 
     def _seen(self, proposal: StepProposal) -> Seen:
         loads = proposal.expert_loads

@@ -1,0 +1,88 @@
+"""What watching costs and what it buys: intervals from a budget, detection probability from intervals. Pure; no torch.
+
+A budget is a share of the step's own time, in percent. Costs are measured in the run (a checked step against unchecked ones, an
+audit by the clock), so the same recipe watches more closely on a chip where watching is cheap. Certification is priced apart: it
+is bought with every snapshot.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+CHECKSUM_SHARE = 0.6
+"""Of the budget; audits get the rest. Checksums see every product of a step, an audit one part of the model."""
+
+PLAIN_STEPS = 5
+LONGEST = 10_000
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Every how many steps. 1 is every step."""
+
+    checksum: int
+    audit: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds seen so far: unwatched steps, steps under checksums, audits' own time."""
+
+    plain_s: tuple[float, ...] = ()
+    checked_s: tuple[float, ...] = ()
+    audit_s: tuple[float, ...] = field(default=())
+
+    def plain(self, seconds: float) -> Measured:
+        return replace(self, plain_s=(*self.plain_s, seconds)[-32:])
+
+    def checked(self, seconds: float) -> Measured:
+        return replace(self, checked_s=(*self.checked_s, seconds)[-8:])
+
+    def audited(self, seconds: float) -> Measured:
+        return replace(self, audit_s=(*self.audit_s, seconds)[-8:])
+
+    @property
+    def complete(self) -> bool:
+        return len(self.plain_s) >= PLAIN_STEPS and bool(self.checked_s) and bool(self.audit_s)
+
+
+def intervals(budget_percent: float, seen: Measured) -> Intervals:
+    """The shortest intervals that keep to the budget. `seen` must be complete."""
+    plain = median(seen.plain_s)
+    checked = max(median(seen.checked_s) - plain, 0.0)
+    allowed = budget_percent / 100.0 * plain
+    return Intervals(
+        _every(checked, allowed * CHECKSUM_SHARE),
+        _every(median(seen.audit_s), allowed * (1.0 - CHECKSUM_SHARE)),
+    )
+
+
+def _every(cost_s: float, allowed_s: float) -> int:
+    return max(1, min(LONGEST, math.ceil(cost_s / allowed_s))) if allowed_s > 0 else LONGEST
+
+
+def steps_to_see(chance_per_step: float, confidence: float = 0.95) -> int:
+    """Steps until something that is caught with `chance_per_step` at each step has been caught with `confidence`."""
+    if chance_per_step >= 1.0:
+        return 1
+    if chance_per_step <= 0.0:
+        return LONGEST
+    return math.ceil(math.log1p(-confidence) / math.log1p(-chance_per_step))
+
+
+def coverage(every: Intervals, parts: int) -> str:
+    """In words: what these intervals see, and how soon. `parts`: pieces of the model that audits take in turns."""
+    one_off = 1.0 / every.checksum
+    now_and_then = steps_to_see(0.1 / every.checksum)
+    return (
+        f"every product is checked every {_steps(every.checksum)}, one of {parts} parts is audited every {_steps(every.audit)}: "
+        f"a product that is always wrong is seen within {_steps(every.checksum)}, one wrong at a tenth of the steps within "
+        f"{_steps(now_and_then)} with 95 %, a single wrong product with {one_off:.0%}; a part whose other operators are always wrong "
+        f"within {_steps(every.audit * parts)}; and all of them, where they last, by the next certification"
+    )
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"

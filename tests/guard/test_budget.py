@@ -1,0 +1,67 @@
+"""Budget to intervals, intervals to probabilities; and the guard keeps to a measured budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from bascule.config import GuardConfig
+from bascule.guard.budget import Intervals, Measured, coverage, intervals, steps_to_see
+from bascule.ledger import of_kind
+from bascule.records import Judgement
+
+
+@pytest.mark.parametrize("budget", [0.1, 1.0, 5.0, 100.0])
+def test_the_intervals_cost_no_more_than_the_budget_and_no_shorter_ones_would(
+    budget: float,
+) -> None:
+    seen = Measured(plain_s=(1.0,) * 5, checked_s=(1.4,), audit_s=(0.7,))
+    every = intervals(budget, seen)
+    assert 0.4 / every.checksum + 0.7 / every.audit <= budget / 100 + 1e-9
+    if every.checksum > 1:
+        assert 0.4 / (every.checksum - 1) > 0.6 * budget / 100
+    if every.audit > 1:
+        assert 0.7 / (every.audit - 1) > 0.4 * budget / 100
+
+
+def test_detection_within_the_stated_steps_holds_in_simulation() -> None:
+    rng = np.random.default_rng(0)
+    for chance in (0.5, 0.1, 0.01):
+        within = steps_to_see(chance)
+        seen = (rng.random((4000, within)) < chance).any(axis=1).mean()
+        assert 0.94 < seen <= 1.0
+        assert 1 - (1 - chance) ** (within - 1) < 0.95
+    assert steps_to_see(1.0) == 1
+
+
+def test_the_words_say_the_numbers() -> None:
+    text = coverage(Intervals(checksum=20, audit=50), parts=6)
+    assert "always wrong is seen within 20 steps" in text
+    assert f"within {steps_to_see(0.005)} steps with 95 %" in text
+    assert "a single wrong product with 5%" in text and "within 300 steps" in text
+
+
+def test_the_guard_measures_and_then_keeps_to_its_budget(
+    tmp_path: Path, guarded: ModuleType
+) -> None:
+    rig = guarded.rig(
+        tmp_path,
+        config=GuardConfig(budget_percent=5.0, checksum_every_steps=4, audit_every_steps=6),
+    )
+    rig.run(14, every=50)
+    told = [
+        record.reason
+        for record in of_kind(rig.ledger.read(), Judgement)
+        if "every product is checked" in record.reason
+    ]
+    assert len(told) == 1
+    assert rig.guard.every.audit > 6 and rig.guard.every.checksum >= 1
+    assert rig.alarms == []
+
+
+def test_full_checks_and_audits_every_step(tmp_path: Path, guarded: ModuleType) -> None:
+    rig = guarded.rig(tmp_path, config=GuardConfig(budget_percent="full"))
+    assert rig.guard.every == Intervals(1, 1)
