@@ -91,6 +91,11 @@ CHECKS: tuple[Check, ...] = (
         catches=("gain-0.2-percent", "truncation", "softmax-0.99", "low-precision", "narrow-accumulation", "corrupt"),
     ),
     Check(
+        "numerics.half", BOTH,
+        "Is each operator of this model, forward and for training backward, as precise in bf16 and fp16 as these types allow?",
+        "as numerics.forward, with the bars of the half types", "numerics:half", quick=False,
+    ),
+    Check(
         "numerics.backward", ("train",),
         "Is the gradient of each operator as precise as its type allows?",
         "as numerics.forward, for each input's gradient by itself", "numerics:backward",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ class Call:
         return [
             leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)
         ]
+
+    def cast(self, dtype: torch.dtype) -> Call:
+        """The same call with its fp32 tensors, and fp32 where it is named, as `dtype`."""
+
+        def change(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.dtype == torch.float32:
+                return transplant(leaf, torch.device("cpu"), dtype)
+            return dtype if leaf is torch.float32 else leaf
+
+        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        short = str(dtype).removeprefix("torch.")
+        return replace(self, args=args, kwargs=kwargs, signature=f"{short}: {self.signature}")
 
     def run(
         self, device: torch.device, *, dtype: torch.dtype | None = None, moved: Moved | None = None

@@ -22,6 +22,7 @@ from bascule.qualify.trace import Call, Moved
 from bascule.records import Evidence
 
 GRADIENT_SIZE = 1e-5  # a typical gradient late in training; msprobe's 0.001 short cut passes anything of this size
+HALF_TYPES = (torch.bfloat16, torch.float16)
 Runner = Callable[[Call, torch.device, Moved], list[Tensor]]
 
 
@@ -40,6 +41,16 @@ def backward(context: CheckContext) -> list[Evidence]:
         (call, _differentiate) for call in trace.of("forward") if _differentiable(call)
     ]
     return examine(context, differentiated + [(call, _play) for call in trace.of("backward")])
+
+
+def half(context: CheckContext) -> list[Evidence]:
+    """The forward calls, and for training their gradients, as a chip runs them under autocast."""
+    phase = "inference" if context.role == "infer" else "forward"
+    calls = [call.cast(dtype) for dtype in HALF_TYPES for call in context.workload.trace.of(phase)]
+    questions = [(call, _play) for call in calls]
+    if context.role == "train":
+        questions += [(call, _differentiate) for call in calls if _differentiable(call)]
+    return examine(context, questions)
 
 
 def examine(context: CheckContext, questions: Iterable[tuple[Call, Runner]]) -> list[Evidence]:
