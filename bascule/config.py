@@ -235,12 +235,12 @@ class TrainConfig(Section):
 class GuardConfig(Section):
     enabled: bool = True
     checksum_every_steps: int = Field(
-        32,
+        64,
         ge=1,
         description="check every matmul of every n-th step, forward and both backward products",
     )
     audit_every_steps: int = Field(
-        100, ge=1, description="replay one rotating layer of every n-th step on the referee"
+        200, ge=1, description="replay one rotating layer of every n-th step on the referee"
     )
     budget_percent: Annotated[float, Field(gt=0, le=100)] | Literal["full"] | None = Field(
         None,
@@ -268,6 +268,11 @@ class QualifyConfig(Section):
     )
     required: bool = Field(
         True, description="refuse to place a role on a pool whose verdict is not fit"
+    )
+    parallel: int = Field(
+        1,
+        ge=1,
+        description="pools examined at the same time; more than 1 blurs the speeds of pools that share a machine",
     )
     max_age_days: float = Field(
         90.0, gt=0, description="an older verdict is void: bad silicon often shows only after months"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bascule.config import ModelConfig, Recipe
@@ -64,30 +65,43 @@ def qualify_pools(
 ) -> None:
     """Examine every pool that has no verdict yet in this run; evidence and verdicts go to the ledger as they come."""
     judged = _judged(recipe, ledger)
-    for pool in recipe.order:
-        if pool in judged:
-            continue
-        check_stop()
-        name = recipe.pools[pool].accelerator
-        say(f"qualify {pool} ({name})")
-        result = run_battery(
-            pool,
-            name,
-            recipe.model,
-            folder.root / "evidence" / pool,
-            time_limit_s=recipe.qualify.time_limit_s,
-            quick=recipe.qualify.quick,
-            seed=recipe.seed,
-            threads=recipe.threads,
-            chips=recipe.pools[pool].chips,
-            on_evidence=lambda item: ledger.append(item),
-            on_progress=lambda question, done, total: check_stop(),
-        )
-        if result.note:
-            ledger.warn("accelerator fallback", f"pool {pool}: {result.note}")
-        ledger.append(*result.verdicts)
-        for line in _lines(result):
-            say(line)
+    waiting = [pool for pool in recipe.order if pool not in judged]
+    with ThreadPoolExecutor(recipe.qualify.parallel) as threads:
+        for done in [
+            threads.submit(_qualify_pool, pool, recipe, folder, ledger, check_stop)
+            for pool in waiting
+        ]:
+            done.result()
+
+
+def _qualify_pool(
+    pool: str,
+    recipe: Recipe,
+    folder: RunFolder,
+    ledger: Ledger,
+    check_stop: Callable[[], None],
+) -> None:
+    check_stop()
+    name = recipe.pools[pool].accelerator
+    say(f"qualify {pool} ({name})")
+    result = run_battery(
+        pool,
+        name,
+        recipe.model,
+        folder.root / "evidence" / pool,
+        time_limit_s=recipe.qualify.time_limit_s,
+        quick=recipe.qualify.quick,
+        seed=recipe.seed,
+        threads=recipe.threads,
+        chips=recipe.pools[pool].chips,
+        on_evidence=ledger.append,
+        on_progress=lambda question, done, total: check_stop(),
+    )
+    if result.note:
+        ledger.warn("accelerator fallback", f"pool {pool}: {result.note}")
+    ledger.append(*result.verdicts)
+    for line in _lines(result):
+        say(line)
 
 
 def _judged(recipe: Recipe, ledger: Ledger) -> set[str | None]:

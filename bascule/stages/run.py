@@ -59,7 +59,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
         origin.prepare(recipe, folder, ledger)
         try:
             plan.plan_run(recipe, ledger)
-            qualify.qualify_pools(recipe, folder, ledger)
+            qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
             place.place_roles(recipe, ledger)
             train.train(recipe, folder, ledger, should_stop=stop.asked)
         except BasculeError as error:
@@ -151,6 +151,13 @@ class _Stop:
 
     def asked(self) -> bool:
         return self.terminated or self.interrupted
+
+    def check(self) -> None:
+        """Raise Preempted if someone asked: for stages that have no state to save."""
+        if self.asked():
+            raise Preempted(
+                "Stopped on request; nothing is lost. Run the same command again to go on."
+            )
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
