@@ -10,6 +10,7 @@ The guard knows neither the trainer nor its files: what it needs of them are the
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from bascule.guard import audit, budget, sentinels, update
 from bascule.guard.budget import Intervals, Measured
 from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Checksums, Violation, parameter_names
+from bascule.guard.hindsight import earlier_steps, first_difference
 from bascule.guard.replay import (
     Again,
     Finding,
@@ -123,6 +125,7 @@ class Guard:
         self._unchecked_since_certified = 0
         self._judged = False
         self._probation_until = self.book.probation_end()
+        self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
 
     # ---- watching
 
@@ -221,12 +224,29 @@ class Guard:
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
         self._watch = watch
         self._diverging = 0
+        if self._earlier:
+            self._look_back(proposal)
         self._pending = None
         self._bits = None
         self._unchecked_since_certified += self._checksums is None
         if self._recent and self._recent[-1].phase != proposal.phase:
             self._recent.clear()
         self._recent.append(proposal.batch)
+
+    def _look_back(self, proposal: StepProposal) -> None:
+        """Record the first repeated step that comes out differently; after it all later ones do."""
+        told = first_difference(self._earlier, proposal.step, proposal.loss, proposal.grad_norm)
+        if told is not None:
+            self.book.audited(proposal.step, f"hindsight: {told}")
+        if told is not None or proposal.step >= max(self._earlier):
+            self._earlier = {}
+
+    def _time_counts(self) -> bool:
+        """Does this step's time say anything about the chip? Not when it was watched (slower by design), and not on a host
+        that runs more processes than it has cores."""
+        if self._checksums is not None or self._capture is not None:
+            return False
+        return self.accelerator.device.type != "cpu" or os.getloadavg()[0] <= (os.cpu_count() or 1)
 
     def _price(self, proposal: StepProposal, audit_s: float) -> None:
         """Learn what watching costs here; with a budget, settle the intervals once all prices are known."""
@@ -252,10 +272,7 @@ class Guard:
             phase=proposal.phase,
             loss=proposal.loss,
             grad_norm=proposal.grad_norm,
-            # A step under checksums or audit is slower by design; its time says nothing about the chip.
-            seconds=0.0
-            if self._checksums is not None or self._capture is not None
-            else proposal.seconds,
+            seconds=proposal.seconds if self._time_counts() else 0.0,
             tokens=proposal.tokens,
             loads=[] if loads is None else loads.tolist(),
             metrics=proposal.metrics,
