@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.errors import NonFiniteLogits, UsageError
+from bascule.infer.packed import pack
 from bascule.infer.prefix import PrefixStore
 from bascule.infer.sampling import Draws, Knobs, Sampling, choose, edits
 from bascule.model.cache import Cache
@@ -66,7 +67,10 @@ class Row:
 
 
 class Batch:
-    """At most `slots` rows of at most `length` tokens, prompt included. Not thread-safe: one owner drives it."""
+    """At most `slots` rows of at most `length` tokens, prompt included. Not thread-safe: one owner drives it.
+
+    The model's weights must stay as they are while a batch lives: a small model is packed once, here.
+    """
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class Batch:
         self._pad_id = pad_id
         self._prefixes = prefixes
         self._device = model.lm_head.weight.device
+        self._packed = pack(model)
         self._full = model.new_cache(slots, length, self._device)
         self._lengths: list[int] = []
         self._knobs: Knobs | None = None
@@ -141,8 +146,11 @@ class Batch:
         cache.lengths_B = torch.tensor(self._lengths, device=self._device)
         cache.longest = max(self._lengths)
         cache.ragged = min(self._lengths) != cache.longest
-        tokens_B1 = torch.tensor([row.said[-1] for row in self.rows], device=self._device)[:, None]
-        logits_BV = self.model(tokens_B1, cache=cache).logits_BTV[:, 0]
+        tokens_B = torch.tensor([row.said[-1] for row in self.rows], device=self._device)
+        if self._packed is not None:
+            logits_BV = self._packed.step(tokens_B, cache)
+        else:
+            logits_BV = self.model(tokens_B[:, None], cache=cache).logits_BTV[:, 0]
         self._lengths = [length + 1 for length in self._lengths]
         spoke = list(self.rows)
         self._speak(spoke, logits_BV, self._settings())

@@ -21,7 +21,9 @@ PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 40, 41, 42, 43, 44, 45], [1, 9, 9]]
 
 def tick(attention: str = "mla", ffn: str = "moe", spread: float = 2.0) -> Transformer:
     """A random model whose logits vary by `spread`: far from flat, so that mistakes show, and far from certain."""
-    config = ModelConfig(preset="tick", attention=attention, ffn=ffn, vocab_size=64, tie_word_embeddings=False)
+    config = ModelConfig(
+        preset="tick", attention=attention, ffn=ffn, vocab_size=64, tie_word_embeddings=False
+    )
     model = Transformer(config).eval()
     initialise(model, seed=3)
     with torch.no_grad():
