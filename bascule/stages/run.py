@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
-from bascule.config import Recipe, load_recipe
+from bascule.config import Recipe, load_recipe, read_resolved
 from bascule.errors import EXIT_SIGINT, BasculeError, Preempted, RecipeError, UsageError
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, last, read_ledger
@@ -76,7 +76,8 @@ def refuse_changed_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """A half-finished run continues only under the recipe it began with. Raises RecipeError naming the settings that differ."""
     if not folder.recipe.exists():
         return
-    old = json.loads(folder.recipe.read_text(encoding="utf-8"))
+    # Read through today's settings: one that a newer bascule added counts as its default, not as a change.
+    old = json.loads(read_resolved(folder.recipe).model_dump_json())
     changed = list(_differences(old, json.loads(recipe.model_dump_json()), ""))
     if changed:
         raise RecipeError(
