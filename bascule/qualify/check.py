@@ -185,6 +185,11 @@ CHECKS: tuple[Check, ...] = (
         catches=("backward-wrong",),
     ),
     Check(
+        "conformity.opinfo", ("train",),
+        "Which of PyTorch's own operator samples does the chip get wrong, beyond this model's operators?",
+        "as numerics.forward; reported, no bar", "conformity:opinfo", limit_s=60.0, quick=False, decides=False,
+    ),
+    Check(
         "soak.training", ("train",),
         "Do repeated training steps with known answers stay right?",
         "every checksum equal; the report says what rate of corruption this could have seen", "soak:training",

@@ -17,6 +17,7 @@ from bascule.qualify.judge import outdated
 from bascule.records import Evidence, Verdict
 from bascule.stages.answer import Answer, say
 
+QUICK_LIMIT_S, FULL_LIMIT_S = 180.0, 3600.0
 MARK = {"pass": "ok  ", "fail": "FAIL", "error": "FAIL", "skipped": "skip"}
 
 
@@ -29,7 +30,8 @@ def main(arguments: Namespace) -> Answer:
             name,
             model,
             Path(arguments.out) / _file_name(name),
-            time_limit_s=arguments.time_limit,
+            time_limit_s=arguments.time_limit
+            or (FULL_LIMIT_S if arguments.full else QUICK_LIMIT_S),
             quick=not arguments.full,
             seed=arguments.seed,
             only=arguments.check,

@@ -148,3 +148,14 @@ def test_whole_battery_on_the_clean_cpu_is_fit_for_every_seed(seed: int, tmp_pat
 def test_the_story_chip_passes_a_quick_qualification_for_both_roles(tmp_path: Path) -> None:
     result = run_battery("ascend", "sim:ascend-r2", NANO, tmp_path, time_limit_s=300)
     assert {verdict.verdict for verdict in result.verdicts} == {"fit"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["numerics.half", "conformity.opinfo"])
+def test_checks_of_the_full_battery_pass_on_the_cpu_and_see_a_softmax_of_099(
+    name: str, tmp_path: Path
+) -> None:
+    for accelerator, expected in (("cpu", {"pass"}), ("sim:softmax-0.99", {"fail"})):
+        opened = open_accelerator(accelerator)
+        evidence, _ = examine.qualify(opened, NANO, quick=False, only=[name], workdir=tmp_path)
+        assert {item.outcome for item in evidence} == expected, [item.detail for item in evidence]
