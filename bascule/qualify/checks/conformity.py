@@ -1,0 +1,187 @@
+"""PyTorch's own operator database against the chip, with our judge: what else would a changed model meet?
+
+Each entry's first samples run on the chip in fp32 and bf16 and are held against fp64 as this model's own calls are. Inputs are made on
+the CPU, so a chip whose random fill fails is not blamed for it; what the CPU refuses is no question. Failures are clustered by what was
+raised, or by operator where numbers are wrong. Reported only: an operator the model never calls is no reason to refuse a chip.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from bascule import numerics
+from bascule.errors import DeviceFault
+from bascule.qualify.context import CheckContext, Measured, describe
+from bascule.qualify.hold import CPU, widest
+from bascule.qualify.trace import transplant
+from bascule.records import Evidence
+
+SAMPLES = 2
+DTYPES = (torch.float32, torch.bfloat16)
+BUDGET_S = 480.0
+# Parts of names (split at dots and underscores). Without one right answer: random results, uninitialised memory, decompositions
+# unique up to sign or order; and `jiterator`, which compiles for one vendor only.
+_NO_SINGLE_ANSWER = {
+    "empty", "rand", "randn", "randint", "normal", "bernoulli", "multinomial", "dropout", "dropout2d", "dropout3d", "uniform",
+    "exponential", "cauchy", "geometric", "log_normal", "rrelu", "svd", "eig", "eigh", "eigvals", "eigvalsh", "qr", "lstsq", "pca",
+    "geqrf", "ormqr", "topk", "unique", "jiterator",
+}  # fmt: skip
+# Results that hang on how an input was rounded: rank decisions, near-singular matrices, poles.
+_ILL_CONDITIONED = {
+    "linalg",
+    "matrix",
+    "cholesky",
+    "inverse",
+    "logdet",
+    "slogdet",
+    "lu",
+    "pinverse",
+    "cdist",
+    "polygamma",
+    "zeta",
+}
+
+
+def opinfo(context: CheckContext) -> list[Evidence]:
+    ends_s = time.monotonic() + BUDGET_S
+    asked, cut = 0, False
+    clusters: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for name, function, inputs, exact, plain in _questions():
+        if time.monotonic() > ends_s:
+            cut = True
+            break
+        asked += 1
+        trouble = _trouble(context, function, inputs, exact, plain)
+        if trouble:
+            clusters[trouble.partition(":")[0] if trouble.startswith("raised") else name] += 1
+            example.setdefault(name, trouble)
+    words = f"{asked} samples{' (cut off by the time budget)' if cut else ''}, {sum(clusters.values())} not conforming in {len(clusters)} clusters"
+    if clusters:
+        words += "; largest: " + ", ".join(
+            f"{name} {count}" for name, count in clusters.most_common(5)
+        )
+        first = next(iter(example.items()))
+        words += f"; for instance {first[0]}: {first[1]}"
+    measured: Measured = {
+        "samples": asked,
+        "not_conforming": sum(clusters.values()),
+        "clusters": len(clusters),
+    }
+    if clusters:
+        return [context.failed(words, measured)]
+    return [context.passed(words, measured)]
+
+
+def _trouble(
+    context: CheckContext, function: Any, inputs: Any, exact: list[Tensor], plain: list[Tensor]
+) -> str | None:
+    placed = _on(inputs, context.accelerator.device, None)
+    try:
+        with context.accelerator.session(context.work()), torch.no_grad():
+            got = [value.to(CPU) for value in _floats(_call(function, placed))]
+            context.accelerator.synchronize()
+    except (RuntimeError, DeviceFault) as error:
+        return f"raised {describe(error)}"
+    for answer, right, usual in zip(got, exact, plain, strict=False):
+        if answer.shape != right.shape:
+            return f"shape {tuple(answer.shape)}, expected {tuple(right.shape)}"
+        floor = widest(numerics.rounding_floor(right, usual.dtype), numerics.compare(usual, right))
+        why = numerics.verdict(numerics.compare(answer, right), floor, usual.dtype)
+        if why:
+            return why
+    return None
+
+
+Question = tuple[str, Any, Any, list[Tensor], list[Tensor]]
+
+
+def _questions() -> Iterator[Question]:
+    """(name, function, inputs, fp64 answers, answers at the sample's own type); only what the CPU can answer in both."""
+    # A private module of PyTorch's test-suite: there is no public list of operators with sample inputs.
+    try:
+        from torch.testing._internal.common_methods_invocations import op_db
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"PyTorch's operator database needs '{error.name}': pip install {error.name}"
+        ) from None
+
+    for entry in op_db:
+        if (_NO_SINGLE_ANSWER | _ILL_CONDITIONED) & set(re.split(r"[._]", entry.name)):
+            continue
+        for dtype in DTYPES:
+            if not entry.supports_dtype(dtype, "cpu") or not entry.supports_dtype(
+                torch.float64, "cpu"
+            ):
+                continue
+            yield from _of_entry(entry, dtype)
+
+
+def _of_entry(entry: Any, dtype: torch.dtype) -> Iterator[Question]:
+    name = f"{entry.name} {str(dtype).removeprefix('torch.')}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            samples = [
+                sample
+                for _, sample in zip(
+                    range(SAMPLES), entry.sample_inputs("cpu", dtype), strict=False
+                )
+            ]
+        except (RuntimeError, ValueError, TypeError, AssertionError):
+            return  # the inputs could not be made: the harness's limit
+        for sample in samples:
+            inputs = ((sample.input, *sample.args), dict(sample.kwargs))
+            if not _dense(inputs):
+                continue
+            try:
+                with torch.no_grad():
+                    exact = _floats(_call(entry.op, _on(inputs, CPU, torch.float64)))
+                    plain = _floats(_call(entry.op, _on(inputs, CPU, None)))
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                continue  # the reference refuses it
+            if plain and [value.shape for value in plain] == [value.shape for value in exact]:
+                yield name, entry.op, inputs, exact, plain
+
+
+def _dense(inputs: Any) -> bool:
+    """Sparse and nested tensors have no strides to keep, and no dense model asks for them."""
+    return all(
+        leaf.layout is torch.strided for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)
+    )
+
+
+def _call(function: Any, inputs: Any) -> Any:
+    args, kwargs = inputs
+    return function(*args, **kwargs)
+
+
+def _on(inputs: Any, device: torch.device, wide: torch.dtype | None) -> Any:
+    """Fresh copies there; float tensors as `wide` if given."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return transplant(leaf, device, wide if leaf.is_floating_point() else None)
+        if isinstance(leaf, torch.device):
+            return device
+        return wide if wide and leaf in DTYPES else leaf
+
+    return tree_map(move, inputs)
+
+
+def _floats(out: Any) -> list[Tensor]:
+    """The floating results; whole numbers and booleans next to rounding decisions are not judged here."""
+    return [
+        leaf.detach()
+        for leaf in tree_flatten(out)[0]
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided
+    ]
