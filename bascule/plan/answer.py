@@ -126,14 +126,17 @@ def answer(
         asks.append(parse_train(text, own, tokens=asks[0].tokens if asks else None))
         if len(asks) > 1 and "seq" not in text.lower():
             asks[-1] = replace(asks[-1], sequence=asks[0].sequence)
-        if len(asks) > 1 and "batch" not in text.lower():
-            asks[-1] = replace(asks[-1], batch=asks[0].batch)
     services = [parse_serve(text, own) for text in serve]
     if not asks and not services:
         raise RecipeError(
             "Nothing was asked: give --train '2048 x H800, 14.8T tokens', --serve 'H20, 4k in, 1k out, 50 ms', or both."
         )
-    trainings = tuple(train_answer(shape, ask) for ask in asks)
+    common = next((ask.batch for ask in asks if ask.batch), None) or max(
+        [default_batch(ask) for ask in asks], default=0
+    )
+    trainings = tuple(
+        train_answer(shape, ask if ask.batch else replace(ask, batch=common)) for ask in asks
+    )
     return Answer(
         model=shape,
         trainings=trainings,
@@ -154,15 +157,15 @@ def _measured_chips(
 
 
 def default_batch(ask: TrainAsk) -> int:
-    """Sequences of a step when nobody said: about 16 M tokens for runs over a trillion tokens, 4 M below."""
-    return round((16e6 if ask.tokens >= 1e12 else 4e6) / ask.sequence / 64) * 64
+    """Sequences of a step when nobody said: about 16 M tokens for runs over a trillion tokens, 4 M below, and enough for the
+    chips; options that are compared share the largest."""
+    usual = round((16e6 if ask.tokens >= 1e12 else 4e6) / ask.sequence / 64) * 64
+    return max(usual, min(ask.chips, 16384))
 
 
 def train_answer(shape: Shape, ask: TrainAsk, model: Model | None = None) -> TrainingAnswer:
     used = model or shipped()
-    batch = (
-        ask.batch if "batch" in ask.text.lower() else max(default_batch(ask), min(ask.chips, 16384))
-    )
+    batch = ask.batch or default_batch(ask)
     job = empty_job(shape, ask.chip, ask.chips, ask.sequence, batch, ask.precision, ask.software)
     if ask.layout is not None:
         given = replace(

@@ -35,6 +35,7 @@ class Shape:
 
     `dense_layers` use a dense feed-forward of width `ffn`, the others `topk` of `experts` of width `moe_ffn`.
     `local_layers` of the layers see only `window` tokens back. `gated`: three feed-forward matrices instead of two.
+    `node_limit`: groups of experts that one token may reach (0: no limit).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Shape:
     mtp_layers: int = 0
     window: int = 0
     local_layers: int = 0
+    node_limit: int = 0
 
     @cached_property
     def moe(self) -> bool:
@@ -210,6 +212,7 @@ def from_config(config: ModelConfig, *, name: str | None = None) -> Shape:
         if moe
         else config.num_hidden_layers,
         mtp_layers=config.num_nextn_predict_layers,
+        node_limit=config.topk_group if moe and config.n_group > 1 else 0,
     )
 
 
@@ -253,6 +256,7 @@ def from_hugging_face(raw: Mapping[str, Any], *, name: str) -> Shape:
             shared_ffn=_shared_width(text, moe_ffn) if experts else 0,
             dense_layers=int(text.get("first_k_dense_replace") or 0) if experts else layers,
             mtp_layers=int(text.get("num_nextn_predict_layers") or 0),
+            node_limit=int(text.get("topk_group") or 0) if int(text.get("n_group") or 1) > 1 else 0,
             window=int(text.get("sliding_window") or 0)
             if text.get("use_sliding_window", True)
             else 0,

@@ -27,14 +27,14 @@ SOFTWARE = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainAsk:
-    """A training to be priced. `price_usd_h` per chip-hour; `layout` None: to be searched."""
+    """A training to be priced. `batch` in sequences (None: by rule); `price_usd_h` per chip-hour; `layout` None: to be searched."""
 
     text: str
     chip: Chip
     chips: int
     tokens: float
     sequence: int = 4096
-    batch: int = 4096
+    batch: int | None = None
     precision: str = "bf16"
     software: str = "unknown"
     price_usd_h: float | None = None
@@ -116,7 +116,7 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
     if found := re.fullmatch(r"(?:seq|sequence)\s*([\d.]+\s*k?)", word):
         return replace(ask, sequence=length(found.group(1)) or ask.sequence)
     if found := re.fullmatch(r"batch\s*([\d.]+\s*k?)", word):
-        return replace(ask, batch=int(quantity(found.group(1)) or ask.batch))
+        return replace(ask, batch=int(quantity(found.group(1)) or 0) or None)
     if word in PRECISIONS:
         return replace(ask, precision=precision_class(word))
     if (price := _price(part)) is not None:

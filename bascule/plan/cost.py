@@ -191,15 +191,32 @@ def link_bytes_s(chip: Chip, group: int) -> float:
     return up if group <= domain else min(up, out * domain)
 
 
-def all_to_all_bytes_s(chip: Chip, group: int) -> float:
-    """The same for an all-to-all: only the part that leaves the domain crosses the network."""
+def all_to_all_s(chip: Chip, shape: Shape, group: int, bytes_per_copy: float) -> float:
+    """Seconds a token's copies take to their experts, spread over `group` chips (planner.md 7.4).
+
+    A copy crosses the network once for each distinct domain its experts sit in (at most the routing's limit) and is handed
+    on inside; without a domain border every copy travels on the scale-up links.
+    """
     domain = chip.scaleup_chips or 8
     up = (chip.scaleup_gbs or ASSUMED_SCALEUP_GBS) * 1e9 * 0.8
+    inside = min(shape.topk, group) * (1 - 1 / group) * bytes_per_copy / up
     if group <= domain:
-        return up
+        return inside
     out = (chip.scaleout_gbit_s or ASSUMED_SCALEOUT_GBIT_S) / 8 * 1e9 * 0.88
-    away = 1 - domain / group
-    return 1 / (away / out + (1 - away) / up)
+    domains = math.ceil(group / domain)
+    reached_domains = distinct_groups(shape.experts, shape.topk, domains)
+    if shape.node_limit:
+        reached_domains = min(reached_domains, shape.node_limit)
+    return max(reached_domains * (1 - 1 / domains) * bytes_per_copy / out, inside)
+
+
+def distinct_groups(experts: int, topk: int, groups: int) -> float:
+    """Expected number of groups that `topk` uniform picks without replacement touch."""
+    size = experts / groups
+    missed = 1.0
+    for i in range(topk):
+        missed *= max(0.0, (experts - size - i) / (experts - i))
+    return groups * (1 - missed)
 
 
 def _inside_pipeline(job: Job, c: Constants) -> dict[str, float]:
@@ -215,11 +232,10 @@ def _inside_pipeline(job: Job, c: Constants) -> dict[str, float]:
         volume = reduces * 2 * (lay.tp - 1) / lay.tp * tokens * s.hidden * 2 * s.layers
         result["tensor parallel"] = share * volume / link_bytes_s(chip, lay.tp)
     if s.moe and lay.ep > 1:
-        per_token = s.hidden * min(s.topk, lay.ep) * ((1 if job.precision != "bf16" else 2) + 2)
-        volume = 2 * (lay.ep - 1) / lay.ep * tokens / lay.tp * per_token * s.moe_layers
-        result["all-to-all"] = (
-            math.exp(c.ep_exposed) * volume / all_to_all_bytes_s(chip, lay.ep * lay.tp)
-        )
+        copy_bytes = s.hidden * ((1 if job.precision != "bf16" else 2) + 2)  # out and back
+        passes = 2 * tokens / lay.tp * s.moe_layers  # forward and backward
+        seconds = passes * all_to_all_s(chip, s, lay.ep * lay.tp, copy_bytes)
+        result["all-to-all"] = math.exp(c.ep_exposed) * seconds
     if lay.cp > 1:
         width = (
             2 * s.kv_heads * s.head_dim

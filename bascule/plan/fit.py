@@ -146,8 +146,12 @@ def density(process: Process) -> float:
     return total
 
 
-def fit_sizes(process: Process, *, rounds: int = 60, pull: float = 0.002) -> Process:
-    """Ascend the density over sizes, lengths and noise (in logarithms), pulled weakly to where they start. Deterministic."""
+def fit_sizes(process: Process, *, rounds: int = 15, pull: float = 0.05) -> Process:
+    """Ascend the density over sizes, lengths and noise (in logarithms), pulled strongly to where they start. Deterministic.
+
+    Refits without a fifth of the rows showed why: free sizes learn the rows by heart (median error 8.5 % instead of 7.1 %, and
+    intervals that hold 62 % instead of 77 %).
+    """
     parts, n = process.parts, len(process.sizes)
     kinds = sorted(process.noise)
     start = np.log(
@@ -278,7 +282,7 @@ def fit_serving(rows: Sequence[Row]) -> dict[str, Any]:
     """The inference model's constants and regression, as plain values."""
     used = [row for row in rows if usable_serving(row)]
     c = fit_constants(serving_points(used))
-    process = fit_sizes(build_serving(used, c), rounds=40)
+    process = fit_sizes(build_serving(used, c), rounds=15)
     return serving_plain(c, process, interval_width(process))
 
 

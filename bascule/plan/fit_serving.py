@@ -180,9 +180,9 @@ def stand_in(name: str, total: float, active: float) -> Shape:
     return Shape(name=name, hidden=hidden, layers=layers, heads=max(16, hidden // 64), kv_heads=1, head_dim=128, ffn=4 * hidden, vocab=129280, latent=latent, experts=experts, topk=topk, moe_ffn=wide, shared_ffn=wide)  # fmt: skip
 
 
-START_SIZES = np.array([0.1, 0.25, 0.2, 0.15, 0.15, 0.2, 0.2, 0.3, 0.25, 0.2, 0.4])
-START_LENGTHS = np.array([3.0, 3.0, 3.0, 4.0, 3.0, 3.0, 1.0])
-START_NOISE = {"prefill": 0.06, "decode": 0.08, "both": 0.05}
+START_SIZES = np.array([0.1, 0.12, 0.15, 0.1, 0.1, 0.6, 0.3, 0.1, 0.08, 0.35, 1.0])
+START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0])
+START_NOISE = {"prefill": 0.06, "decode": 0.13, "both": 0.06}
 
 
 def fit_constants(

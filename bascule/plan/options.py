@@ -131,6 +131,9 @@ def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
     grpo = "grpo" in recipe.train.phases
     sequences = max(
         recipe.sft.batch_sequences if "sft" in recipe.train.phases else 0,
+        recipe.pretrain.batch_sequences * recipe.pretrain.sequence_length // length
+        if "pretrain" in recipe.train.phases
+        else 0,
         recipe.grpo.prompts * recipe.grpo.group_size // recipe.grpo.updates_per_rollout
         if grpo
         else 0,
@@ -162,6 +165,11 @@ def training_seconds(
     for phase, steps in recipe.phase_steps().items():
         if f"{phase}_step_s" in seen:
             result[phase] = steps * float(seen[f"{phase}_step_s"])
+        elif phase == "pretrain":
+            read = recipe.pretrain
+            result["pretrain"] = steps * _step_seconds(
+                shape, rate, read.batch_sequences, read.sequence_length
+            )
         elif phase == "sft":
             result["sft"] = steps * _step_seconds(shape, rate, recipe.sft.batch_sequences, length)
         else:

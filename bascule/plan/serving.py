@@ -18,7 +18,7 @@ import numpy as np
 from bascule.plan.architecture import Shape
 from bascule.plan.ask import ServeAsk
 from bascule.plan.catalogue import Chip
-from bascule.plan.cost import all_to_all_bytes_s, gemm_peak, link_bytes_s, memory_bytes_s
+from bascule.plan.cost import all_to_all_s, gemm_peak, link_bytes_s, memory_bytes_s
 from bascule.plan.regress import Point, Process, Term
 
 WEIGHT_BYTES = {
@@ -138,7 +138,7 @@ def _collectives(p: Serving, tokens: float) -> float:
     if n == 1:
         return 0.0
     if p.split and s.moe:
-        return tokens * s.hidden * min(s.topk, n) * 3 * s.moe_layers / all_to_all_bytes_s(p.chip, n)
+        return tokens * s.moe_layers * all_to_all_s(p.chip, s, n, 3 * s.hidden)
     return 2 * 2 * (n - 1) / n * tokens * n * s.hidden * 2 * s.layers / link_bytes_s(p.chip, n) / 2
 
 

@@ -103,6 +103,11 @@ def shape_of(row: Row) -> Shape:
         else int(extra.get("mtp_layers", 0)),
         window=window,
         local_layers=local,
+        node_limit=4
+        if row["model"].startswith(("DeepSeek-V3", "DeepSeek-R1"))
+        else 3
+        if row["model"] == "DeepSeek-V2"
+        else 0,
     )
 
 
