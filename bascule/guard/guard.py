@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config import GuardConfig
-from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
 from bascule.folder import RunFolder
 from bascule.guard import audit, budget, sentinels, update
 from bascule.guard.budget import Intervals, Measured
 from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Checksums, Violation, parameter_names
+from bascule.guard.court import Case, Court
 from bascule.guard.hindsight import earlier_steps, first_difference
 from bascule.guard.replay import (
     Again,
-    Finding,
     NoiseFloor,
     Recomputer,
     StepProposal,
@@ -46,8 +45,6 @@ from bascule.ledger import Ledger
 from bascule.records import SnapshotState
 
 REMEMBERED_BATCHES = 2
-DIVERGED_AFTER = 3
-"""Refused steps in a row that are the optimisation's fault before training is stopped: the weights are beyond saving."""
 
 
 class Snapshots(Protocol):
@@ -110,6 +107,7 @@ class Guard:
         self.book = Casebook(
             ledger, folder, pool, accelerator=accelerator.name, referee=referee.name
         )
+        self.court = Court(config, self.book)
         self._names: tuple[int, dict[int, str]] = (0, {})
         self._parts: list[audit.Part] = []
         self._checksums: Checksums | None = None
@@ -118,10 +116,8 @@ class Guard:
         self._score_checksums: Checksums | None = None
         self._capture: audit.Capture | None = None
         self._expected: update.Expected | None = None
-        self._bits: Tensor | None = None
+        self._bits: tuple[int, Tensor] | None = None
         self._pending: Pending | None = None
-        self._refused: set[int] = set()
-        self._diverging = 0
         self._unchecked_since_certified = 0
         self._judged = False
         self._probation_until = self.book.probation_end()
@@ -156,8 +152,8 @@ class Guard:
     @contextmanager
     def _watch_step(self, step: int, model: nn.Module) -> Iterator[None]:
         self._checksums, self._capture = None, None
-        if self._bits is None:
-            self._bits = update.bit_sums(model)
+        if self._bits is None or self._bits[0] != step:
+            self._bits = (step, update.bit_sums(model))
         with ExitStack() as stack:
             if self.audits(step):
                 self._parts = self._parts or audit.parts(model)
@@ -174,12 +170,12 @@ class Guard:
         with the next step, and leads to a rollback."""
         if not self.watches(step):
             yield
-            self._bits = update.bit_sums(model)
+            self._bits = (step + 1, update.bit_sums(model))
             return
         self._commit_checksums, self._committing = Checksums(names=self._names_of(model)), step
         with self._commit_checksums:
             yield
-        self._bits = update.bit_sums(model)
+        self._bits = (step + 1, update.bit_sums(model))
 
     def _names_of(self, model: nn.Module) -> dict[int, str]:
         if self._names[0] != id(model):
@@ -192,7 +188,7 @@ class Guard:
         """May this step commit? See the top of the file for what it raises."""
         if not proposal.grads:
             return True
-        if proposal.step in self._refused:
+        if proposal.step in self.court.refused:
             return False
         self._judged = True
         seen = self._seen(proposal)
@@ -223,7 +219,7 @@ class Guard:
 
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
         self._watch = watch
-        self._diverging = 0
+        self.court.accepted()
         if self._earlier:
             self._look_back(proposal)
         self._pending = None
@@ -293,12 +289,18 @@ class Guard:
             self.book.suspect(step, "score checksum", v.ratio, str(v))
             for v in (scored.violations()[:1] if scored is not None else [])
         ]
-        wrong = None if expected is None else update.check(expected, stepper.model)
+        fresh = expected is not None and expected.step == step - 1
+        wrong = update.check(expected, stepper.model) if expected is not None and fresh else None
         if wrong is not None:
             cries.append(
                 self.book.suspect(wrong.step, "update audit", wrong.error, str(wrong), wrong.bound)
             )
-        rotten = None if self._bits is None else update.changed(self._bits, stepper.model)
+        known = self._bits is not None and self._bits[0] == step
+        rotten = (
+            update.changed(self._bits[1], stepper.model)
+            if self._bits is not None and known
+            else None
+        )
         if rotten is not None:
             detail = f"the bits of {rotten} changed while nobody wrote to it"
             cries.append(self.book.suspect(step, "memory", math.inf, detail))
@@ -338,7 +340,7 @@ class Guard:
     def certify_last(self, propose: Callable[..., Any], batch: Any, stepper: Recomputer) -> bool:
         """Certify the run's last snapshot, after which no step follows: `propose(batch, attempt=n)` computes one that is never
         committed. Returns False when the batch is empty or was refused; raises as `judge` does."""
-        self._refused.discard(batch.step)
+        self.court.refused.discard(batch.step)
         for attempt in range(2):
             if self._pending is None:
                 break
@@ -401,99 +403,19 @@ class Guard:
             looks_normal=self._looks_normal,
             same_kind=self._same_kind(),
         )
-        if state_is_hit:
-            finding.evidence = f"{cry.detail}. Replayed from these weights: {finding.evidence}"
-            if not finding.attribution.endswith("chip fault"):
-                finding.attribution = "transient chip fault"
-        match finding.attribution:
-            case "transient chip fault":
-                return self._settle_transient(proposal, stepper, cry, finding, state_is_hit)
-            case "persistent chip fault" | "software":
-                self._condemn(proposal, stepper, cry, finding)
-            case "data":
-                self.book.incident(proposal, stepper.model, cry, finding, "the batch is left out")
-                self._refused.add(proposal.step)
-                return False
-        return self._settle_optimisation(proposal, stepper, seen, cry, finding)
-
-    def _settle_transient(
-        self,
-        proposal: StepProposal,
-        stepper: Recomputer,
-        cry: Cry,
-        finding: Finding,
-        state_is_hit: bool,
-    ) -> bool:
-        before = self.book.strike_steps()
-        strikes = len({*before, proposal.step})
-        if (
-            strikes >= self.config.transient_strikes
-            or before.count(proposal.step) >= self.config.transient_strikes
-        ):
-            finding.evidence += f"; strike {strikes} of {self.config.transient_strikes}"
-            self._condemn(proposal, stepper, cry, finding)
-        if self._unchecked_since_certified == 0 and not state_is_hit:
-            self.book.incident(
-                proposal,
-                stepper.model,
-                cry,
-                finding,
-                "the step is discarded and computed again; every step since the last certified snapshot was checked",
-            )
+        case = Case(
+            proposal=proposal,
+            model=stepper.model,
+            cry=cry,
+            finding=finding,
+            unchecked=self._unchecked_since_certified,
+            state_is_hit=state_is_hit,
+            probation=self._probation_until is not None,
+        )
+        if not self.court.settle(case):
             return False
-        action = f"back to the last certified snapshot on the same pool; {self._unchecked_since_certified} steps since then ran unchecked"
-        number = self.book.incident(proposal, stepper.model, cry, finding, action)
-        raise RollbackNeeded(
-            f"Step {proposal.step} on pool {self.pool}: {finding.evidence}. {action.capitalize()}.",
-            incident_id=number,
-        )
-
-    def _settle_optimisation(
-        self, proposal: StepProposal, stepper: Recomputer, seen: Seen, cry: Cry, finding: Finding
-    ) -> bool:
-        """This step is right on every chip, so it is not to blame here and now. A finite step is real training and commits; one
-        that is not finite cannot. But both chips began from weights that unchecked steps made: while there are such steps the
-        past is suspected first, and computed again with every step checked."""
-        if self._unchecked_since_certified and self._probation_until is None:
-            self._suspect_the_past(proposal, stepper, cry, finding)
-        if math.isfinite(proposal.loss) and math.isfinite(proposal.grad_norm):
-            self.book.incident(proposal, stepper.model, cry, finding, "committed: the step is real")
-            self._accept(proposal, self._watch.accept(seen))
-            return True
-        self._diverging += 1
-        self._refused.add(proposal.step)
-        number = self.book.incident(proposal, stepper.model, cry, finding, "the step is left out")
-        if self._diverging >= DIVERGED_AFTER:
-            raise GuardStopped(
-                f"{self._diverging} steps in a row up to {proposal.step} have no finite loss or gradient, and the chip is not to blame "
-                f"(incident {number}). Lower the learning rate, or start from an older snapshot with other data."
-            )
-        return False
-
-    def _suspect_the_past(
-        self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding
-    ) -> None:
-        finding.attribution = "unknown"
-        finding.evidence += f"; {self._unchecked_since_certified} unchecked steps made these weights and may have spoilt them"
-        action = (
-            "back to the last certified snapshot; every step since is computed again and checked"
-        )
-        number = self.book.incident(proposal, stepper.model, cry, finding, action)
-        raise RollbackNeeded(
-            f"Step {proposal.step} on pool {self.pool}: {finding.evidence}. {action.capitalize()}.",
-            incident_id=number,
-        )
-
-    def _condemn(
-        self, proposal: StepProposal, stepper: Recomputer, cry: Cry, finding: Finding
-    ) -> None:
-        number = self.book.incident(
-            proposal, stepper.model, cry, finding, "pool condemned for training"
-        )
-        raise ChipCondemned(
-            f"Step {proposal.step} on pool {self.pool}: {finding.attribution}; {finding.evidence}.",
-            incident_id=number,
-        )
+        self._accept(proposal, self._watch.accept(seen))
+        return True
 
     def _looks_normal(self, proposal: StepProposal) -> bool:
         return not any(cry.suspect for cry in self._watch.fold(self._seen(proposal))[1])
