@@ -356,6 +356,22 @@ def replica_chips(shape: Shape, chip: Chip, precision: str) -> int:
     return int(2 ** math.ceil(math.log2(fit)))
 
 
+def within_limit(p: Serving, model: ServeModel) -> Serving:
+    """The point with the largest batch at which the corrected time per token keeps the limit, memory permitting."""
+    limit = p.tpot_s or 0.1
+
+    def keeps(batch: float) -> bool:
+        return batch / model.predict(replace(p, batch=batch))[0] <= limit
+
+    low, high = 0.01, memory_batch(p)
+    if keeps(high):
+        return replace(p, batch=high)
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return replace(p, batch=low)
+
+
 def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
     """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit."""
     model = shipped_serving()
@@ -372,6 +388,7 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         completion=ask.completion,
         tpot_s=ask.tpot_s,
     )
+    both = within_limit(both, model)
     decode = model.predict(both)
     prefill = model.predict(replace(both, phase="prefill"))
     batch = chosen_batch(both, model.constants)

@@ -120,3 +120,18 @@ def test_an_own_measurement_moves_the_forecast_and_narrows_it() -> None:
 def test_nothing_asked_is_refused() -> None:
     with pytest.raises(RecipeError, match="Nothing was asked"):
         answer("deepseek-v3")
+
+
+def test_serving_keeps_its_limit_or_says_that_it_cannot(asked: Answer) -> None:
+    (service,) = asked.services
+    assert service.tpot_s[0] <= 0.05 * 1.1
+    impossible = answer("deepseek-v3", serve=["H20, 4k in, 1k out, 1 ms"]).services[0]
+    assert "cannot be kept" in impossible.notes[0]
+
+
+def test_a_looser_limit_never_serves_less() -> None:
+    slow, fast = (
+        answer("deepseek-v3", serve=[f"H800, 4k in, 1k out, {ms} ms"]).services[0]
+        for ms in (100, 25)
+    )
+    assert slow.decode[0] >= fast.decode[0] and slow.batch_per_chip >= fast.batch_per_chip
