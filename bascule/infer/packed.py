@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bascule.model.attention import LATENT_NORM_EPS, LatentAttention
+from bascule.model.block import Block
 from bascule.model.cache import Cache
 from bascule.model.moe import MoE
-from bascule.model.transformer import Block, Transformer
+from bascule.model.transformer import Transformer
 
 LARGEST_PARAMETERS = 16_000_000
 MOST_EXPERTS = 16
@@ -99,7 +100,7 @@ class PackedDecoder:
         normed = _unit(x_BD, self._eps) * layer.gain_D
         if layer.moe is not None and x_BD.shape[0] > MOST_ROWS:
             out, _ = layer.moe(normed.unsqueeze(1))
-            return x_BD + out.squeeze(1)
+            return torch.add(x_BD, out.squeeze(1))
         gate, up = F.linear(normed, layer.w_up).view(x_BD.shape[0], layer.experts, 2, -1).unbind(2)
         inner_BEF = F.silu(gate) * up
         if layer.moe is not None:
@@ -128,13 +129,11 @@ def _pack_layer(block: Block) -> _Layer:
 
 def _pack_attention(attention: LatentAttention, gain_D: Tensor) -> tuple[Tensor, Tensor]:
     heads, nope, latent = attention.heads, attention.nope, attention.latent
-    w_key, w_value = attention.kv_b_proj.weight.view(heads, -1, latent).split(
-        [nope, attention.value], 1
-    )
-    q_nope, q_rope = attention.q_proj.weight.view(heads, nope + attention.rope, -1).split(
-        [nope, attention.rope], 1
-    )
-    k_latent, k_rope = attention.kv_a_proj_with_mqa.weight.split([latent, attention.rope], 0)
+    w_kv = attention.kv_b_proj.weight.view(heads, -1, latent)
+    w_key, w_value = torch.split(w_kv, [nope, attention.value], 1)
+    w_query = attention.q_proj.weight.view(heads, nope + attention.rope, -1)
+    q_nope, q_rope = torch.split(w_query, [nope, attention.rope], 1)
+    k_latent, k_rope = torch.split(attention.kv_a_proj_with_mqa.weight, [latent, attention.rope], 0)
     q_latent = torch.bmm(w_key.transpose(1, 2), q_nope)
     queries = torch.cat([q_latent, q_rope, _swapped(q_rope)], 1) * attention.scale
     key = torch.cat([k_latent, k_rope, _swapped(k_rope)], 0).unsqueeze(0)
@@ -150,16 +149,21 @@ def _pack_experts(moe: MoE) -> tuple[Tensor, Tensor, int]:
     size = down.shape[2]
     shared = moe.shared_experts
     gates, ups = (
-        matrix.weight.unflatten(0, (-1, size)) for matrix in (shared.gate_proj, shared.up_proj)
+        torch.unflatten(matrix.weight, 0, (-1, size))
+        for matrix in (shared.gate_proj, shared.up_proj)
     )
-    w_up = torch.cat([gate_up.unflatten(1, (2, size)), torch.stack([gates, ups], 1)]).flatten(0, 2)
-    downs = torch.cat([down, shared.down_proj.weight.unflatten(1, (-1, size)).transpose(0, 1)])
+    w_up = torch.cat(
+        [torch.unflatten(gate_up, 1, (2, size)), torch.stack([gates, ups], 1)]
+    ).flatten(0, 2)
+    downs = torch.cat(
+        [down, torch.unflatten(shared.down_proj.weight, 1, (-1, size)).transpose(0, 1)]
+    )
     return w_up, downs.transpose(0, 1).flatten(1), downs.shape[0]
 
 
 def _swapped(rows: Tensor) -> Tensor:
     """Neighbouring rows (second to last dimension) exchanged: x0,x1,x2,x3 to x1,x0,x3,x2."""
-    return rows.unflatten(-2, (-1, 2)).flip(-2).flatten(-3, -2)
+    return torch.unflatten(rows, -2, (-1, 2)).flip(-2).flatten(-3, -2)
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:

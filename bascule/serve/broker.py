@@ -71,6 +71,16 @@ class Ticket:
     arrivals: asyncio.Queue[Said | Refused] = field(default_factory=asyncio.Queue)
 
 
+@dataclass(eq=False)
+class Scoring:
+    """A prompt whose own tokens are to be scored; `scores` as infer.batch.score gives them."""
+
+    id: int
+    prompt: list[int]
+    top: int
+    scores: asyncio.Future[list[list[tuple[int, float]]]]
+
+
 class Broker:
     """Lives in the server's event loop. `note(kind, text)` tells the ledger about faults and moves."""
 
@@ -95,6 +105,7 @@ class Broker:
         self.about: dict[str, Any] = {}
         self.load: dict[str, float] = {}
         self.tickets: dict[int, Ticket] = {}
+        self.scorings: dict[int, Scoring] = {}
         self.changed = asyncio.Event()
         self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
         self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
@@ -159,6 +170,24 @@ class Broker:
         self.tickets[ticket.id] = ticket
         self._hand_over(ticket)
         return ticket
+
+    async def score(self, prompt: list[int], top: int) -> list[list[tuple[int, float]]]:
+        """What the model thinks of a prompt's tokens. Raises Refused when no chip answers."""
+        if self.state in ("down", "closed"):
+            raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
+        future: asyncio.Future[list[list[tuple[int, float]]]] = asyncio.Future()
+        scoring = Scoring(next(self._ids), prompt, top, future)
+        self.scorings[scoring.id] = scoring
+        self._ask_score(scoring)
+        try:
+            return await future
+        finally:
+            self.scorings.pop(scoring.id, None)
+
+    def _ask_score(self, scoring: Scoring) -> None:
+        if not self.tickets:
+            self._heard_s = time.monotonic()
+        self._send({"score": {"id": scoring.id, "prompt": scoring.prompt, "top": scoring.top}})
 
     def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
         """The reader has enough of one choice, or of all. Safe to call at any time, more than once."""
@@ -261,6 +290,8 @@ class Broker:
         for ticket in self.tickets.values():
             ticket.moves += self.moves > 0
             self._hand_over(ticket)
+        for scoring in self.scorings.values():
+            self._ask_score(scoring)
         self._tasks.append(asyncio.create_task(self._listen(reader), name="listen to engine"))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -284,7 +315,7 @@ class Broker:
             await asyncio.sleep(min(1.0, self._hang_s / 4))
             if (
                 self.state == "serving"
-                and self.tickets
+                and (self.tickets or self.scorings)
                 and time.monotonic() - self._heard_s > self._hang_s
                 and self._process
             ):
@@ -314,6 +345,8 @@ class Broker:
             for ticket in list(self.tickets.values()):
                 ticket.arrivals.put_nowait(Refused(503, str(error)))
             self.tickets.clear()
+            for scoring in self.scorings.values():
+                scoring.scores.set_exception(Refused(503, str(error)))
         self._announce()
 
     def _fail(self, reason: str) -> None:
@@ -343,6 +376,9 @@ class Broker:
         for job, cached in message["began"]:
             if job in self.tickets:
                 self.tickets[job].cached_tokens = cached
+        for job, scores in message["scored"]:
+            if job in self.scorings and not self.scorings[job].scores.done():
+                self.scorings[job].scores.set_result(scores)
         for job, choice, token, logprob, tops, finish in message["said"]:
             ticket = self.tickets.get(job)
             if ticket is None or choice not in ticket.open:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from bascule.data.tokenizer import Tokenizer
 from bascule.serve.bodies import CompletionBody
@@ -26,6 +26,8 @@ class CompletionRoute:
         self.service.check_model(body.model)
         if not body.prompts:
             raise ApiError(400, "The list of prompts is empty.", param="prompt")
+        if body.max_tokens == 0:
+            return await self._only_echo(body)
         asks: list[Ask] = []
         try:
             for prompt in body.prompts:
@@ -45,29 +47,56 @@ class CompletionRoute:
         except ApiError:
             self.service.cancel(asks)
             raise
-        envelope = {
+        envelope = self._envelope()
+        if body.stream:
+            return self.service.stream(asks, self._text_chunks(body, asks, envelope))
+        return await self.service.whole(request, asks, self._text_answer(body, asks, envelope))
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.service.model,
             "system_fingerprint": self.service.fingerprint,
         }
-        if body.stream:
-            return self.service.stream(asks, self._text_chunks(body, asks, envelope))
-        return await self.service.whole(request, asks, self._text_answer(body, asks, envelope))
+
+    async def _only_echo(self, body: CompletionBody) -> Response:
+        """No token is asked for: the prompt comes back, scored if its log-probabilities are wanted."""
+        if not body.echo or body.stream:
+            raise ApiError(400, "max_tokens=0 is for echo=true without stream.", param="max_tokens")
+        prompts = [self.service.tokens(prompt) for prompt in body.prompts]
+        choices: list[dict[str, Any]] = []
+        for tokens in prompts:
+            self.service.check_room(tokens, 0, "prompt")
+            marks = await self._begin(body, tokens)
+            choices.append(
+                {
+                    "index": len(choices),
+                    "text": self.service.tokenizer.decode(tokens),
+                    "logprobs": marks.body() if body.logprobs is not None else None,
+                    "finish_reason": "length",
+                }
+            )
+        count = sum(map(len, prompts))
+        counts = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
+        return JSONResponse({**self._envelope(), "choices": choices, "usage": counts})
+
+    async def _begin(self, body: CompletionBody, prompt: list[int]) -> _TextMarks:
+        """The marks a choice starts with: empty, or the echoed prompt's."""
+        marks = _TextMarks()
+        if body.echo and body.logprobs is not None:
+            marks.add_first(self.service.tokenizer, prompt[0])
+            for tops in await self.service.score(prompt, body.logprobs):
+                marks.add(self.service.tokenizer, tops)
+        return marks
 
     async def _text_answer(
         self, body: CompletionBody, asks: Sequence[Ask], envelope: dict[str, Any]
     ) -> dict[str, Any]:
         total = sum(len(ask.readers) for ask in asks)
-        marks = [_TextMarks() for _ in range(total)]
+        marks = [await self._begin(body, ask.ticket.prompt) for ask in asks for _ in ask.readers]
         finishes: list[str | None] = [None] * total
-        for ask in asks:
-            for at in range(len(ask.readers)):
-                if body.echo:
-                    marks[ask.first_choice + at].offset = len(
-                        self.service.tokenizer.decode(ask.ticket.prompt)
-                    )
         async with aclosing(self.service.spoken(asks)) as stream:
             async for spoken in stream:
                 if spoken.said.tops is not None:
@@ -111,10 +140,12 @@ class CompletionRoute:
         if body.echo:
             for ask in asks:
                 for at in range(len(ask.readers)):
+                    begun = await self._begin(body, ask.ticket.prompt)
                     yield chunk(
                         ask.first_choice + at,
                         self.service.tokenizer.decode(ask.ticket.prompt),
                         None,
+                        begun if body.logprobs is not None else None,
                     )
         async with aclosing(self.service.spoken(asks)) as stream:
             async for spoken in stream:
@@ -134,9 +165,17 @@ class _TextMarks:
     def __init__(self) -> None:
         self.offset = 0
         self._tokens: list[str] = []
-        self._logprobs: list[float] = []
-        self._tops: list[dict[str, float]] = []
+        self._logprobs: list[float | None] = []
+        self._tops: list[dict[str, float] | None] = []
         self._offsets: list[int] = []
+
+    def add_first(self, tokenizer: Tokenizer, token: int) -> None:
+        """A prompt's first token: nothing came before it, so nothing says how likely it was."""
+        self._tokens.append(tokenizer.symbols[token])
+        self._logprobs.append(None)
+        self._tops.append(None)
+        self._offsets.append(self.offset)
+        self.offset += len(tokenizer.decode([token]))
 
     def add(self, tokenizer: Tokenizer, tops: list[tuple[int, float]]) -> None:
         (token, logprob), *best = tops

@@ -74,17 +74,7 @@ class Service:
                 code="draining",
                 retry_after_s=5,
             )
-        room = self.context - len(prompt)
-        if room < max(limit or 1, 1):
-            raise ApiError(
-                400,
-                f"This model's context holds {self.context} tokens; the prompt has {len(prompt)} and {limit or 1} more were asked for. "
-                "Shorten the messages or ask for fewer tokens.",
-                code="context_length_exceeded",
-                param="messages" if split else "prompt",
-            )
-        if not prompt:
-            raise ApiError(400, "The prompt holds no token.", param="prompt")
+        room = self.check_room(prompt, max(limit or 1, 1), "messages" if split else "prompt")
         try:
             sampling = body.sampling(
                 max_tokens=room if limit is None else limit,
@@ -108,6 +98,27 @@ class Service:
             [Reader(self.tokenizer, prompt, body.stops, split=split) for _ in range(body.choices)],
             first_choice,
         )
+
+    def check_room(self, prompt: Sequence[int], more: int, param: str) -> int:
+        """Tokens of the context that a prompt leaves. Raises ApiError when it is empty or `more` do not fit."""
+        if not prompt:
+            raise ApiError(400, "The prompt holds no token.", param=param)
+        room = self.context - len(prompt)
+        if room < more:
+            raise ApiError(
+                400,
+                f"This model's context holds {self.context} tokens; the prompt has {len(prompt)} and {more} more were asked for. "
+                "Shorten the messages or ask for fewer tokens.",
+                code="context_length_exceeded",
+                param=param,
+            )
+        return room
+
+    async def score(self, prompt: list[int], top: int) -> list[list[tuple[int, float]]]:
+        try:
+            return await self.broker.score(prompt, top)
+        except Refused as error:
+            raise ApiError(error.status, str(error), code="no_chip") from None
 
     async def spoken(self, asks: Sequence[Ask]) -> AsyncGenerator[Spoken, None]:
         """Tokens of all asks as they come. Leaving early, for whatever reason, cancels what is unfinished."""

@@ -2,9 +2,9 @@
 
     python -m bascule.serve.worker --model out/demo/model --accelerator cpu --fd 5
 
-Lines of JSON both ways. In: `submit`, `cancel`. Out: `ready` once; after every tick `said` (a list of
-[job, choice, token, logprob, alternatives, finish]), `began` ([job, tokens found in the prefix store]) and `load`; `fault` as
-the last line of a chip that failed. A process of its own, because a failing chip can take its process with it, and because
+Lines of JSON both ways. In: `submit`, `score`, `cancel`. Out: `ready` once; after every tick `said` (a list of
+[job, choice, token, logprob, alternatives, finish]), `began` ([job, tokens found in the prefix store]), `scored` and `load`;
+`fault` as the last line of a chip that failed. A process of its own, because a failing chip can take its process with it, and because
 the server must go on answering while the chip computes. It ends when the server closes the socket.
 """
 
@@ -29,7 +29,7 @@ from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, OutOfMemory
-from bascule.infer.batch import Batch, Prefill, Row
+from bascule.infer.batch import Batch, Prefill, Row, score
 from bascule.infer.prefix import PrefixStore
 from bascule.infer.sequence import Sampling
 from bascule.model.transformer import Transformer
@@ -74,12 +74,14 @@ class Desk:
         self.reading: tuple[list[Seat], Prefill] | None = None
         self.jobs = 0
         self._grammars = Grammars(tokenizer)
+        self.to_score: deque[dict[str, Any]] = deque()
+        self._scored: list[list[Any]] = []
         self._said: list[list[Any]] = []
         self._began: list[list[int]] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.reading or self.batch.rows)
+        return bool(self.to_score or self.waiting or self.reading or self.batch.rows)
 
     def submit(self, job: dict[str, Any]) -> None:
         sampling = Sampling(
@@ -127,12 +129,23 @@ class Desk:
     @torch.inference_mode()
     def tick(self) -> dict[str, Any]:
         """Read some prompts, say one token for every running row; returns the line to send."""
-        self._said, self._began = [], []
+        self._said, self._began, self._scored = [], [], []
         with self.accelerator.session(Work("infer", max(1, self.jobs))):
             self._note(self.batch.step())
             self._read_long()
             self._read_short()
-        return {"said": self._said, "began": self._began, "load": self.load()}
+            self._score_one()
+        return {
+            "said": self._said,
+            "began": self._began,
+            "scored": self._scored,
+            "load": self.load(),
+        }
+
+    def _score_one(self) -> None:
+        if self.to_score:
+            job = self.to_score.popleft()
+            self._scored.append([job["id"], score(self.batch.model, job["prompt"], job["top"])])
 
     def _read_long(self) -> None:
         if (
@@ -219,7 +232,7 @@ def work(desk: Desk, line: Line) -> None:
             line.send(desk.tick())
             _take(desk, line, wait=False)
         line.send(
-            {"said": [], "began": [], "load": desk.load()}
+            {"said": [], "began": [], "scored": [], "load": desk.load()}
         )  # what was cancelled last is gone too
 
 
@@ -232,6 +245,8 @@ def _take(desk: Desk, line: Line, *, wait: bool) -> None:
         wait = False
         if "submit" in message:
             desk.submit(message["submit"])
+        elif "score" in message:
+            desk.to_score.append(message["score"])
         elif "cancel" in message:
             desk.cancel(*message["cancel"])
 

@@ -146,7 +146,7 @@ def test_a_killed_engine_is_asked_again_and_the_answer_is_the_same(tmp_path: Pat
     running = Running(tmp_path)
     running.start()
     model, request = running.weights(seed=1, version=1)
-    request = replace(request, max_tokens=100, group_size=200)
+    request = replace(request, max_tokens=100, group_size=100)
     waits: list[float] = []
     client = RolloutClient(running.socket, on_wait=lambda: waits.append(time.monotonic()))
     assert client.hello()["pool"] == "ascend"
@@ -165,14 +165,13 @@ def test_an_engine_that_never_comes_is_a_device_fault_with_advice(tmp_path: Path
         RolloutClient(tmp_path / "none", patience_s=0.3).hello()
 
 
-def test_an_engine_that_hangs_is_reported_after_the_patience(tmp_path: Path) -> None:
-    running = Running(tmp_path)
-    running.start()
+def test_an_engine_that_hangs_is_reported_after_the_patience(running: Running) -> None:
     assert running.process is not None
-    client = RolloutClient(running.socket, patience_s=60)
+    client = RolloutClient(running.socket, patience_s=1.5)
     client.hello()
     os.kill(running.process.pid, signal.SIGSTOP)
-    client.patience_s = 1.5
-    with pytest.raises(DeviceFault, match="did not answer"):
-        client.hello()
-    running.kill()
+    try:
+        with pytest.raises(DeviceFault, match="did not answer"):
+            client.hello()
+    finally:
+        os.kill(running.process.pid, signal.SIGCONT)

@@ -100,7 +100,7 @@ def make_run(root: Path, pools: Mapping[str, str], **sections: Any) -> tuple[Run
 Start = Callable[..., Server]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     running: list[Server] = []
 
@@ -147,7 +147,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             server.process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(start: Start) -> Server:
     return start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
+import torch
 
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.data import chat
@@ -213,3 +214,31 @@ def test_many_at_once_say_what_they_say_alone(client: openai.OpenAI, server: Ser
         for seed in range(0, 60, 7)
     ]
     assert together[::7] == alone
+
+
+def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(
+    client: openai.OpenAI, server: Server
+) -> None:
+    model, _ = load_hf(server.folder.model)
+    ids = Tokenizer().encode("1+2=3")
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model.eval()(torch.tensor([ids])).logits_BTV[0], -1)
+    for extra in (1, 0):
+        reply = client.completions.create(
+            model="tiny", prompt=[ids, ids], echo=True, logprobs=1, max_tokens=extra, temperature=0
+        )
+        marks = reply.choices[1].logprobs
+        assert (
+            marks is not None
+            and marks.token_logprobs is not None
+            and marks.top_logprobs is not None
+        )
+        assert len(marks.token_logprobs) == len(ids) + extra and marks.token_logprobs[0] is None
+        for at in range(1, len(ids)):
+            assert marks.token_logprobs[at] == pytest.approx(
+                float(logprobs[at - 1, ids[at]]), abs=1e-4
+            )
+            assert max(marks.top_logprobs[at].values()) == pytest.approx(
+                float(logprobs[at - 1].max()), abs=1e-4
+            )
+        assert marks.text_offset == list(range(len(ids) + extra))
