@@ -1,0 +1,50 @@
+"""The regression: exact where it can be checked by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bascule.plan.regress import Point, Process, Term
+
+
+def process(targets: list[float], noise: float = 0.1) -> Process:
+    points = tuple(
+        Point({"kind": "a", "chip": chip}, (float(i),), (0.0,), family=chip, name=str(i))
+        for i, chip in enumerate("xxy")
+    )
+    return Process(
+        points,
+        np.array(targets),
+        (Term(()), Term(("chip",))),
+        np.array([0.2, 0.3]),
+        np.array([1.0]),
+        np.array([1.0]),
+        {"a": noise},
+    )
+
+
+def test_leaving_out_in_closed_form_equals_leaving_out_for_real() -> None:
+    whole = process([0.3, 0.5, -0.2])
+    mean, sd = whole.left_out()
+    rest = replace(whole, points=whole.points[2:], targets=whole.targets[2:])
+    real_mean, real_sd = rest.predict(whole.points[:2])
+    assert mean[:2] == pytest.approx(real_mean)
+    assert sd[:2] == pytest.approx(real_sd)
+
+
+def test_a_chip_with_runs_is_known_better_than_one_without() -> None:
+    whole = process([0.3, 0.5, -0.2])
+    known, unknown = (Point({"kind": "a", "chip": chip}, (9.0,), (0.0,)) for chip in "xz")
+    mean, sd = whole.predict([known, unknown])
+    assert sd[0] < sd[1]
+    assert mean[0] > mean[1]
+
+
+def test_uncertain_constants_widen_what_leans_on_them() -> None:
+    whole = process([0.0, 0.0, 0.0])
+    steep, flat = (Point({"kind": "a", "chip": "z"}, (0.0,), (slope,)) for slope in (1.0, 0.0))
+    _, sd = whole.predict([steep, flat])
+    assert sd[0] ** 2 - sd[1] ** 2 == pytest.approx(1.0)
