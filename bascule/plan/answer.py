@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bascule.errors import RecipeError
-from bascule.plan.architecture import Shape, model_named
+from bascule.plan.architecture import Shape
 from bascule.plan.ask import TrainAsk, parse_serve, parse_train
 from bascule.plan.catalogue import Chip, chips_from_toml
 from bascule.plan.cost import bubble_share
@@ -20,8 +20,9 @@ from bascule.plan.goodput import FailureRate, Goodput, goodput, rate_of
 from bascule.plan.job import Job
 from bascule.plan.layout import Choice, empty_job, search
 from bascule.plan.memory import Memory, memory_of
+from bascule.plan.models import model_named
 from bascule.plan.schedule import Played, Stage, play
-from bascule.plan.serving import Service, price_service
+from bascule.plan.service import Service, price_service
 
 Z80 = 1.2816  # standard normal: half width of an 80 % interval
 ASSUMED_PUE = 1.3  # facility power over machine power where the user gives none; assumed

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from bascule.errors import RecipeError
-from bascule.plan.architecture import Latent, Shape, model_named
+from bascule.plan.architecture import Latent, Shape
 from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.job import precision_class
+from bascule.plan.models import model_named
 from bascule.plan.regress import Array, Point, Process
 from bascule.plan.serving import (
     MTP_ACCEPTED,

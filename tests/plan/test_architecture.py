@@ -10,8 +10,9 @@ import pytest
 from bascule.config import PRESETS, ModelConfig
 from bascule.errors import RecipeError
 from bascule.model import count
-from bascule.plan.architecture import from_config, from_hugging_face, model_named
+from bascule.plan.architecture import from_config
 from bascule.plan.fit import DATA
+from bascule.plan.models import from_hugging_face, model_named
 from bascule.plan.table import number, read_rows, shape_of
 
 

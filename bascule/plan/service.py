@@ -1,0 +1,120 @@
+"""A service priced: prefill and decode on separate chips of one kind, under the limits that were asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from bascule.plan.architecture import Shape
+from bascule.plan.ask import ServeAsk
+from bascule.plan.catalogue import Chip
+from bascule.plan.serving import (
+    MEMORY_USABLE,
+    WEIGHT_BYTES,
+    ServeModel,
+    Serving,
+    chosen_batch,
+    memory_batch,
+    shipped_serving,
+    step_s,
+    token_s,
+)
+
+
+@dataclass(frozen=True)
+class Service:
+    """One service priced. Rates in tokens a second and chip as (value, low, high); `parts` seconds of a decoding step."""
+
+    ask: ServeAsk
+    chips: int
+    batch_per_chip: float
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+    tpot_s: tuple[float, float, float]
+    ttft_s: float
+    ttft_kept: bool
+    cache_gb: float
+    memory_gb: float | None
+    parts: dict[str, float]
+    prefill_chips_per_decode_chip: float
+    usd_per_m_out: tuple[float, float, float] | None
+    kwh_per_m_out: float
+    rollout_share: float
+    basis: str
+    notes: tuple[str, ...]
+
+
+def replica_chips(shape: Shape, chip: Chip, precision: str) -> int:
+    """Smallest power of two of chips whose memory holds the weights twice over (room for cache), at least one expert group."""
+    need = shape.parameters * WEIGHT_BYTES[precision] * (1.5 if shape.moe else 1.3)
+    fit = max(1.0, need / (MEMORY_USABLE * (chip.memory_gb or 64.0) * 1e9))
+    return int(2 ** math.ceil(math.log2(fit)))
+
+
+def within_limit(p: Serving, model: ServeModel) -> Serving:
+    """The point with the largest batch at which the corrected time per token keeps the limit, memory permitting."""
+    limit = p.tpot_s or 0.1
+
+    def keeps(batch: float) -> bool:
+        return batch / model.predict(replace(p, batch=batch))[0] <= limit
+
+    low, high = 0.01, memory_batch(p)
+    if keeps(high):
+        return replace(p, batch=high)
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return replace(p, batch=low)
+
+
+def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
+    """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit."""
+    model = shipped_serving()
+    n = ask.chips or max(
+        replica_chips(shape, ask.chip, ask.precision), 32 if shape.experts >= 64 else 1
+    )
+    both = Serving(
+        shape=shape,
+        chip=ask.chip,
+        chips=n,
+        precision=ask.precision,
+        phase="decode",
+        prompt=ask.prompt,
+        completion=ask.completion,
+        tpot_s=ask.tpot_s,
+    )
+    both = within_limit(both, model)
+    decode = model.predict(both)
+    prefill = model.predict(replace(both, phase="prefill"))
+    batch = chosen_batch(both, model.constants)
+    tpot = batch / decode[0]
+    ttft = ask.prompt / prefill[0] / min(n, 8)
+    watts = ask.chip.power_all_in_w or (ask.chip.tdp_w * 2.3 if ask.chip.tdp_w else 1500.0)
+    seconds = (
+        1 / decode[0] + ask.prompt / ask.completion / prefill[0]
+    )  # chip-seconds of one completion token, its prompt included
+    low_s, high_s = (
+        1 / decode[2] + ask.prompt / ask.completion / prefill[2],
+        1 / decode[1] + ask.prompt / ask.completion / prefill[1],
+    )
+    usd = None
+    if ask.price_usd_h is not None:
+        usd = tuple(x * 1e6 / 3600 * ask.price_usd_h for x in (seconds, low_s, high_s))
+    notes = []
+    if token_s(both, model.constants, 0.01) > ask.tpot_s:
+        notes.append(
+            f"the limit of {ask.tpot_s * 1e3:.0f} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
+        )
+    if memory_batch(both) <= 0.011:
+        notes.append(f"the weights leave no room for a cache on {n} chips; take more")
+    return Service(
+        ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
+        tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,
+        cache_gb=batch * (ask.prompt + ask.completion) * shape.cache_bytes(element_bytes=2 if ask.precision == "bf16" else 1.5) / 1e9,
+        memory_gb=ask.chip.memory_gb, parts=step_s(both, model.constants, batch),
+        prefill_chips_per_decode_chip=(ask.prompt / ask.completion) * decode[0] / prefill[0],
+        usd_per_m_out=(usd[0], usd[1], usd[2]) if usd else None, kwh_per_m_out=seconds * 1e6 / 3600 * watts / 1000 * pue,
+        rollout_share=(1 / decode[0]) / (1 / decode[0] + 3 / prefill[0]),
+        basis=f"physics on the chip's {ask.chip.basis} figures, corrected by {len(model.process.points)} published points (nearest: {', '.join(model.nearest(both))})",
+        notes=tuple(notes),
+    )  # fmt: skip
