@@ -145,9 +145,9 @@ def _qualify(parser: Parser) -> None:
     parser.add_argument(
         "--time-limit",
         type=float,
-        default=180.0,
+        default=None,
         metavar="S",
-        help="seconds per pool (default: 180)",
+        help="seconds per pool (default: 180; with --full 3600)",
     )
     parser.add_argument(
         "--out",
@@ -247,6 +247,18 @@ def _compare_runs(parser: Parser) -> None:
     )
 
 
+def _tokenize(parser: Parser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILES", help="text, JSON lines, Parquet, or folders of such files"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="where the shards are written; must not hold any yet")
+    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="train a byte-level BPE of at most N tokens (default: 4096)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="use this model folder's (or GGUF file's) tokenizer instead of training one")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="name of the text in JSON lines and Parquet (default: text)")
+    parser.add_argument("--held-out", type=float, default=0.01, metavar="SHARE", help="share of documents kept for evaluation (default: 0.01)")
+    parser.add_argument("--shard-tokens", type=int, default=50_000_000, metavar="N", help="tokens in one shard (default: 50 million)")
+
+
 def _doctor(parser: Parser) -> None:
     del parser
 
@@ -265,6 +277,7 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-... --on cpu"),
     ("compare-runs", "did two groups of training runs learn the same: equal, different, or too few runs to know", _compare_runs, "bascule compare-runs out/a out/b --against logs/"),
     ("blame", "name the guilty ranks from PyTorch Flight Recorder dumps", _blame, "bascule blame dumps/"),
+    ("tokenize", "text files into packed, checksummed shards for the pretrain phase, with a tokenizer trained on them or given", _tokenize, "bascule tokenize docs/ --out data/docs --vocab-size 2048"),
     ("doctor", "what this machine can run, and what is missing", _doctor, "bascule doctor"),
 )  # fmt: skip
 

@@ -185,6 +185,28 @@ class SftConfig(Section):
     clip_grad_norm: float = Field(1.0, gt=0)
 
 
+class PretrainConfig(Section):
+    """Learning to read: next-token prediction on shards of text (`bascule tokenize`)."""
+
+    data: str | None = Field(None, description="folder of shards written by bascule tokenize")
+    steps: int = Field(1000, ge=0)
+    batch_sequences: int = Field(16, ge=1)
+    sequence_length: int = Field(256, ge=2, description="tokens of one training window")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW: embeddings, head, norms, router")
+    muon_learning_rate: float = Field(0.02, ge=0, description="Muon: matrices; 0 = AdamW for all")
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["wsd", "linear"] = Field(
+        "wsd", description="wsd: full rate, then down in the last decay_ratio of the steps"
+    )
+    warmup_steps: int = Field(20, ge=0)
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    final_learning_rate_ratio: float = Field(0.0, ge=0, le=1)
+    clip_grad_norm: float = Field(1.0, gt=0)
+    document_mask: bool = Field(True, description="no token sees another document of its window")
+    eval_sequences: int = Field(256, ge=1, description="held-out windows measured at most")
+
+
 class GrpoConfig(Section):
     """GRPO: group advantage by mean only, token-level loss, clip-higher, no KL (training.md 2.6)."""
 
@@ -217,7 +239,7 @@ class GrpoConfig(Section):
 
 
 class TrainConfig(Section):
-    phases: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
+    phases: tuple[Literal["pretrain", "sft", "grpo"], ...] = ("sft", "grpo")
     steps: int | None = Field(
         None,
         ge=0,
@@ -307,6 +329,7 @@ class Recipe(Section):
     pools: dict[str, PoolConfig] = Field(..., min_length=1)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -332,6 +355,10 @@ class Recipe(Section):
                 f"grpo.updates_per_rollout={self.grpo.updates_per_rollout} must divide prompts*group_size="
                 f"{self.grpo.prompts * self.grpo.group_size}"
             )
+        if "pretrain" in self.train.phases and self.pretrain.data is None:
+            raise ValueError(
+                "train.phases holds 'pretrain' and pretrain.data is not set; give the folder that bascule tokenize wrote"
+            )
         return self
 
     @property
@@ -344,7 +371,8 @@ class Recipe(Section):
         left = self.train.steps
         result: dict[str, int] = {}
         for phase in self.train.phases:
-            wanted = self.sft.steps if phase == "sft" else self.grpo.steps
+            sections = {"pretrain": self.pretrain, "sft": self.sft, "grpo": self.grpo}
+            wanted = sections[phase].steps
             result[phase] = wanted if left is None else min(wanted, left)
             left = None if left is None else left - result[phase]
         return result

@@ -87,6 +87,17 @@ class ModelOrigin(Record):
     sha256: str
 
 
+class TextOpened(Record):
+    """The shards a run pretrains on. `sha256` is that of their index, which names the hash of every file."""
+
+    kind: Literal["text_opened"] = "text_opened"
+    path: str
+    sha256: str
+    vocab_size: int
+    train_tokens: int
+    heldout_tokens: int
+
+
 class OptionPriced(Record):
     """What the plan expects of one pool. `basis` says what the figures rest on (datasheet, measured, assumed)."""
 
@@ -290,6 +301,20 @@ class Evaluation(Record):
     extra: dict[str, float] = Field(default_factory=dict)
 
 
+class TextEvaluation(Record):
+    """Held-out text. `bits_per_byte` counts text tokens only, against the bytes they stand for, so that vocabularies compare;
+    `nats_per_token` counts the end of a document too."""
+
+    kind: Literal["text_evaluation"] = "text_evaluation"
+    after: str
+    step: int
+    bits_per_byte: float
+    nats_per_token: float
+    tokens: int
+    text_bytes: int
+    seconds: float
+
+
 class Warned(Record):
     """Any fallback, truncation, dropped sample or fresh start. `what` is a short stable word, `detail` the sentence."""
 
@@ -310,7 +335,7 @@ class Telemetry(Record):
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
-    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin,
+    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ as plain text it costs a few tokens more and means the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -97,11 +98,14 @@ class TextTokenizer(Tokenizer):
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts, on all the threads the library uses."""
-        return [
-            found.ids
-            for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        """Ids of texts to learn from. Control tokens spelled out in them are read as plain text, so that no document can end
+        itself or speak as the user."""
+        self.backend.encode_special_tokens = True
+        try:
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = False
+        return [one.ids for one in found]
 
     def decode(self, ids: list[int]) -> str:
         kept = [i for i in ids if i not in self._silent_ids]
@@ -128,6 +132,10 @@ class TextTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         write_atomic(folder / "tokenizer.json", lambda path: self.backend.save(str(path)))
         write_json_atomic(folder / "tokenizer_config.json", self.settings)
+
+    def digest(self) -> str:
+        """SHA-256 of the vocabulary and rules in the library's own spelling: equal for equal tokenizers, however their files look."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def _template(self) -> str:
         found = self.settings.get("chat_template")

@@ -27,6 +27,18 @@ TAGS: Final = (chat.THINK_OPEN, chat.THINK_CLOSE)
 CHARACTERS: Final = ("\n", *(chr(code) for code in range(32, 127)))
 """Every character that can be encoded. Ids: CONTROL, then TAGS, then these, in order; the order is part of saved models."""
 
+OWN_SETTINGS: Final[dict[str, object]] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": PAD,
+    "bos_token": chat.BOS,
+    "eos_token": chat.EOS,
+    "unk_token": UNK,
+    "add_bos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "chat_template": chat.TEMPLATE,
+}
+"""The content of tokenizer_config.json for every vocabulary with our control tokens."""
+
 _SILENT: Final = frozenset({PAD, chat.BOS, chat.EOS})
 
 
@@ -113,7 +125,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) into `folder`."""
         write_atomic(folder / "tokenizer.json", lambda path: self._backend().save(str(path)))
-        write_json_atomic(folder / "tokenizer_config.json", self._config())
+        write_json_atomic(folder / "tokenizer_config.json", OWN_SETTINGS)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -153,15 +165,3 @@ class Tokenizer:
         # As in DeepSeek-R1's own file the tags are not "special": skip_special_tokens must not swallow the thought's borders.
         backend.add_tokens([AddedToken(symbol, special=False, normalized=False) for symbol in TAGS])
         return backend
-
-    def _config(self) -> dict[str, object]:
-        return {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": PAD,
-            "bos_token": chat.BOS,
-            "eos_token": chat.EOS,
-            "unk_token": UNK,
-            "add_bos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": chat.TEMPLATE,
-        }

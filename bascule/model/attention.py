@@ -26,12 +26,17 @@ LATENT_NORM_EPS = 1e-6
 """transformers fixes this for `q_a_layernorm` and `kv_a_layernorm`, whatever `rms_norm_eps` says."""
 
 
-def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive causal bias [B, 1, T, T] that hides the keys where `mask_BT` is false, except from themselves."""
+def padding_bias(
+    mask_BT: Tensor, dtype: torch.dtype, documents_BT: Tensor | None = None
+) -> Tensor:
+    """Additive causal bias [B, 1, T, T] that hides the keys where `mask_BT` is false, except from themselves; with
+    `documents_BT` (a number for each token) also the keys of other documents."""
     tokens = mask_BT.shape[1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask_BT.device).tril()
     itself = torch.eye(tokens, dtype=torch.bool, device=mask_BT.device)
     seen = (causal & mask_BT.bool()[:, None, None, :]) | itself
+    if documents_BT is not None:
+        seen = seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
         ~seen, float("-inf")
     )

@@ -87,6 +87,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         at_B: Tensor | None = None,
         ahead: bool = False,
+        documents: Tensor | None = None,
     ) -> Output:
         """Logits of the next token after every token.
 
@@ -94,9 +95,10 @@ class Transformer(nn.Module):
         are appended to every row, or as many as `mask` says are real: real ones first. `positions_BT` overrides the rotary
         positions. `at_B` asks for the logits after one token of each row only (index into T): logits are then [B, 1, V].
         `ahead` also runs the prediction layer over the whole call (for training; not together with `cache` or `at_B`).
+        `documents` [B, T] numbers the documents packed into a row: no token sees another document's (with `mask`, without `cache`).
         Raises ValueError when a position exceeds `max_position_embeddings`.
         """
-        context = self._context(tokens_BT.shape[1], positions_BT, mask, cache)
+        context = self._context(tokens_BT.shape[1], positions_BT, mask, cache, documents)
         x_BTD, loads = self.model.embed_tokens(tokens_BT), []
         for block in self.model.layers:
             x_BTD, loads_E = block(x_BTD, context, mask)
@@ -109,8 +111,9 @@ class Transformer(nn.Module):
         hidden_BTD, ahead_BTV = self.model.norm(x_BTD), None
         if ahead:
             ahead_BTV, _, loads_E = self.draft(
-                hidden_BTD[:, :-1], tokens_BT[:, 1:], mask=None if mask is None else mask[:, 1:]
-            )
+                hidden_BTD[:, :-1], tokens_BT[:, 1:], mask=None if mask is None else mask[:, 1:],
+                documents=None if documents is None else documents[:, 1:],
+            )  # fmt: skip
             loads += [] if loads_E is None else [loads_E]
         return Output(
             self._logits(hidden_BTD), torch.stack(loads) if loads else None, hidden_BTD, ahead_BTV
@@ -123,6 +126,7 @@ class Transformer(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logits fp32, hidden, expert loads) of the prediction layer for pairs of a hidden state and the token after it.
 
@@ -132,7 +136,7 @@ class Transformer(nn.Module):
             raise ValueError(
                 "Asked to look a token ahead; the model has num_nextn_predict_layers=0. Set it to 1 in the recipe and train it."
             )
-        context = self._context(next_BT.shape[1], None, mask, cache)
+        context = self._context(next_BT.shape[1], None, mask, cache, documents)
         ahead_BTD, loads_E = self.mtp[0](
             hidden_BTD, self.model.embed_tokens(next_BT), context, mask
         )
@@ -149,6 +153,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None,
         mask: Tensor | None,
         cache: Cache | None,
+        documents: Tensor | None = None,
     ) -> Context:
         rotary, dtype = self.model.rotary, self.lm_head.weight.dtype
         reach = tokens + (0 if cache is None else cache.longest)
@@ -159,7 +164,8 @@ class Transformer(nn.Module):
             )
         if cache is None:
             cos, sin = rotary.prefix(tokens) if positions_BT is None else rotary(positions_BT)
-            return Context(cos, sin, None if mask is None else padding_bias(mask, dtype))
+            bias = None if mask is None else padding_bias(mask, dtype, documents)
+            return Context(cos, sin, bias)
         read = cache.longest > 0
         slots_BT = cache.open(tokens, ragged=mask is not None)
         cos, sin = rotary(slots_BT if positions_BT is None else positions_BT)

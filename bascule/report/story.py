@@ -23,6 +23,7 @@ from bascule.records import (
     RunStopped,
     SnapshotEvent,
     StepStats,
+    TextEvaluation,
     Verdict,
     Warned,
 )
@@ -80,6 +81,14 @@ def summary(records: Sequence[AnyRecord]) -> dict[str, Any]:
                 "samples": one.samples,
             }
             for one in of_kind(records, Evaluation)
+        },
+        "text": {
+            one.after: {
+                "bits_per_byte": one.bits_per_byte,
+                "nats_per_token": one.nats_per_token,
+                "tokens": one.tokens,
+            }
+            for one in of_kind(records, TextEvaluation)
         },
         "warnings": [
             {"what": one.what, "detail": one.detail, "step": one.step}
@@ -245,6 +254,13 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
                 (
                     "good",
                     f"{after(record.after)}: pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight} on {record.n} held-out problems.",
+                )
+            ]
+        case TextEvaluation():
+            return [
+                (
+                    "good",
+                    f"{after(record.after)}: {record.bits_per_byte:.3f} bits per byte on {record.tokens:,} held-out tokens.",
                 )
             ]
         case Warned():

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from bascule.config import ModelConfig, Recipe
 from bascule.data import gguf_tokenizer
-from bascule.data.text_tokenizer import open_tokenizer
-from bascule.errors import RecipeError
+from bascule.data.shards import SPLITS, Shards
+from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer
+from bascule.errors import RecipeError, UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last
 from bascule.model import origin
-from bascule.records import ModelOrigin
+from bascule.records import ModelOrigin, TextOpened
 from bascule.stages.answer import say
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -24,6 +25,8 @@ def resolve(recipe: Recipe) -> Recipe:
     Raises RecipeError for a size written in the recipe that the model does not have; only `max_position_embeddings` may be
     lowered. Raises ModelFolderError for what cannot be read.
     """
+    if "pretrain" in recipe.train.phases:
+        recipe = _with_text(recipe)
     if recipe.model.from_ is None:
         return recipe
     path = Path(recipe.model.from_).absolute()
@@ -34,6 +37,22 @@ def resolve(recipe: Recipe) -> Recipe:
     if "max_position_embeddings" in recipe.model.model_fields_set:
         kept["max_position_embeddings"] = positions  # type: ignore[assignment]
     return recipe.model_copy(update={"model": found.model_copy(update=kept)})
+
+
+def _with_text(recipe: Recipe) -> Recipe:
+    """The recipe with the absolute path of its shards, and their vocabulary's size."""
+    folder = Path(str(recipe.pretrain.data)).absolute()
+    size = Shards.open(folder).index["vocab_size"]
+    pretrain = recipe.pretrain.model_copy(update={"data": str(folder)})
+    model = recipe.model
+    if pretrain.sequence_length > model.max_position_embeddings and not model.from_:
+        raise RecipeError(
+            f"pretrain.sequence_length = {pretrain.sequence_length} exceeds model.max_position_embeddings = "
+            f"{model.max_position_embeddings}. Shorten the windows or raise the model's length."
+        )
+    if not model.from_:
+        model = model.model_copy(update={"vocab_size": size})
+    return recipe.model_copy(update={"pretrain": pretrain, "model": model})
 
 
 def _refuse_other_sizes(asked: ModelConfig, found: ModelConfig) -> None:
@@ -47,10 +66,44 @@ def _refuse_other_sizes(asked: ModelConfig, found: ModelConfig) -> None:
 
 
 def prepare(recipe: Recipe, folder: RunFolder, ledger: Ledger) -> None:
-    """Put the model's tokenizer into the run folder and its SHA-256 into the ledger, once."""
-    if recipe.model.from_ is None or last(ledger.read(), ModelOrigin):
-        return
-    path = Path(recipe.model.from_)
+    """Put the tokenizer into the run folder and the SHA-256 of model and text into the ledger; on resume compare them."""
+    if recipe.model.from_ and not last(ledger.read(), ModelOrigin):
+        _prepare_model(Path(recipe.model.from_), folder, ledger)
+    if "pretrain" in recipe.train.phases:
+        _prepare_text(Path(str(recipe.pretrain.data)), folder, ledger)
+
+
+def _prepare_text(path: Path, folder: RunFolder, ledger: Ledger) -> None:
+    shards = Shards.open(path)
+    began = last(ledger.read(), TextOpened)
+    if began and began.sha256 != shards.digest():
+        raise UsageError(
+            f"pretrain.data = '{path}' is not the text this run began with (index SHA-256 {began.sha256[:12]}…). Put the old "
+            "shards back, or begin another run with --name."
+        )
+    shards.verify()
+    if not (folder.tokenizer / "tokenizer.json").exists():
+        copy_tokenizer(path, folder.tokenizer)
+    ours = open_tokenizer(folder.tokenizer)
+    if not isinstance(ours, TextTokenizer) or ours.digest() != shards.index["tokenizer_sha256"]:
+        raise RecipeError(
+            f"The text in '{path}' was tokenised with another tokenizer than the model's. Tokenise it again with "
+            "bascule tokenize --tokenizer and the path of model.from."
+        )
+    if began is None:
+        parts = {split: sum(one["tokens"] for one in shards.index[split]) for split in SPLITS}
+        ledger.append(
+            TextOpened(
+                path=str(path), sha256=shards.digest(), vocab_size=shards.index["vocab_size"],
+                train_tokens=parts["train"], heldout_tokens=parts["heldout"],
+            )
+        )  # fmt: skip
+        say(
+            f"text: {parts['train']:,} tokens to train on, {parts['heldout']:,} held out, all hashes agree"
+        )
+
+
+def _prepare_model(path: Path, folder: RunFolder, ledger: Ledger) -> None:
     if origin.format_of(path) == "gguf":
         gguf_tokenizer.load(path).save(folder.tokenizer)
     else:

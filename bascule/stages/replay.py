@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 from torch import Tensor
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import Recipe, read_resolved
+from bascule.data.shards import Text
 from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.data.tokenizer import Tokenizer
 from bascule.folder import RunFolder
@@ -20,6 +22,7 @@ from bascule.model.transformer import Transformer
 from bascule.stages.answer import Answer
 from bascule.train.grpo import Grpo
 from bascule.train.objective import Batch, Objective
+from bascule.train.pretrain import Pretrain, Reading
 from bascule.train.sft import Sft
 from bascule.train.step import Stepper
 
@@ -71,6 +74,9 @@ def _gradients(
 
 def _objective(recipe: Recipe, phase: str) -> Objective:
     """An objective for its loss alone: the incident brings the batch, so no data and no sampler are needed."""
+    if phase == "pretrain":
+        nothing = Reading(Text([], []), 1, np.zeros(0, np.int64))
+        return Pretrain(recipe.pretrain, nothing, seed=recipe.seed)
     if phase == "sft":
         return Sft(recipe.sft, [([0], [0])], seed=recipe.seed, pad_id=0)
     return Grpo(

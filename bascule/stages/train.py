@@ -273,7 +273,7 @@ class Supervisor:
                 )
             elif isinstance(record, SnapshotEvent) and record.state == "certified":
                 self.deaths.clear()
-            elif record.kind in ("evaluation", "continuation", "alarm"):
+            elif record.kind in ("evaluation", "text_evaluation", "continuation", "alarm"):
                 say(
                     f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}"
                 )

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
+from bascule.data.shards import Shards
 from bascule.data.tasks.base import Problem
 from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
@@ -50,11 +51,12 @@ from bascule.records import (
     RunStarted,
     SnapshotEvent,
     StepStats,
+    TextEvaluation,
     WeightsSynced,
 )
 from bascule.stages.course import Course, course
 from bascule.stages.train import ENDING_FILE
-from bascule.train import checkpoint, loop, rewards
+from bascule.train import checkpoint, loop, pretrain, rewards
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
 from bascule.train.objective import Objective
@@ -268,7 +270,31 @@ class Trainer:
             )
         return self.published
 
+    def _evaluate_text(self, step: int) -> None:
+        """Bits per byte on the held-out shards, on the training chip: the engine samples and does not score."""
+        if any(one.step == step for one in of_kind(self.ledger.read(), TextEvaluation)):
+            return
+        self._beat(step, "evaluate")
+        start = time.perf_counter()
+
+        def score(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            self._beat(step, "evaluate")
+            return self.stepper.score(tensors, max(1, step))
+
+        config = self.recipe.pretrain
+        found = pretrain.measure(
+            score, self._reading("heldout"), rows=config.batch_sequences, windows=config.eval_sequences
+        )
+        self.ledger.append(
+            TextEvaluation(
+                after="pretrain", step=step, bits_per_byte=found["bits_per_byte"], nats_per_token=found["nats_per_token"],
+                tokens=int(found["tokens"]), text_bytes=int(found["text_bytes"]), seconds=time.perf_counter() - start,
+            )
+        )  # fmt: skip
+
     def _evaluate_if_due(self, after: str, step: int) -> None:
+        if after == "pretrain":
+            return self._evaluate_text(step)
         if any(
             one.after == after and one.step == step
             for one in of_kind(self.ledger.read(), Evaluation)
@@ -332,9 +358,22 @@ class Trainer:
         found: dict[str, Objective] = {}
         first = 1
         for phase in steps:
-            found[phase] = self._sft(first) if phase == "sft" else self._grpo(first)
+            makers: dict[str, Callable[[int], Objective]] = {"pretrain": self._pretrain, "sft": self._sft, "grpo": self._grpo}
+            found[phase] = makers[phase](first)
             first += steps[phase]
         return found
+
+    def _reading(self, split: str) -> pretrain.Reading:
+        config = self.recipe.pretrain
+        shards = Shards.open(Path(str(config.data)))
+        return pretrain.Reading(
+            shards.text(split), config.sequence_length, shards.token_bytes(), config.document_mask
+        )
+
+    def _pretrain(self, first_step: int) -> pretrain.Pretrain:
+        return pretrain.Pretrain(
+            self.recipe.pretrain, self._reading("train"), seed=self.recipe.seed, first_step=first_step
+        )
 
     def _sft(self, first_step: int) -> Sft:
         examples = self.course.examples(self.recipe.seed)

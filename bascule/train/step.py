@@ -180,9 +180,9 @@ class Stepper:
             torch.no_grad(),
             self.judge.watch(step, "score", self.model),
         ):
-            names = ("tokens", "targets", "real")
-            placed = self.accelerator.to_device({name: tensors[name] for name in names})
-            logits_BTV = self.model(placed["tokens"], mask=placed["real"]).logits_BTV
+            names = ("tokens", "targets", "real", "documents")
+            placed = self.accelerator.to_device({n: tensors[n] for n in names if n in tensors})
+            logits_BTV = _forward(self.model, placed).logits_BTV
             return token_logprobs(logits_BTV / temperature, placed["targets"]).cpu()
 
     def model_state(self) -> StateDict:
@@ -281,12 +281,19 @@ class Stepper:
         )
 
 
+def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
+    """Run the model on a batch; `ahead_weight` in it asks for the prediction layer too."""
+    return model(  # type: ignore[no-any-return]
+        tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors
+    )  # fmt: skip
+
+
 def _forward_backward(
     model: Transformer, objective: Objective, tensors: dict[str, Tensor]
 ) -> tuple[float, dict[str, Tensor], Output, dict[str, float]]:
     """(loss, gradients by name, output, metrics with `grad_norm`). `.grad` fields are left alone: nothing to reset, nothing to leak."""
     parameters = dict(model.named_parameters())
-    output = model(tensors["tokens"], mask=tensors["real"])
+    output = _forward(model, tensors)
     loss, metrics = objective.loss(output, tensors)
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     grads = {

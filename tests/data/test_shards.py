@@ -1,0 +1,176 @@
+"""Text in shards: nothing lost, nothing held out is trained on, damage is seen, and the order depends on seed and step alone."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bascule.data import documents
+from bascule.data.shards import Order, Shards
+from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer
+from bascule.errors import UsageError
+from bascule.stages import tokenize
+
+TEXTS = [
+    f"document {n}: " + "the cat sat on the mat, 12345 times. häß\n" * (n % 5 + 1)
+    for n in range(40)
+]
+
+
+def arguments(files: list[Path], out: Path, **changes: object) -> Namespace:
+    given = {
+        "tokenizer": None,
+        "vocab_size": 300,
+        "text_field": "text",
+        "held_out": 0.1,
+        "shard_tokens": 400,
+    }
+    return Namespace(files=[str(one) for one in files], out=str(out), **{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    lines = [json.dumps({"text": text}) for text in [*TEXTS, TEXTS[3]]]
+    (root / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    answer = tokenize.main(arguments([root / "a.jsonl"], root / "shards"))
+    assert answer.data["copies_left_out"] == 1
+    return root / "shards"
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    text, tokenizer = Shards.open(folder).text(split), open_tokenizer(folder)
+    ends = text.document_ends.tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        tokenizer.decode(text.tokens(a, b - a).tolist()) for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def test_every_document_comes_back_once_and_on_one_side(folder: Path) -> None:
+    train, heldout = decoded(folder, "train"), decoded(folder, "heldout")
+    assert len(Shards.open(folder).index["train"]) > 1  # several shards
+    assert heldout and sorted(train + heldout) == sorted(TEXTS)
+
+
+def test_the_bytes_that_tokens_stand_for_are_the_texts_bytes(folder: Path) -> None:
+    shards = Shards.open(folder)
+    text = shards.text("train")
+    counted = int(shards.token_bytes()[text.tokens(0, len(text))].sum())
+    assert counted == sum(len(one.encode()) for one in decoded(folder, "train"))
+
+
+def test_digits_are_split_and_tags_are_one_token_each(folder: Path) -> None:
+    tokenizer = open_tokenizer(folder)
+    assert isinstance(tokenizer, TextTokenizer)
+    ids = tokenizer.encode("<think>2026</think>")
+    assert len(ids) == 6 and ids[0] == tokenizer.think_open_id
+    assert tokenizer.decode(ids) == "<think>2026</think>"
+
+
+def test_a_document_cannot_end_itself(folder: Path) -> None:
+    tokenizer = open_tokenizer(folder)
+    assert isinstance(tokenizer, TextTokenizer)
+    assert tokenizer.eos_id in tokenizer.encode("<eos>")
+    assert tokenizer.eos_id not in tokenizer.encode_many(["a<eos>b"])[0]
+
+
+def test_transformers_gives_the_same_ids(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder), open_tokenizer(folder)
+    assert theirs.encode("the 123 häß cat", add_special_tokens=False) == ours.encode(
+        "the 123 häß cat"
+    )
+    messages = [{"role": "user", "content": "1+2=?"}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == ours.render(messages)
+
+
+def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    Shards.open(copy).verify()
+    path = copy / "train-00001.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(UsageError, match=r"train-00001\.npy"):
+        Shards.open(copy).verify()
+
+
+def test_a_finished_folder_is_not_overwritten(folder: Path) -> None:
+    with pytest.raises(UsageError, match="already holds shards"):
+        tokenize.main(arguments([folder.parent / "a.jsonl"], folder))
+
+
+def test_a_given_tokenizer_gives_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    tokenize.main(arguments([folder.parent / "a.jsonl"], out, tokenizer=str(folder)))
+    assert Shards.open(out).index == Shards.open(folder).index
+
+
+def test_parquet_gives_what_json_lines_give(folder: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    found = list(documents.read([tmp_path / "a.parquet"], "text", lambda *_: None))
+    assert found == TEXTS
+    with pytest.raises(UsageError, match="columns: text"):
+        list(documents.read([tmp_path / "a.parquet"], "body", lambda *_: None))
+
+
+def test_a_line_without_text_and_a_file_that_is_not_utf8_are_told(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(UsageError, match=r"bad\.jsonl', line 2"):
+        list(documents.read([tmp_path / "bad.jsonl"], "text", lambda *_: None))
+    (tmp_path / "latin.txt").write_bytes("häß".encode("latin-1"))
+    told: list[Path] = []
+    assert not list(
+        documents.read([tmp_path / "latin.txt"], "text", lambda path, why: told.append(path))
+    )
+    assert told == [tmp_path / "latin.txt"]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(50, 2000),
+    st.integers(2, 24),
+    st.integers(0, 5),
+    st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
+def test_any_number_of_ranks_reads_together_what_one_reads(
+    tokens: int, length: int, seed: int, ranks: int
+) -> None:
+    if (tokens - 1) // length - 1 < 1:
+        return
+    whole = Order(tokens, length, seed)
+    for index in (0, 7, 31):
+        together = [
+            start
+            for rank in range(ranks)
+            for start in Order(tokens, length, seed).share(index, 12, rank=rank, ranks=ranks)
+        ]
+        assert together == whole.share(index, 12)
+        assert all(start >= 0 and start + length + 1 <= tokens for start in together)
+
+
+def test_an_epoch_reads_every_window_once_and_the_next_cuts_elsewhere() -> None:
+    order = Order(1001, 10, 3)
+    first, second = order.starts(0, order.windows), order.starts(order.windows, order.windows)
+    assert len(set(first)) == len(set(second)) == order.windows
+    assert np.all(np.diff(np.sort(first)) == 10)
+    assert first != second and {one % 10 for one in first} != {one % 10 for one in second}
+
+
+def test_too_little_text_says_so() -> None:
+    with pytest.raises(UsageError, match="need at least 201"):
+        Order(150, 100, 0)
