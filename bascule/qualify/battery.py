@@ -25,6 +25,7 @@ from typing import Any
 from bascule.config import ModelConfig
 from bascule.errors import UsageError
 from bascule.folder import write_json_atomic
+from bascule.qualify import kept
 from bascule.qualify.check import BOTH, Ask, asks
 from bascule.qualify.judge import Examined, verdicts
 from bascule.records import Evidence, Role, Verdict
@@ -65,14 +66,16 @@ def run_battery(
     only: Sequence[str] = (),
     roles: Sequence[Role] = BOTH,
     chips: int = 2,
+    resume: bool = False,
     ask_limit_s: float | None = None,
     on_evidence: OnEvidence | None = None,
     on_progress: OnProgress | None = None,
 ) -> BatteryResult:
     """Examine one pool's accelerator in child processes and judge it. Evidence and reproducers go to `folder`.
 
-    `chips` of the pool: links are asked about where there are several. `ask_limit_s` overrides how long one question may take before it counts as a hang. `on_progress(question, done, total)` is
-    called when a question begins. Raises UsageError when the accelerator's name is not one; a chip that is not there is
+    `chips` of the pool: links are asked about where there are several. `resume` keeps the answers of an earlier battery of the same
+    question in `folder`; without it they are asked again, findings first. `ask_limit_s` overrides how long one question may take
+    before it counts as a hang. `on_progress(question, done, total)` is called when a question begins. Raises UsageError when the accelerator's name is not one; a chip that is not there is
     evidence (nothing can be proven about it).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,7 @@ def run_battery(
     )
     started_s = time.monotonic()
     run.total = len(run.left)
+    run.remember(resume)
     while run.left:
         run.one_child()
         run.drop_lost_roles()
@@ -129,11 +133,34 @@ class _Run:
     examined: Examined = field(init=False)
     note: str | None = None
     launches: int = 0
+    known: kept.Answers = field(default_factory=dict)
     at: Ask | None = None
     opened: bool = False
 
     def __post_init__(self) -> None:
         self.examined = Examined(accelerator=self.accelerator)
+
+    def remember(self, resume: bool) -> None:
+        """Look at what is in the folder already; with `resume` take it as answered."""
+        self.launches = kept.launches(self.folder)
+        self.known = kept.answers(self.folder, self._request())
+        self.left = kept.findings_first(self.left, self.known)
+        if resume and (said := kept.opened(self.folder, self._request())):
+            self.examined = Examined(**said)
+        for ask in [ask for ask in self.left if resume and ask.name in self.known]:
+            for item in self.known[ask.name]:
+                self._add(item)
+            self.left.remove(ask)
+
+    def _request(self) -> dict[str, Any]:
+        return {
+            "accelerator": self.accelerator,
+            "model": self.model.model_dump(mode="json"),
+            "quick": self.quick,
+            "seed": self.seed,
+            "threads": self.threads,
+            "workdir": str(self.folder),
+        }
 
     def one_child(self) -> None:
         """Run one child until it is done, dies, or is stopped; `left` shrinks by at least one question."""
@@ -167,19 +194,8 @@ class _Run:
 
     def _launch(self, answers: Path) -> subprocess.Popen[bytes]:
         request = self.folder / f"request-{self.launches}.json"
-        write_json_atomic(
-            request,
-            {
-                "accelerator": self.accelerator,
-                "model": self.model.model_dump(),
-                "quick": self.quick,
-                "seed": self.seed,
-                "threads": self.threads,
-                "workdir": str(self.folder),
-                "answers": str(answers),
-                "asks": [ask.name for ask in self.left],
-            },
-        )
+        asked = [ask.name for ask in self.left]
+        write_json_atomic(request, {**self._request(), "answers": str(answers), "asks": asked})
         # stdin is a pipe that only we hold open: the child ends when we do. Its own session, so that helpers it starts die too.
         with open(self.folder / f"child-{self.launches}.log", "wb") as log:
             return subprocess.Popen(
@@ -201,7 +217,8 @@ class _Run:
             if self.on_progress:
                 self.on_progress(self.at.name, self.total - len(self.left), self.total)
         elif "evidence" in line:
-            self._add(Evidence.model_validate(line["evidence"]))
+            item = Evidence.model_validate(line["evidence"])
+            self._add(kept.not_again(item, self.at.name, self.known) if self.at else item)
         elif "end" in line and self.at:
             self.left.remove(self.at)
             self.at = None

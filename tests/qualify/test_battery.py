@@ -163,3 +163,49 @@ def test_the_trace_holds_forward_backward_optimizer_and_decode() -> None:
 def test_two_workloads_of_one_seed_are_the_same_and_of_two_seeds_are_not() -> None:
     one, same, other = (Workload(TICK, seed).batch(3)["tokens"] for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_battery_that_was_cut_off_is_resumed_and_keeps_its_answers(tmp_path: Path) -> None:
+    first = run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact.matmul"])
+    begun: list[str] = []
+    again = run_battery(
+        "p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact"], resume=True,
+        on_progress=lambda name, done, total: begun.append(f"{name} {done}/{total}"),
+    )  # fmt: skip
+    assert begun == ["exact.reduction[train] 2/4", "exact.reduction[infer] 3/4"]
+    assert [item.detail for item in again.evidence[:2]] == [item.detail for item in first.evidence]
+    nothing_left = run_battery(
+        "p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact"], resume=True
+    )
+    assert nothing_left.examined == again.examined == first.examined
+
+
+def test_findings_are_asked_first_and_one_that_is_gone_says_so(tmp_path: Path) -> None:
+    run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact"])
+    answers = tmp_path / "answers-1.jsonl"
+    answers.write_text(answers.read_text().replace('"check": "exact.reduction", "family": "exact", "roles": ["infer"], "outcome": "pass"',
+                                                   '"check": "exact.reduction", "family": "exact", "roles": ["infer"], "outcome": "fail"'))  # fmt: skip
+    begun: list[str] = []
+    again = run_battery(
+        "p",
+        "cpu",
+        TICK,
+        tmp_path,
+        time_limit_s=120,
+        only=["exact"],
+        on_progress=lambda name, done, total: begun.append(name),
+    )
+    assert begun[0] == "exact.reduction[infer]"
+    assert again.evidence[0].outcome == "pass" and again.evidence[0].detail.startswith(
+        "did not happen again: "
+    )
+
+
+def test_answers_for_another_seed_are_not_kept(tmp_path: Path) -> None:
+    run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact.matmul"])
+    begun: list[str] = []
+    run_battery(
+        "p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact.matmul"], resume=True, seed=1,
+        on_progress=lambda name, done, total: begun.append(name),
+    )  # fmt: skip
+    assert begun == ["exact.matmul[train]", "exact.matmul[infer]"]
