@@ -143,6 +143,11 @@ def _qualify(parser: Parser) -> None:
         "--full", action="store_true", help="the long battery; the default is the quick one"
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the answers of an earlier battery that was cut off",
+    )
+    parser.add_argument(
         "--time-limit",
         type=float,
         default=None,
@@ -249,14 +254,49 @@ def _compare_runs(parser: Parser) -> None:
 
 def _tokenize(parser: Parser) -> None:
     parser.add_argument(
-        "files", nargs="+", metavar="FILES", help="text, JSON lines, Parquet, or folders of such files"
+        "files",
+        nargs="+",
+        metavar="FILES",
+        help="text, JSON lines, Parquet, or folders of such files",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="where the shards are written; must not hold any yet")
-    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="train a byte-level BPE of at most N tokens (default: 4096)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="use this model folder's (or GGUF file's) tokenizer instead of training one")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="name of the text in JSON lines and Parquet (default: text)")
-    parser.add_argument("--held-out", type=float, default=0.01, metavar="SHARE", help="share of documents kept for evaluation (default: 0.01)")
-    parser.add_argument("--shard-tokens", type=int, default=50_000_000, metavar="N", help="tokens in one shard (default: 50 million)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="where the shards are written; must not hold any yet",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="train a byte-level BPE of at most N tokens (default: 4096)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="use this model folder's (or GGUF file's) tokenizer instead of training one",
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="name of the text in JSON lines and Parquet (default: text)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of documents kept for evaluation (default: 0.01)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=50_000_000,
+        metavar="N",
+        help="tokens in one shard (default: 50 million)",
+    )
 
 
 def _doctor(parser: Parser) -> None:

@@ -35,6 +35,7 @@ def main(arguments: Namespace) -> Answer:
             quick=not arguments.full,
             seed=arguments.seed,
             only=arguments.check,
+            resume=arguments.resume,
             on_evidence=_say_evidence,
         )
         for name in arguments.accelerators
