@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from bascule.records import (
     SnapshotEvent,
     StepStats,
     Verdict,
+    Warned,
 )
 from bascule.stages import workers
 from bascule.stages.answer import say
@@ -273,6 +275,9 @@ class Supervisor:
                 )
             elif isinstance(record, SnapshotEvent) and record.state == "certified":
                 self.deaths.clear()
+            elif isinstance(record, Warned) and record.pool is not None:
+                # A worker's; this process's own are on stderr since they were written.
+                print(f"WARN {record.what}: {record.detail}", file=sys.stderr, flush=True)
             elif record.kind in ("evaluation", "text_evaluation", "continuation", "alarm"):
                 say(
                     f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}"
