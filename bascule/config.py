@@ -314,6 +314,7 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     max_queue: int = Field(64, ge=1)
+    audit_every: int = Field(32, ge=0, description="every n-th answer is scored again on the CPU; 0 = never, and never when the CPU itself serves")
 
 
 class Recipe(Section):

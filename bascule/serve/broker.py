@@ -11,10 +11,11 @@ import json
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from bascule.errors import DeviceFault
 from bascule.infer.sequence import Sampling
@@ -22,6 +23,9 @@ from bascule.infer.sequence import Sampling
 State = Literal["starting", "serving", "moving", "down", "closed"]
 RESTARTS = 2  # of the same pool, when its process died and no other pool is left
 LINE_LIMIT = 1 << 26
+# Between two right chips fp32 differs by about 1e-5 (inference.md 5.2: vLLM against transformers 1e-6, llama.cpp 4e-4 with an fp16
+# cache); a corrupted matrix product moves some token by tenths.
+AUDIT_BOUND = 5e-3
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,26 @@ class Ticket:
     submitted_s: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
     moves: int = 0
+    logprobs: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     arrivals: asyncio.Queue[Said | Refused] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished choice and what the engine said about its tokens, at the temperature it sampled with."""
+
+    prompt: list[int]
+    said: list[int]
+    logprobs: list[float]
+    temperature: float
+
+
+class Referee(Protocol):
+    """Another kind of chip that holds the same model."""
+
+    async def worst_difference(self, answer: Answer) -> float:
+        """Largest |difference| of the log-probabilities of an answer's tokens. Raises Refused when it cannot say."""
+        ...
 
 
 @dataclass(eq=False)
@@ -78,6 +101,7 @@ class Scoring:
     id: int
     prompt: list[int]
     top: int
+    temperature: float
     scores: asyncio.Future[list[list[tuple[int, float]]]]
 
 
@@ -96,6 +120,7 @@ class Broker:
         hang_timeout_s: float = 30.0,
         start_timeout_s: float = 180.0,
         fault_logs: Path | None = None,
+        audit_every: int = 0,
         note: Callable[[str, Candidate, str], None] = lambda kind, candidate, text: None,
     ) -> None:
         self.candidates = list(candidates)
@@ -110,6 +135,11 @@ class Broker:
         self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
         self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
         self._fault_logs, self._note = fault_logs, note
+        self._audit_every = audit_every
+        self._referee: Referee | None = None
+        self._finished = 0
+        self.audits = 0
+        self.worst_audit = 0.0
         self._failed: set[int] = set()
         self._deaths = 0
         self._at = 0
@@ -132,6 +162,16 @@ class Broker:
         """Open the first candidate that works. Raises DeviceFault when none does."""
         await self._open_next("start")
         self._tasks.append(asyncio.create_task(self._watch(), name="watch engine"))
+
+    def appoint(self, referee: Referee) -> None:
+        """From now on every `audit_every`-th answer is compared with what `referee` thinks of it."""
+        self._referee = referee
+
+    async def worst_difference(self, answer: Answer) -> float:
+        """This broker as another one's referee."""
+        scores = await self.score([*answer.prompt, *answer.said], 0, answer.temperature)
+        ours = [tops[0][1] for tops in scores[-len(answer.said) :]]
+        return max(abs(a - b) for a, b in zip(ours, answer.logprobs, strict=True))
 
     async def close(self) -> None:
         self.state = "closed"
@@ -171,12 +211,14 @@ class Broker:
         self._hand_over(ticket)
         return ticket
 
-    async def score(self, prompt: list[int], top: int) -> list[list[tuple[int, float]]]:
+    async def score(
+        self, prompt: list[int], top: int, temperature: float = 1.0
+    ) -> list[list[tuple[int, float]]]:
         """What the model thinks of a prompt's tokens. Raises Refused when no chip answers."""
         if self.state in ("down", "closed"):
             raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
         future: asyncio.Future[list[list[tuple[int, float]]]] = asyncio.Future()
-        scoring = Scoring(next(self._ids), prompt, top, future)
+        scoring = Scoring(next(self._ids), prompt, top, temperature, future)
         self.scorings[scoring.id] = scoring
         self._ask_score(scoring)
         try:
@@ -187,7 +229,16 @@ class Broker:
     def _ask_score(self, scoring: Scoring) -> None:
         if not self.tickets:
             self._heard_s = time.monotonic()
-        self._send({"score": {"id": scoring.id, "prompt": scoring.prompt, "top": scoring.top}})
+        self._send(
+            {
+                "score": {
+                    "id": scoring.id,
+                    "prompt": scoring.prompt,
+                    "top": scoring.top,
+                    "temperature": scoring.temperature,
+                }
+            }
+        )
 
     def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
         """The reader has enough of one choice, or of all. Safe to call at any time, more than once."""
@@ -370,6 +421,30 @@ class Broker:
             self._process.kill()
             await self._process.wait()
 
+    def _audit(self, ticket: Ticket, choice: int) -> None:
+        """Let the referee score a finished answer. One that two chips wrote, because serving moved, proves nothing."""
+        if self._referee is not None and not ticket.moves and self.candidate.accelerator != "cpu":
+            answer = Answer(
+                ticket.prompt,
+                ticket.said[choice],
+                ticket.logprobs[choice],
+                ticket.sampling.temperature or 1.0,
+            )
+            self._tasks.append(asyncio.create_task(self._compare(answer, self.moves), name="audit"))
+
+    async def _compare(self, answer: Answer, moves: int) -> None:
+        assert self._referee is not None
+        try:
+            worst = await self._referee.worst_difference(answer)
+        except Refused:
+            return  # the referee itself is gone; its absence was noted when it ended
+        self.audits += 1
+        self.worst_audit = max(self.worst_audit, worst)
+        if worst > AUDIT_BOUND and moves == self.moves and self._process is not None:
+            self.trouble = f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({AUDIT_BOUND:g} is allowed)"
+            self._failed.add(self._at)
+            self._process.kill()  # `_listen` sees the end and moves on
+
     def _deliver(self, message: dict[str, Any]) -> None:
         self._heard_s = time.monotonic()
         self.load = message["load"]
@@ -384,7 +459,11 @@ class Broker:
             if ticket is None or choice not in ticket.open:
                 continue  # cancelled meanwhile
             ticket.said[choice].append(token)
+            ticket.logprobs[choice].append(logprob)
             if finish is not None:
+                self._finished += 1
+                if self._finished % max(self._audit_every, 1) == 0:
+                    self._audit(ticket, choice)
                 ticket.open.discard(choice)
                 if not ticket.open:
                     del self.tickets[job]

@@ -89,6 +89,7 @@ class Routes:
         counters = {
             "prefix_cache_queries_total": load.get("prefix_queries", 0),
             "prefix_cache_hits_total": load.get("prefix_hits", 0),
+            "audits_total": self.service.broker.audits,
             "engine_moves_total": self.service.broker.moves,
         }
         return PlainTextResponse(

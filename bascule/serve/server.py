@@ -92,6 +92,7 @@ async def _serve(
         max_queue=recipe.serve.max_queue,
         hang_timeout_s=hang_timeout_s,
         fault_logs=folder.ground_truth,
+        audit_every=recipe.serve.audit_every,
         note=lambda what, candidate, text: _note(ledger, what, candidate, text),
     )
     name = recipe.name
@@ -119,11 +120,13 @@ async def _serve(
         )
         # Making problems imports a large library: it must not stand between the start and the first answer.
         filling = asyncio.create_task(_fill(tries, recipe))
+        refereeing = asyncio.create_task(_appoint_referee(broker, folder, recipe))
         draining = asyncio.create_task(_note_draining(server, service))
         with contextlib.suppress(asyncio.CancelledError):
             await server.serve(sockets=[listener])
         draining.cancel()
         filling.cancel()
+        refereeing.cancel()
     finally:
         await broker.close()
 
@@ -176,6 +179,7 @@ def about(name: str, broker: Broker, records: Sequence[AnyRecord]) -> dict[str, 
             other.pool or other.accelerator for other in broker.candidates if other is not candidate
         ],
         "moves": broker.moves,
+        "audits": {"done": broker.audits, "worst_logprob_difference": broker.worst_audit},
         "trouble": broker.trouble or None,
     }
 
@@ -188,6 +192,19 @@ def examples(recipe: Recipe) -> list[str]:
         for task in recipe.data.tasks
         for problem in get_task(task.name).problems(EXAMPLE_SEED, each, task.options)
     ]
+
+
+async def _appoint_referee(broker: Broker, folder: RunFolder, recipe: Recipe) -> None:
+    """The CPU judges what another chip answers. Started beside the server, never in its way; closed with it."""
+    if not recipe.serve.audit_every or all(one.accelerator == "cpu" for one in broker.candidates):
+        return
+    referee = Broker(folder.model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1)
+    try:
+        await referee.start()
+        broker.appoint(referee)
+        await asyncio.Event().wait()
+    finally:
+        await referee.close()
 
 
 async def _fill(tries: list[str], recipe: Recipe) -> None:

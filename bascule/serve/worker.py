@@ -145,7 +145,9 @@ class Desk:
     def _score_one(self) -> None:
         if self.to_score:
             job = self.to_score.popleft()
-            self._scored.append([job["id"], score(self.batch.model, job["prompt"], job["top"])])
+            self._scored.append(
+                [job["id"], score(self.batch.model, job["prompt"], job["top"], job["temperature"])]
+            )
 
     def _read_long(self) -> None:
         if (

@@ -239,6 +239,40 @@ def test_a_chip_that_fails_is_left_and_no_answer_notices(
 
 
 @pytest.mark.slow
+def test_a_chip_that_answers_wrong_without_a_sign_is_caught_by_the_audit(start: Start) -> None:
+    pools = {"liar": "sim:infer-bad?onset_step=12&rate=0.05@cpu", "spare": "cpu"}
+    server = start(pools, serve={"audit_every": 2})
+    body = {**CHAT, "max_tokens": 30, "logit_bias": {"2": -100}}
+    wait_until(
+        lambda: (
+            server.post("/v1/chat/completions", body)[0] == 200
+            and server.get("/version")[1]["moves"] == 1
+        ),
+        limit_s=60,
+    )
+    version = server.get("/version")[1]
+    assert "audited answer" in version["trouble"] and version["chip"]["pool"] == "spare"
+    assert [
+        record.pool for record in of_kind(read_ledger(server.folder.ledger), PoolCondemned)
+    ] == ["liar"]
+
+
+@pytest.mark.slow
+def test_audits_of_a_right_chip_agree(start: Start) -> None:
+    server = start({"right": "sim:clean@cpu"}, serve={"audit_every": 1})
+    body = {**CHAT, "max_tokens": 30, "temperature": 0.7, "n": 3}
+    wait_until(
+        lambda: (
+            server.post("/v1/chat/completions", body)[0] == 200
+            and server.get("/version")[1]["audits"]["done"] >= 9
+        ),
+        limit_s=60,
+    )
+    version = server.get("/version")[1]
+    assert version["audits"]["worst_logprob_difference"] < 1e-4 and version["moves"] == 0
+
+
+@pytest.mark.slow
 def test_when_no_chip_is_left_it_says_so(start: Start) -> None:
     server = start({"only": 'sim:nan?roles=["infer"]&onset_step=2&rate=1.0@cpu'})
     assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 4})[0] == 200
