@@ -41,6 +41,9 @@ class ModelConfig(Section):
     preset: str = Field(
         "nano", description="named shape to start from; any field below overrides it"
     )
+    depth: int | None = Field(
+        None, ge=1, le=128, description="one dial: every size that is not set follows from it (shape_of_depth)"
+    )
     attention: Literal["mla", "gqa"] = "mla"
     ffn: Literal["moe", "swiglu"] = "moe"
     vocab_size: int = Field(128, ge=2, description="overwritten by the tokenizer's size in a run")
@@ -78,7 +81,14 @@ class ModelConfig(Section):
         if not isinstance(data, Mapping):
             return data
         existing = data.get("from") or data.get("from_")
-        preset = data.get("preset", "custom" if existing else "nano")
+        depth = data.get("depth")
+        preset = data.get("preset", "custom" if existing or depth else "nano")
+        if depth and (existing or preset != "custom"):
+            raise ValueError(
+                f"depth = {depth} gives the whole shape; leave {'from' if existing else 'preset'} out"
+            )
+        if isinstance(depth, int) and 1 <= depth <= 128:
+            return {**shape_of_depth(depth), **data, "preset": preset}
         if existing and preset != "custom":
             raise ValueError(
                 f"from = '{existing}' brings its own shape; leave preset = '{preset}' out"
@@ -115,6 +125,28 @@ class ModelConfig(Section):
                     f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {allowed} experts that the groups leave"
                 )
         return self
+
+
+def shape_of_depth(depth: int) -> dict[str, int]:
+    """Sizes of a model with `depth` layers, by published rules.
+
+    width 64 a layer       loss is flat between 50 and 100 (Kaplan et al. 2020, arXiv 2001.08361, figure 5)
+    head 128, 64 if small  latent 4 heads, rotary half a head (DeepSeek-V2, arXiv 2405.04434, section 3.1.2); nope the other half, so
+                           that queries are as wide as values (training.md 0.8; V2 itself has a whole head there)
+    feed-forward 8/3       as many weights as a plain one of 4 (Shazeer 2020, arXiv 2002.05202)
+    experts a quarter      fine-grained, one shared, three routed: a token passes as many weights as in a dense layer
+                           (DeepSeekMoE, arXiv 2401.06066); 16 of them, 64 from 12 layers on; the first layer is dense
+    """
+    width, head = 64 * depth, 128 if depth >= 8 else 64
+    dense = -(-width * 8 // 3 // 64) * 64
+    heads = max(1, -(-width // head))
+    return {
+        "num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "head_dim": head, "v_head_dim": head, "qk_nope_head_dim": head // 2, "qk_rope_head_dim": head // 2,
+        "kv_lora_rank": 4 * head, "intermediate_size": dense, "moe_intermediate_size": dense // 4,
+        "n_routed_experts": 64 if depth >= 12 else 16, "num_experts_per_tok": 3, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "max_position_embeddings": 2048,
+    }  # fmt: skip
 
 
 # `nope + rope == v_head_dim` keeps the fast attention paths (training.md 0.8). From `mini` up the geometry is the one fast
@@ -372,6 +404,7 @@ class Recipe(Section):
         left = self.train.steps
         result: dict[str, int] = {}
         for phase in self.train.phases:
+            sections: dict[str, PretrainConfig | SftConfig | GrpoConfig]
             sections = {"pretrain": self.pretrain, "sft": self.sft, "grpo": self.grpo}
             wanted = sections[phase].steps
             result[phase] = wanted if left is None else min(wanted, left)

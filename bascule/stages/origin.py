@@ -14,6 +14,7 @@ from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last
 from bascule.model import origin
 from bascule.records import ModelOrigin, TextOpened
+from bascule.stages import dial
 from bascule.stages.answer import say
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -27,6 +28,10 @@ def resolve(recipe: Recipe) -> Recipe:
     """
     if "pretrain" in recipe.train.phases:
         recipe = _with_text(recipe)
+    if recipe.model.depth:
+        recipe, lines = dial.turn(recipe)
+        for line in lines:
+            say(line)
     if recipe.model.from_ is None:
         return recipe
     path = Path(recipe.model.from_).absolute()

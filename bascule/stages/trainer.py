@@ -357,8 +357,12 @@ class Trainer:
         steps = self.recipe.phase_steps()
         found: dict[str, Objective] = {}
         first = 1
+        makers: dict[str, Callable[[int], Objective]] = {
+            "pretrain": self._pretrain,
+            "sft": self._sft,
+            "grpo": self._grpo,
+        }
         for phase in steps:
-            makers: dict[str, Callable[[int], Objective]] = {"pretrain": self._pretrain, "sft": self._sft, "grpo": self._grpo}
             found[phase] = makers[phase](first)
             first += steps[phase]
         return found
