@@ -148,6 +148,13 @@ def _qualify(parser: Parser) -> None:
         help="keep the answers of an earlier battery that was cut off",
     )
     parser.add_argument(
+        "--require",
+        action="append",
+        choices=["train", "infer"],
+        default=[],
+        help="exit 3 unless every accelerator is fit for this role (repeatable); without it, exit 3 when one is unfit for any",
+    )
+    parser.add_argument(
         "--time-limit",
         type=float,
         default=None,

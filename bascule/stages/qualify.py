@@ -40,7 +40,13 @@ def main(arguments: Namespace) -> Answer:
         )
         for name in arguments.accelerators
     ]
-    unfit = any(verdict.verdict == "unfit" for result in results for verdict in result.verdicts)
+    judged = [verdict for result in results for verdict in result.verdicts]
+    if arguments.require:
+        refused = any(
+            verdict.role in arguments.require and verdict.verdict != "fit" for verdict in judged
+        )
+    else:
+        refused = any(verdict.verdict == "unfit" for verdict in judged)
     data = {
         "pools": {
             name: {
@@ -55,7 +61,7 @@ def main(arguments: Namespace) -> Answer:
     return Answer(
         text="\n".join(line for result in results for line in _lines(result)),
         data=data,
-        exit_code=CheckFailed.exit_code if unfit else 0,
+        exit_code=CheckFailed.exit_code if refused else 0,
     )
 
 
