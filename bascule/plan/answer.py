@@ -187,7 +187,9 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
     steps = ask.tokens / job.tokens_per_step
     spread = math.log(step.high / step.low) / 2
     useful = _around(steps * step.seconds, spread, "s", step.basis)
-    failures = goodput(useful.value, ask.chips, ask.chip.vendor, rate=_own_rate(ask))
+    failures = goodput(
+        useful.value, ask.chips, ask.chip.vendor, recovery=ask.recovery, rate=_own_rate(ask)
+    )
     stretch = math.log(failures.wall_high_s / failures.wall_low_s) / 2
     days = _around(
         failures.wall_s / 86400,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from bascule.errors import RecipeError, nearest
 from bascule.plan.catalogue import Chip, find_chip
+from bascule.plan.goodput import Recovery
 from bascule.plan.job import Layout, precision_class
 
 MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -41,6 +42,7 @@ class TrainAsk:
     pue: float | None = None
     failures: float | None = None
     layout: Layout | None = None
+    recovery: Recovery | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,13 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
         return replace(ask, failures=float(found.group(1)))
     if re.fullmatch(r"(?:(?:tp|pp|cp|ep|vpp|mb|zero-?)\d+\s*)+", word):
         return replace(ask, layout=parse_layout(word, ask.chips))
+    if found := re.fullmatch(r"(save|detect|restart)\s*([\d.]+)\s*s", word):
+        return replace(
+            ask,
+            recovery=replace(
+                ask.recovery or Recovery(), **{f"{found.group(1)}_s": float(found.group(2))}
+            ),
+        )
     if word.startswith("software "):
         return replace(ask, software=part[9:].strip())
     raise _not_understood(
@@ -140,6 +149,9 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
             "pue 1.2",
             "6.5 failures (per 1000 node-days)",
             "TP4 PP8 EP32",
+            "save 30 s",
+            "detect 60 s",
+            "restart 540 s",
             "software NAME",
         ],
     )

@@ -81,7 +81,7 @@ def serving_of(row: Row) -> Serving:
     batch = None
     if "low-latency" in row.get("batch_or_concurrency", "") or phase_text == "decode latency":
         batch = 1.0 / chips
-    elif concurrency is not None:
+    elif concurrency is not None and concurrency > 0:
         per_chip = "per NPU" in row["batch_or_concurrency"] or "openpangu" in row["family"]
         batch = concurrency if per_chip else concurrency / chips
     limit = number(row, "slo_tpot_ms")
@@ -89,12 +89,12 @@ def serving_of(row: Row) -> Serving:
         limit = ASSUMED_INTERACTIVE_MS
     user = number(row, "tok_s_user")
     if (
-        user is not None and not chips_text
+        user is not None and user > 0 and not chips_text
     ):  # a point of a Pareto frontier: the speed a user sees is the input, the chips are not printed
         batch, limit = None, 1e3 / user
     return Serving(
         shape=shape, chip=chip, chips=chips, precision=precision_class(row.get("precision", "")), phase=phase, prompt=prompt, completion=completion,
-        batch=batch, tpot_s=limit / 1e3 if limit else (0.05 if phase == "decode" else 0.1),
+        batch=batch, tpot_s=limit / 1e3 if limit and limit > 0 else (0.05 if phase == "decode" else 0.1),
         split="TP" not in deployment and shape.moe, accepted=MTP_ACCEPTED if "MTP" in row.get("spec_decode", "") else 1.0,
         software=_software(row),
     )  # fmt: skip
@@ -128,11 +128,13 @@ def _software(row: Row) -> str:
 
 
 def _lengths(row: Row) -> tuple[float, float]:
-    prompt, completion = number(row, "isl"), number(row, "osl")
+    prompt, completion = (
+        value if (value := number(row, key)) and value > 0 else None for key in ("isl", "osl")
+    )
     if prompt is None and "MLPerf" in row.get("phase", ""):
         prompt, completion = MLPERF.get(row["model"], (ASSUMED_PROMPT, ASSUMED_COMPLETION))
     cached = number(row, "kv_len")
-    if cached is not None and completion is None:
+    if cached is not None and cached > 0 and completion is None:
         return cached, 1.0
     return prompt or ASSUMED_PROMPT, completion or (
         1.0 if row.get("phase") == "prefill" else ASSUMED_COMPLETION
@@ -150,9 +152,9 @@ def served_shape(row: Row) -> Shape:
     except RecipeError:
         pass
     total = number(row, "params_total_B")
-    if total is None:
+    if total is None or total <= 0 or (number(row, "params_active_B") or 1) <= 0:
         raise RecipeError(
-            f"Row {row.get('id')}: the model '{name}' is not known and its parameter count is missing."
+            f"Row {row.get('id')}: the model '{name}' is not known and its parameter count is missing or not above 0."
         )
     return stand_in(name, total * 1e9, (number(row, "params_active_B") or 0.08 * total) * 1e9)
 

@@ -53,6 +53,9 @@ LLAMA3_CAUSES = {
 }
 LLAMA3_ALL = 419
 
+# Shares of incidents in ByteDance's ByteRobust (778,135 jobs, as excerpted in planner.md 9); rates per chip-hour are not printed.
+BYTEROBUST_SHARES = {"CUDA errors": 0.361, "hangs": 0.099, "InfiniBand": 0.029}
+
 
 def causes_per_chip_hour() -> dict[str, float]:
     """Failures per chip and hour by cause, Llama 3's table; `other` is the rest of the 419."""

@@ -59,15 +59,39 @@ def whole(row: Row, key: str, default: int) -> int:
     return max(1, round(value)) if value is not None else default
 
 
+SIZES = (
+    "experts",
+    "topk",
+    "moe_ffn",
+    "ffn_hidden",
+    "dense_layers_first",
+    "chips",
+    "seq_len",
+    "global_batch_seqs",
+    "isl",
+    "osl",
+    "kv_len",
+)
+
+
 def shape_of(row: Row) -> Shape:
     """The model of a row. Raises RecipeError when the sizes that fix the FLOPs are not in it."""
-    extra: dict[str, Any] = json.loads(row.get("arch_json") or "{}")
+    extra = _extra(row)
     missing = [key for key in ("layers", "hidden", "heads", "vocab") if number(row, key) is None]
     if missing:
         raise RecipeError(f"Row {row.get('id')}: the model's {', '.join(missing)} is missing.")
+    negative = [key for key in SIZES if (number(row, key) or 0) < 0]
+    if negative:
+        raise RecipeError(
+            f"Row {row.get('id')}: {', '.join(negative)} is negative; sizes are 0 or more."
+        )
     layers, hidden, heads = whole(row, "layers", 1), whole(row, "hidden", 1), whole(row, "heads", 1)
     experts = int(number(row, "experts") or 0)
-    moe_ffn = int(number(row, "moe_ffn") or 0)
+    moe_ffn = int(number(row, "moe_ffn") or (number(row, "ffn_hidden") or 0 if experts else 0))
+    if experts and not (moe_ffn and number(row, "topk")):
+        raise RecipeError(
+            f"Row {row.get('id')}: the experts' width or the number chosen (moe_ffn, topk) is missing."
+        )
     dense = int(number(row, "dense_layers_first") or 0) if experts else layers
     if extra.get("moe_every", 1) == 2:
         dense = layers // 2
@@ -79,7 +103,7 @@ def shape_of(row: Row) -> Shape:
         layers=layers,
         heads=heads,
         kv_heads=whole(row, "kv_heads", heads),
-        head_dim=whole(row, "head_dim", hidden // heads),
+        head_dim=whole(row, "head_dim", max(1, hidden // heads)),
         ffn=int(number(row, "ffn_hidden") or (0 if experts else 4 * hidden)),
         vocab=whole(row, "vocab", 1),
         gated=extra.get("ffn_matrices", 3) == 3,
@@ -109,6 +133,16 @@ def shape_of(row: Row) -> Shape:
         if row["model"] == "DeepSeek-V2"
         else 0,
     )
+
+
+def _extra(row: Row) -> dict[str, Any]:
+    try:
+        found = json.loads(row.get("arch_json") or "{}")
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"Row {row.get('id')}: arch_json is not JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise RecipeError(f"Row {row.get('id')}: arch_json must be an object.")
+    return found
 
 
 def _windows(model: str, note: str, layers: int) -> tuple[int, int]:

@@ -105,3 +105,9 @@ def test_a_users_own_chips_come_first_and_bad_keys_are_named(tmp_path: Path) -> 
 def test_measured_figures_replace_the_datasheet() -> None:
     chip = with_measured(find_chip("H100"), {"bf16_tflops": 700.0, "unrelated": 1.0})
     assert (chip.bf16_tflops, chip.basis) == (700.0, "measured on this machine")
+
+
+def test_recovery_times_of_the_owners_drills_are_taken() -> None:
+    ask = parse_train("2048 x H800, 1T tokens, save 5 s, detect 20 s, restart 120 s")
+    assert ask.recovery is not None
+    assert (ask.recovery.save_s, ask.recovery.down_s) == (5.0, 140.0)
