@@ -13,7 +13,7 @@ from pathlib import Path
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
 from bascule.plan.ask import TrainAsk, parse_serve, parse_train
-from bascule.plan.catalogue import Chip, chips_from_toml
+from bascule.plan.catalogue import Chip, chips_from_toml, find_chip, power_w, with_measured
 from bascule.plan.cost import bubble_share
 from bascule.plan.forecast import Forecast, Model, shipped
 from bascule.plan.goodput import FailureRate, Goodput, goodput, rate_of
@@ -26,8 +26,6 @@ from bascule.plan.service import Service, price_service
 
 Z80 = 1.2816  # standard normal: half width of an 80 % interval
 ASSUMED_PUE = 1.3  # facility power over machine power where the user gives none; assumed
-ASSUMED_ALL_IN = 2.3  # all-in watts over the chip's TDP where nobody published the former; between B200's 2.2 and H100's 2.5
-ASSUMED_POWER_W = 1500.0
 
 
 @dataclass(frozen=True)
@@ -149,8 +147,6 @@ def answer(
 def _measured_chips(
     measured: Mapping[str, Mapping[str, float]], own: Mapping[str, Chip]
 ) -> dict[str, Chip]:
-    from bascule.plan.catalogue import find_chip, with_measured
-
     return {
         find_chip(name, own).name: with_measured(find_chip(name, own), figures)
         for name, figures in measured.items()
@@ -238,18 +234,6 @@ def _own_rate(ask: TrainAsk) -> FailureRate:
 
 def _around(value: float, spread: float, unit: str, basis: str) -> Estimate:
     return Estimate(value, value / math.exp(spread), value * math.exp(spread), unit, basis)
-
-
-def power_w(chip: Chip) -> tuple[float, str]:
-    """All-in watts of a chip with its share of host and network, and what they rest on."""
-    if chip.power_all_in_w:
-        return chip.power_all_in_w, "derived from published rack or service figures"
-    if chip.tdp_w:
-        return (
-            chip.tdp_w * ASSUMED_ALL_IN,
-            f"assumed {ASSUMED_ALL_IN} x the TDP of {chip.tdp_w:.0f} W",
-        )
-    return ASSUMED_POWER_W, "assumed; no power is published for this chip"
 
 
 def _chip_notes(chip: Chip) -> tuple[str, ...]:

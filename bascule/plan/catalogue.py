@@ -58,6 +58,9 @@ class Chip:
         return None
 
 
+ASSUMED_ALL_IN = 2.3  # all-in watts over the chip's TDP where nobody published the former; between B200's 2.2 and H100's 2.5
+ASSUMED_POWER_W = 1500.0
+
 PRECISION_COLUMNS = {
     "bf16": ("bf16_tflops",),
     "fp8": ("fp8_tflops", "bf16_tflops"),
@@ -96,7 +99,8 @@ ALIASES = {
     "910b": "Ascend 910B", "ascend910b": "Ascend 910B", "ascend910c": "Ascend 910C", "950dt": "Ascend 950DT", "950pr": "Ascend 950PR",
     "ironwood": "TPU7x Ironwood", "tpuv7": "TPU7x Ironwood", "trillium": "TPU v6e Trillium", "tpuv6e": "TPU v6e Trillium",
     "trn1": "Trainium1", "trn2": "Trainium2", "trn3": "Trainium3", "s5000": "MTT S5000", "s4000": "MTT S4000",
-    "ppu": "PPU (T-Head)", "h100-96gb-500w(meta)": "H100-96 500W", "atlas900a2": "Ascend 910B",
+    "ppu": "PPU (T-Head)",
+    "c500": "MetaX C500", "h100-96gb-500w(meta)": "H100-96 500W", "atlas900a2": "Ascend 910B",
     "ascend(a3,typenotprinted)": "Ascend 910C",
 }  # fmt: skip
 
@@ -148,3 +152,15 @@ def with_measured(chip: Chip, measured: Mapping[str, float]) -> Chip:
     """Put figures that `qualify` measured in place of the datasheet's. Keys as in `Chip`; others are ignored."""
     found = {key: value for key, value in measured.items() if key in _FLOATS}
     return replace(chip, **found, basis="measured on this machine") if found else chip  # type: ignore[arg-type]
+
+
+def power_w(chip: Chip) -> tuple[float, str]:
+    """All-in watts of a chip with its share of host and network, and what they rest on."""
+    if chip.power_all_in_w:
+        return chip.power_all_in_w, "derived from published rack or service figures"
+    if chip.tdp_w:
+        return (
+            chip.tdp_w * ASSUMED_ALL_IN,
+            f"assumed {ASSUMED_ALL_IN} x the TDP of {chip.tdp_w:.0f} W",
+        )
+    return ASSUMED_POWER_W, "assumed; no power is published for this chip"

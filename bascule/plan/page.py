@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from string import Template
 
@@ -125,9 +125,9 @@ def _rect(x: float, y: float, width: float, height: float, color: str, title: st
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height:.1f}" fill="{color}" rx="2"><title>{html.escape(title)}</title></rect>'
 
 
-def _bars(trainings: Sequence[TrainingAnswer], pick: object) -> str:
+def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], Estimate]) -> str:
     """One bar an option, a whisker for its 80 % interval."""
-    estimates = [pick(t) for t in trainings]  # type: ignore[operator]
+    estimates = [pick(t) for t in trainings]
     scale = (WIDTH - LEFT - RIGHT - 160) / max(e.high for e in estimates)
     body = ""
     for i, (t, e) in enumerate(zip(trainings, estimates, strict=True)):

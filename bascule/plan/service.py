@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bascule.plan.architecture import Shape
 from bascule.plan.ask import ServeAsk
-from bascule.plan.catalogue import Chip
+from bascule.plan.catalogue import Chip, power_w
 from bascule.plan.serving import (
     MEMORY_USABLE,
     WEIGHT_BYTES,
@@ -89,7 +89,7 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
     batch = chosen_batch(both, model.constants)
     tpot = batch / decode[0]
     ttft = ask.prompt / prefill[0] / min(n, 8)
-    watts = ask.chip.power_all_in_w or (ask.chip.tdp_w * 2.3 if ask.chip.tdp_w else 1500.0)
+    watts, _ = power_w(ask.chip)
     seconds = (
         1 / decode[0] + ask.prompt / ask.completion / prefill[0]
     )  # chip-seconds of one completion token, its prompt included
