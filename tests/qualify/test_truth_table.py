@@ -159,3 +159,9 @@ def test_checks_of_the_full_battery_pass_on_the_cpu_and_see_a_softmax_of_099(
         opened = open_accelerator(accelerator)
         evidence, _ = examine.qualify(opened, NANO, quick=False, only=[name], workdir=tmp_path)
         assert {item.outcome for item in evidence} == expected, [item.detail for item in evidence]
+
+
+def test_a_wrong_product_is_shrunk_to_the_smallest_shape_that_fails(on_chip: Ready) -> None:
+    exact = next(check for check in CHECKS if check.name == "exact.matmul")
+    found = put_all(on_chip("sim:buffer-1024"), exact)
+    assert "smallest shape that fails: 1025x1x2" in found[0].detail  # one row past the buffer

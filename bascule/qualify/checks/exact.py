@@ -19,6 +19,8 @@ from bascule.records import Evidence
 SHAPES_MKN = ((64, 96, 64), (127, 65, 33), (129, 128, 127), (1025, 48, 40), (2049, 17, 24), (31, 4097, 9), (256, 256, 256))  # fmt: skip
 SCALES = (-30, -24, -18, -12, -6, 6, 12, 18, 24, 30)
 REPEATS = 12
+SHRINK_TRIES = 80
+Shape = tuple[int, int, int]
 
 _MATMUL_BODY = """
 for m, k, n in $shapes:
@@ -81,17 +83,21 @@ def integers(seed: int, what: str, shape: tuple[int, ...], low: int = -8, high: 
 def matmul(context: CheckContext) -> list[Evidence]:
     """Products at awkward shapes, at sixty octaves, in bf16, batched, and (for training) through autograd."""
     tally = _Tally()
-    _shapes(context, tally)
+    failing = _shapes(context, tally)
     _scales(context, tally)
     _bf16(context, tally)
     if context.role == "train":
         _gradients(context, tally)
-    return tally.evidence(
-        context, "exact.matmul", _MATMUL_BODY.replace("$shapes", repr(SHAPES_MKN))
-    )
+    shapes: tuple[Shape, ...] = SHAPES_MKN
+    if failing:
+        smallest = _shrunk(context, failing)
+        shapes = (smallest, *shapes)
+        tally.first += f"; smallest shape that fails: {'x'.join(map(str, smallest))} (MxKxN)"
+    return tally.evidence(context, "exact.matmul", _MATMUL_BODY.replace("$shapes", repr(shapes)))
 
 
-def _shapes(context: CheckContext, tally: _Tally) -> None:
+def _shapes(context: CheckContext, tally: _Tally) -> Shape | None:
+    """Returns the first shape with a wrong value."""
     device, seed = context.accelerator.device, context.seed
     cases = [(integers(seed, "a", (m, k)), integers(seed, "b", (k, n))) for m, k, n in SHAPES_MKN]
     want = [(a.double() @ b.double()).float() for a, b in cases]
@@ -102,11 +108,42 @@ def _shapes(context: CheckContext, tally: _Tally) -> None:
             [(a @ b).cpu(), (a @ turned).cpu()] for _ in range(REPEATS) for a, b, turned in on_chip
         ]
         batched = torch.bmm(on_chip[0][0].expand(5, -1, -1), on_chip[0][1].expand(5, -1, -1)).cpu()
+    failing: Shape | None = None
     for place, answers in enumerate(got):
         m, k, n = SHAPES_MKN[place % len(SHAPES_MKN)]
+        before = tally.wrong
         for answer in answers:
             tally.hold(f"{m}x{k} @ {k}x{n}", answer, want[place % len(SHAPES_MKN)])
+        if tally.wrong > before and failing is None:
+            failing = (m, k, n)
     tally.hold("batch of 5 products", batched, want[0].expand(5, -1, -1))
+    return failing
+
+
+def _shrunk(context: CheckContext, shape: Shape) -> Shape:
+    """Make the sizes smaller, one at a time, by halves and then by ones, as long as the product stays wrong."""
+    left = SHRINK_TRIES
+    smaller = True
+    while smaller and left:
+        smaller = False
+        for place in range(3):
+            for size in (shape[place] // 2, shape[place] - 1):
+                tried: Shape = (*shape[:place], size, *shape[place + 1 :])  # type: ignore[assignment]
+                left -= left > 0
+                if left and size >= 1 and _fails(context, tried):
+                    shape, smaller = tried, True
+                    break
+    return shape
+
+
+def _fails(context: CheckContext, shape: Shape) -> bool:
+    m, k, n = shape
+    a, b = integers(context.seed, "a", (m, k)), integers(context.seed, "b", (k, n))
+    want = (a.double() @ b.double()).float()
+    left, right = a.to(context.accelerator.device), b.to(context.accelerator.device)
+    with context.chip():
+        got = [(left @ right).cpu() for _ in range(REPEATS)]
+    return any(not torch.equal(answer, want) for answer in got)
 
 
 def _scales(context: CheckContext, tally: _Tally) -> None:

@@ -1,6 +1,6 @@
 """The same work with a known answer, again and again: how rare a corruption could this have seen?
 
-Each repetition is held bit by bit against the first, which another repetition confirms. n clean repetitions do not say "no
+Each repetition is held bit by bit against the others of the same input. n clean repetitions do not say "no
 corruption"; they say that a rate above 3/n per repetition would have shown itself with 95 % confidence (the rule of three).
 """
 
@@ -19,18 +19,19 @@ from bascule.qualify.context import CheckContext, Measured
 from bascule.records import Evidence
 
 QUICK_REPEATS = 12
+INPUTS = 3  # different batches in turn: a bad unit may fail for some values only
 FULL_SECONDS = 300.0
 
 
 def training(context: CheckContext) -> list[Evidence]:
-    """Gradients of one fixed batch. Step numbers run on, as in a training that lasts."""
+    """Gradients at fixed weights. Step numbers run on, as in a training that lasts."""
     work = context.workload
     model = work.model_on(context.accelerator)
-    batch = context.accelerator.to_device(work.batch(1))
+    batches = [context.accelerator.to_device(work.batch(place + 1)) for place in range(INPUTS)]
 
-    def once(step: int) -> str:
+    def once(step: int, place: int) -> str:
         with context.chip(step=step):
-            result = workload.forward_backward(model, batch)
+            result = workload.forward_backward(model, batches[place])
             return digest(value.cpu() for value in result.grads.values())
 
     return _soak(context, once, "gradient computations")
@@ -39,42 +40,49 @@ def training(context: CheckContext) -> list[Evidence]:
 def inference(context: CheckContext) -> list[Evidence]:
     work = context.workload
     model = work.model_on(context.accelerator)
-    tokens = context.accelerator.to_device(work.batch(1)["tokens"])
+    batches = [
+        context.accelerator.to_device(work.batch(place + 1)["tokens"]) for place in range(INPUTS)
+    ]
 
-    def once(step: int) -> str:
+    def once(step: int, place: int) -> str:
         with context.chip(step=step), torch.no_grad():
-            return digest([work.prefill_and_decode(model, tokens, steps=4).cpu()])
+            return digest([work.prefill_and_decode(model, batches[place], steps=4).cpu()])
 
     return _soak(context, once, "prefill-and-decode passes")
 
 
-def _soak(context: CheckContext, once: Callable[[int], str], what: str) -> list[Evidence]:
-    seen: list[str] = []
+def _soak(context: CheckContext, once: Callable[[int, int], str], what: str) -> list[Evidence]:
+    seen: list[list[str]] = [[] for _ in range(INPUTS)]
+    steps = 0
     ends_s = time.monotonic() + FULL_SECONDS
-    while len(seen) < QUICK_REPEATS or (not context.quick and time.monotonic() < ends_s):
-        seen.append(once(len(seen) + 1))
-    counts = Counter(seen)
-    usual, agreeing = counts.most_common(1)[0]
-    wrong = len(seen) - agreeing
+    while steps < QUICK_REPEATS or (not context.quick and time.monotonic() < ends_s):
+        place = steps % INPUTS
+        steps += 1
+        seen[place].append(once(steps, place))
+    # The answer given most often is taken for right; of a chip that never agrees with itself, one in a batch's answers.
+    usual = [Counter(answers).most_common(1)[0][0] for answers in seen]
+    wrong = sum(answer != usual[place] for place, answers in enumerate(seen) for answer in answers)
     measured: Measured = {
-        "repetitions": len(seen),
+        "repetitions": steps,
+        "inputs": INPUTS,
         "differing": wrong,
-        "rate_seen_with_95_percent": 3.0 / len(seen),
+        "rate_seen_with_95_percent": 3.0 / steps,
     }
     if wrong:
-        first = next(place for place, one in enumerate(seen, start=1) if one != usual)
+        first = min(
+            turn * INPUTS + place + 1
+            for place, answers in enumerate(seen)
+            for turn, answer in enumerate(answers)
+            if answer != usual[place]
+        )
         return [
             context.failed(
-                f"{wrong} of {len(seen)} equal {what} gave other bits, first at repetition {first}",
+                f"{wrong} of {steps} repeated {what} gave other bits than their equals, first at repetition {first}",
                 measured,
             )
         ]
-    return [
-        context.passed(
-            f"{len(seen)} equal {what}, all bit-equal: a corruption of more than {3.0 / len(seen):.1%} of them would have shown with 95 % confidence",
-            measured,
-        )
-    ]
+    words = f"{steps} {what} on {INPUTS} inputs, all bit-equal when repeated: a corruption of more than {3.0 / steps:.1%} of them would have shown with 95 % confidence"
+    return [context.passed(words, measured)]
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
