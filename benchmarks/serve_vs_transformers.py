@@ -11,6 +11,7 @@ of the same call for one token is subtracted), `whole` does not.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -136,9 +137,8 @@ def compare(
     }
     for _ in range(3):
         for (name, new), best in times.items():
-            times[name, new] = min(
-                best, seconds(lambda: (run_ours if name == "ours" else run_theirs)(new))
-            )  # noqa: B023
+            run = run_ours if name == "ours" else run_theirs
+            times[name, new] = min(best, seconds(functools.partial(run, new)))
     for name in ("ours", "transformers"):
         figures[f"{name}_whole"] = batch * NEW_TOKENS / times[name, NEW_TOKENS]
         figures[f"{name}_decode"] = (
