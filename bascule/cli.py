@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -382,8 +383,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT
     text = json.dumps(answer.data, indent=1) if arguments.json else answer.text
-    if text:
-        print(text)
+    try:
+        if text:
+            print(text, flush=True)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python would complain again when it flushes stdout at exit.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return int(answer.exit_code)
 
 

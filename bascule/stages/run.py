@@ -60,6 +60,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
         try:
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
+            plan.plan_run(recipe, ledger)
             place.place_roles(recipe, ledger)
             train.train(recipe, folder, ledger, should_stop=stop.asked)
         except BasculeError as error:
