@@ -284,6 +284,14 @@ class TrainConfig(Section):
     router_bias_speed: float = Field(
         1e-3, ge=0, description="auxiliary-loss-free balancing, sign update (DeepSeek-V3)"
     )
+    balance_loss_weight: float = Field(
+        0.0, ge=0, description="sequence-wise balance of experts in pretrain and sft; DeepSeek-V3 took 1e-4"
+    )
+    mtp_loss_weight: float = Field(
+        0.3, ge=0, description="weight of the prediction layer's loss in pretrain and sft, where the model has one"
+    )
+    mtp_final_loss_weight: float = Field(0.1, ge=0, description="the same after mtp_switch_ratio")
+    mtp_switch_ratio: float = Field(0.67, ge=0, le=1, description="share of the phase's steps")
 
 
 class GuardConfig(Section):

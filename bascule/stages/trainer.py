@@ -57,6 +57,7 @@ from bascule.records import (
 from bascule.stages.course import Course, course
 from bascule.stages.train import ENDING_FILE
 from bascule.train import checkpoint, loop, pretrain, rewards
+from bascule.train.extra import Extended
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
 from bascule.train.objective import Objective
@@ -363,9 +364,18 @@ class Trainer:
             "grpo": self._grpo,
         }
         for phase in steps:
-            found[phase] = makers[phase](first)
+            found[phase] = self._extended(makers[phase](first))
             first += steps[phase]
         return found
+
+    def _extended(self, objective: Objective) -> Objective:
+        """With the extra loss terms of the phases that learn from given text; GRPO's loss stays as published."""
+        model, config = self.course.model, self.recipe.train
+        ahead = bool(model.num_nextn_predict_layers) and config.mtp_loss_weight > 0
+        balance = model.ffn == "moe" and config.balance_loss_weight > 0
+        if objective.phase == "grpo" or not (ahead or balance):
+            return objective
+        return Extended(objective, config, ahead, balance)
 
     def _reading(self, split: str) -> pretrain.Reading:
         config = self.recipe.pretrain

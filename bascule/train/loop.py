@@ -16,6 +16,7 @@ from typing import Any
 from bascule.errors import GuardStopped, Preempted, SnapshotError
 from bascule.records import StepStats
 from bascule.train import checkpoint
+from bascule.train.extra import load_metrics
 from bascule.train.objective import Objective
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, Proposal, Stepper
@@ -185,7 +186,7 @@ def _stats(proposal: Proposal, seconds: float) -> StepStats:
         reward=proposal.metrics.get("reward"),
         metrics={
             name: value
-            for name, value in proposal.metrics.items()
+            for name, value in {**proposal.metrics, **load_metrics(proposal.expert_loads)}.items()
             if name != "reward" and math.isfinite(value)
         },
     )

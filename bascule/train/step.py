@@ -18,6 +18,7 @@ from torch import Tensor
 from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import SnapshotError
 from bascule.model.transformer import Output, Transformer
+from bascule.train import extra
 from bascule.train.objective import Batch, Objective, token_logprobs
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
@@ -293,8 +294,9 @@ def _forward_backward(
 ) -> tuple[float, dict[str, Tensor], Output, dict[str, float]]:
     """(loss, gradients by name, output, metrics with `grad_norm`). `.grad` fields are left alone: nothing to reset, nothing to leak."""
     parameters = dict(model.named_parameters())
-    output = _forward(model, tensors)
-    loss, metrics = objective.loss(output, tensors)
+    with extra.listening(model, tensors) as heard:
+        output = _forward(model, tensors)
+    loss, metrics = extra.add(*objective.loss(output, tensors), output, tensors, heard)
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     grads = {
         name: torch.zeros_like(p) if g is None else g

@@ -17,8 +17,8 @@ from bascule.records import Evaluation, RunFinished, StepStats, TextEvaluation, 
 
 RECIPE = """
 pools.here.accelerator = "cpu"
-model = {{ preset = "tick", max_position_embeddings = 96 }}
-train = {{ phases = ["pretrain", "sft"], snapshot_every_steps = 4 }}
+model = {{ preset = "tick", max_position_embeddings = 96, num_nextn_predict_layers = 1 }}
+train = {{ phases = ["pretrain", "sft"], snapshot_every_steps = 4, balance_loss_weight = 1e-4 }}
 pretrain = {{ data = "{data}", steps = 6, batch_sequences = 4, sequence_length = 64, eval_sequences = 4 }}
 sft = {{ steps = 2, batch_sequences = 4 }}
 data = {{ train_problems = 32, eval_problems = 4, tasks = [{{ name = "chain_sum", options = {{ min_terms = 2, max_terms = 2 }} }}] }}
@@ -58,6 +58,9 @@ def test_the_ledger_tells_the_text_and_the_bits_per_byte(finished: Path) -> None
     steps = [one for one in records if isinstance(one, StepStats)]
     assert [one.phase for one in steps] == ["pretrain"] * 6 + ["sft"] * 2
     assert all("bits_per_byte" in one.metrics for one in steps[:6])
+    assert all(
+        {"ahead_loss", "balance_loss", "expert_max_ratio"} <= one.metrics.keys() for one in steps
+    )
     assert last(records, Evaluation) and last(records, RunFinished)
 
 
