@@ -1,9 +1,12 @@
-"""Tasks by name: the built-in ones, or a user's own as `package.module:object`."""
+"""Tasks by name: the built-in ones, a user's own as `package.module:object`, or a file of questions as `jsonl:PATH`."""
 
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 
+from bascule.data.tasks import jsonl
 from bascule.data.tasks.base import Problem, Task
 from bascule.errors import RecipeError, nearest
 
@@ -14,13 +17,18 @@ BUILT_IN = ("chain_sum", "countdown", "gcd", "letter_counting")
 def get(name: str) -> Task:
     """The task of that name. Raises RecipeError when there is none, or when what is there is not a Task."""
     module_name, colon, attribute = name.partition(":")
+    if module_name == jsonl.PREFIX and attribute:
+        return jsonl.JsonLines(attribute)
     if not colon:
         if name not in BUILT_IN:
             raise RecipeError(
-                f"There is no task '{name}'; built in: {', '.join(BUILT_IN)}; your own is written package.module:task."
+                f"There is no task '{name}'; built in: {', '.join(BUILT_IN)}; your own is written package.module:task, "
+                f"a file of questions jsonl:PATH."
                 f"{nearest(name, BUILT_IN)}"
             )
         module_name, attribute = f"bascule.data.tasks.{name}", "task"
+    elif str(Path.cwd()) not in sys.path:  # a task of the user's own may lie where bascule is run
+        sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:

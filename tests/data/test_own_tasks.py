@@ -1,0 +1,102 @@
+"""Tasks that users bring: a module of their own, and a file of questions in GSM8K's format."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bascule.config import DataConfig, TaskConfig
+from bascule.data import corpus
+from bascule.data.tasks import registry
+from bascule.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("gsm") / "train.jsonl"
+    lines = [
+        {"question": f"Tom has {n} pens and buys {n}00 more. How many?", "answer": f"He buys {n}00.\nSo <<{n}+{n}00={n * 101}>>{n * 101}.\n#### {n * 101:,}"}
+        for n in range(1, 41)
+    ]  # fmt: skip
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return f"jsonl:{path}"
+
+
+def test_a_file_of_questions_is_split_into_disjoint_sides(gsm8k: str) -> None:
+    config = DataConfig(tasks=(TaskConfig(name=gsm8k),), train_problems=100, eval_problems=8)
+    split = corpus.split(config, 0)
+    assert len(split.heldout) == 8 and len(split.train) == 32
+    assert corpus.heldout_problems(config) == corpus.split(config, 1).heldout
+
+
+def test_the_worked_solution_is_the_thought_and_its_verifier_pays_it(gsm8k: str) -> None:
+    problems = registry.get(gsm8k).problems(0, 40, {})
+    examples = corpus.sft_examples(problems, 0)
+    assert len(examples) == 40
+    assert "<<" not in examples[0][1] and examples[0][1].startswith("<think>He buys")
+
+
+@pytest.mark.parametrize(
+    ("said", "reward"), [("1,010", 1.0), ("1010", 1.0), (" $1010.00 ", 1.0), ("1010.", 1.0), ("1011", 0.0), ("101", 0.0), ("1e3", 0.0)]
+)  # fmt: skip
+def test_numbers_are_compared_as_numbers(gsm8k: str, said: str, reward: float) -> None:
+    task = registry.get(gsm8k)
+    problem = next(p for p in task.problems(0, 40, {}) if p.answer == "1,010")
+    assert task.verify(problem, f"<think></think>{said}") == reward
+    assert task.verify(problem, said) == 0.0
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        registry.get(f"jsonl:{tmp_path}/none").problems(0, 1, {})
+    (tmp_path / "a.jsonl").write_text('{"q": "1+1", "a": "2"}\n')
+    task = registry.get(f"jsonl:{tmp_path}/a.jsonl")
+    with pytest.raises(RecipeError, match="line 1"):
+        task.problems(0, 1, {})
+    assert task.problems(0, 1, {"question": "q", "answer": "a"})[0].answer == "2"
+    with pytest.raises(RecipeError, match="no option 'split'"):
+        task.problems(0, 1, {"split": "test"})
+
+
+def test_the_example_is_a_task_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    task = registry.get("examples.own_task:task")
+    problems = task.problems(3, 50, {})
+    assert problems == task.problems(3, 50, {}) and len({p.key for p in problems}) == 50
+    assert all(task.verify(p, task.trace(p, 0)) == 1.0 for p in problems)
+    assert len((ROOT / "examples" / "own_task.py").read_text().splitlines()) <= 40
+
+
+def test_a_run_trains_on_both(gsm8k: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(f"""
+pools.here.accelerator = "cpu"
+model = {{ preset = "tick", max_position_embeddings = 160 }}
+train = {{ phases = ["sft", "grpo"], snapshot_every_steps = 4 }}
+sft = {{ steps = 2, batch_sequences = 4 }}
+grpo = {{ steps = 2, prompts = 2, group_size = 2, max_completion_tokens = 8, min_start_pass_at_16 = 0.0 }}
+qualify = {{ required = false, time_limit_s = 0.1 }}
+evaluate.samples = 1
+[data]
+train_problems = 40
+eval_problems = 4
+[[data.tasks]]
+name = "examples.own_task:task"
+[[data.tasks]]
+name = "{gsm8k}"
+""")
+    bascule = Path(sys.executable).parent / "bascule"
+    for command in (
+        ["run", str(recipe), "--out", str(tmp_path)],
+        ["evaluate", str(tmp_path / "own")],
+    ):
+        done = subprocess.run(
+            [str(bascule), *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
