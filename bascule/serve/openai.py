@@ -19,6 +19,7 @@ from starlette.routing import Route
 from bascule.serve.bodies import DetokenizeBody, TokenizeBody
 from bascule.serve.chat import ChatRoute
 from bascule.serve.completions import CompletionRoute
+from bascule.serve.document import document
 from bascule.serve.errors import (
     ApiError,
     answer_crash,
@@ -70,6 +71,9 @@ class Routes:
 
     async def version(self, request: Request) -> Response:
         return JSONResponse(self.about())
+
+    async def show_document(self, request: Request) -> Response:
+        return JSONResponse(document(self.service.model))
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_object()]})
@@ -151,6 +155,7 @@ def application(service: Service, *, about: Callable[[], dict[str, Any]], page: 
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/version", api.version),
+        Route("/openapi.json", api.show_document),
         Route("/metrics", api.show_metrics),
         Route("/v1/models", api.models),
         Route("/v1/models/{model:path}", api.one_model),

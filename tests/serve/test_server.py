@@ -280,3 +280,18 @@ def test_when_no_chip_is_left_it_says_so(start: Start) -> None:
     assert status == 503 and "NaN or infinity" in answer["error"]["message"]
     assert server.get("/health")[0] == server.get("/ready")[0] == 503
     assert server.post("/v1/chat/completions", CHAT)[0] == 503
+
+
+def test_the_document_describes_what_the_routes_check(server: Server) -> None:
+    found = server.get("/openapi.json")[1]
+    chat = found["components"]["schemas"]["ChatBody"]
+    assert chat["additionalProperties"] is False and set(chat["required"]) == {"model", "messages"}
+    assert chat["properties"]["model"]["enum"] == ["tiny"]
+    for path, methods in found["paths"].items():
+        for method in methods:
+            status = (
+                server.get(path)[0]
+                if method == "get"
+                else server.post(path, {"no": "such field"})[0]
+            )
+            assert status == (200 if method == "get" else 400)

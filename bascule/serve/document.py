@@ -1,0 +1,78 @@
+"""The API's OpenAPI document, made from the bodies that the routes check: what is described is what is enforced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from bascule.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from bascule.serve.responses import ResponsesBody
+
+BODIES: Mapping[str, type[Body]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/responses": ResponsesBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+READS = ("/v1/models", "/health", "/ready", "/version")
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def document(model: str) -> dict[str, Any]:
+    """OpenAPI 3.1 of the server that has `model`. Refusals a client can cause carry the error's shape."""
+    names, schemas = models_json_schema(
+        [(body, "validation") for body in BODIES.values()],
+        ref_template="#/components/schemas/{model}",
+    )
+    for body in BODIES.values():
+        properties = schemas["$defs"][body.__name__]["properties"]
+        properties["model"] = {"type": "string", "enum": [model]}
+    paths: dict[str, Any] = {path: {"get": {"responses": _responses(401, 403)}} for path in READS}
+    for path in ("/health", "/ready"):  # their 503 is an answer, not an error
+        paths[path]["get"]["responses"]["503"] = {
+            "description": "not ready",
+            "content": {"application/json": {}},
+        }
+    for path, body in BODIES.items():
+        asked = {
+            "required": True,
+            "content": {"application/json": {"schema": names[body, "validation"]}},
+        }
+        refusals = (400, 401, 403, 404, 413, 415, 429, 503, 504)
+        paths[path] = {"post": {"requestBody": asked, "responses": _responses(*refusals)}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "bascule", "version": metadata.version("bascule")},
+        "paths": paths,
+        "components": {"schemas": {**schemas["$defs"], "Error": ERROR}},
+    }
+
+
+def _responses(*refusals: int) -> dict[str, Any]:
+    answer = {
+        "description": "the answer",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {"200": answer} | {
+        str(status): {"description": "refused", "content": error} for status in refusals
+    }
