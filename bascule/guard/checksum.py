@@ -5,8 +5,8 @@ bmm and baddbmm below it is checked, so the forward product and both backward pr
 the model knowing. r has random signs and sizes: a vector of ones would not see swapped columns, nor rows that sum to zero by
 construction. The bound per row comes from numerics.checksum_bound (feasibility.md 6: 0 false alarms in 655,422 checks).
 
-Not covered: anything that is not a matrix product (norms, softmax, fused attention, the optimizer): audits and the replays
-at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
+Fused attention is held to laws of its own (guard/attention). Not covered: norms, routing and other operators that are no products;
+audits and the replays at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
 does not share that fault.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule import draws, numerics
+from bascule.guard.attention import FUSED, attention_ratio
 
 aten = torch.ops.aten
 
@@ -106,6 +107,10 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
             index, self._count = self._count, self._count + 1
             if self.only is None or self.only(index):
                 self._check(index, func, args, kwargs or {}, output)
+        elif func in FUSED:
+            index, self._count = self._count, self._count + 1
+            if self.only is None or self.only(index):
+                self._check_attention(index, func, args, kwargs or {}, output)
         return output
 
     @property
@@ -152,6 +157,20 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
             kept_addend = None if addend is None else addend.detach().cpu().clone()
             violation = self._violation(index, check, float(ratio))
             self.kept = Product(violation, tensors[0], tensors[1], kept_addend, tensors[2])
+
+    def _check_attention(
+        self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any
+    ) -> None:
+        q, k = (args[1], args[2]) if FUSED[func].backward else (args[0], args[1])
+        probe = _probe(
+            q.shape[-1], torch.float64 if q.dtype == torch.float64 else torch.float32, q.device
+        )
+        ratio = attention_ratio(func, args, kwargs, outputs, probe)
+        if ratio is not None:
+            shape = (q.shape[-2], q.shape[-1], k.shape[-2])
+            self._checks[index] = _Check(
+                "attention", shape, torch._C._current_autograd_node(), (0, 0), ratio
+            )
 
     def _violation(self, index: int, check: _Check, ratio: float) -> Violation:
         name, direction = self._describe(check)

@@ -88,7 +88,7 @@ def test_wrong_again_is_persistent_and_the_first_wrong_operator_is_named_and_kep
 
 
 def test_a_kernel_that_both_chips_of_a_kind_share_is_called_software(trained) -> None:  # type: ignore[no-untyped-def]
-    rig = trained("softmax-0.99")
+    rig = trained("drop-best")
     proposal = rig.stepper.propose(rig.objective.next_batch(1))
     assert (
         investigate(proposal, rig.stepper, NoiseFloor(REFEREE), same_kind=True).attribution
