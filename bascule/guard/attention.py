@@ -4,8 +4,8 @@
     backward   sum_j dV_j = sum_i dO_i, because rows of P sum to one
                sum_i q_i dq_i = sum_j k_j dk_j, because both are the sum over all scores of score times its gradient
 
-Shapes: B batch, H heads, T queries, S keys, E head size. Bounds are the rounding of the sums involved, with the same margin as
-for products. Laws hold without dropout only; calls with dropout are passed over.
+Shapes: B batch, H heads, T queries, S keys, E head size. Bounds are the rounding of the sums involved. The laws hold without
+dropout only; calls with dropout are passed over.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor
 from bascule import numerics
 
 aten = torch.ops.aten
+
+MARGIN = 8.0
+"""Twice that of products: the largest break seen in 120 steps of `nano` at seven times the recipe's learning rate was 1.9."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _forward(
     largest = torch.linalg.vector_norm(v_BHSE.to(probe.dtype), dim=-1).amax()
     along = ((output_BHTE.to(probe.dtype) * probe).sum(-1) - again_BHTE[..., 0]).abs().amax()
     mass = (again_BHTE[..., -1] - 1.0).abs().amax()
-    margin = numerics.CHECKSUM_MARGIN * u * (math.sqrt(keys) + math.sqrt(size))
+    margin = MARGIN * u * (math.sqrt(keys) + math.sqrt(size))
     return torch.maximum(along / (margin * largest + numerics.CHECKSUM_FLOOR), mass / margin)
 
 
