@@ -21,13 +21,17 @@ class Largest:
         return list(found.values())[:count]
 
     def verify(self, problem: Problem, completion_text: str) -> float:
-        parsed = chat.parse_strict(completion_text)  # (thought, answer), or None when the form is wrong
+        parsed = chat.parse_strict(
+            completion_text
+        )  # (thought, answer), or None when the form is wrong
         return 1.0 if parsed is not None and parsed[1] == problem.answer else 0.0
 
     def trace(self, problem: Problem, key: int) -> str | None:
         """A worked solution for SFT: the largest so far, number by number."""
         numbers = problem.metadata["numbers"]
-        return chat.completion(",".join(str(max(numbers[:i])) for i in range(1, len(numbers) + 1)), problem.answer)
+        return chat.completion(
+            ",".join(str(max(numbers[:i])) for i in range(1, len(numbers) + 1)), problem.answer
+        )
 
 
 task = Largest()

@@ -92,6 +92,15 @@ class TextTokenizer(Tokenizer):
         """The text of every token. A token that is part of a character shows as U+FFFD."""
         return self._every_symbol
 
+    @cached_property
+    def _control_symbols(self) -> tuple[str, ...]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        return self._control_symbols
+
     def encode(self, text: str, *, replace_unknown: bool = False) -> list[int]:
         del replace_unknown  # byte-level vocabularies know every text
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids

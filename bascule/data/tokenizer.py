@@ -80,6 +80,11 @@ class Tokenizer:
     def think_close_id(self) -> int:
         return self._id_of[chat.THINK_CLOSE]
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """How control tokens are spelled: text from outside that holds one would be read as that token."""
+        return tuple(symbol for symbol in self.symbols if len(symbol) > 1 and symbol not in TAGS)
+
     def encode(self, text: str, *, replace_unknown: bool = False) -> list[int]:
         """Ids of `text`; nothing is added at either end. Special tokens written out (`<think>`) become their one id.
 

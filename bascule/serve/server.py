@@ -14,7 +14,7 @@ import uvicorn
 
 from bascule.config import Recipe, read_resolved
 from bascule.data.tasks.registry import get as get_task
-from bascule.data.tokenizer import Tokenizer
+from bascule.data.text_tokenizer import open_tokenizer
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last, of_kind, read_ledger
@@ -97,7 +97,7 @@ async def _serve(
     )
     name = recipe.name
     tries: list[str] = []
-    service = Service(broker, Tokenizer.load(folder.model), model=name)
+    service = Service(broker, open_tokenizer(folder.model), model=name)
     app = application(
         service, about=lambda: {**about(name, broker, records), "examples": tries}, page=page()
     )

@@ -90,18 +90,13 @@ def chat_prompt(
     ]
     for at, message in enumerate(plain):
         _refuse_control(at, message["role"], message["content"], tokenizer)
-    return tokenizer.encode(chat.render(plain, add_generation_prompt=add_generation_prompt))
+    return tokenizer.encode(tokenizer.render(plain, add_generation_prompt=add_generation_prompt))
 
 
 def _refuse_control(at: int, role: str, content: str, tokenizer: Tokenizer) -> None:
     """Text that spells a control token would be read as that token: a user could speak as the system."""
     tags = () if role == "assistant" else (chat.THINK_OPEN, chat.THINK_CLOSE)
-    controls = [
-        symbol
-        for symbol in tokenizer.symbols
-        if len(symbol) > 1 and symbol not in (chat.THINK_OPEN, chat.THINK_CLOSE)
-    ]
-    for symbol in (*controls, *tags):
+    for symbol in (*tokenizer.controls, *tags):
         if symbol in content:
             raise UsageError(
                 f"messages[{at}].content holds '{symbol}', which is a control token of this model. Write it differently."

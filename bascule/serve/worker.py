@@ -27,6 +27,7 @@ import torch
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
+from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, OutOfMemory
 from bascule.infer.batch import Batch, Prefill, Row, score
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.accelerator, seed=options.seed, fault_log=options.fault_log
         )
         accelerator.prepare(options.threads)
-        tokenizer = Tokenizer.load(options.model)
+        tokenizer = open_tokenizer(options.model)
         model, _ = load_hf(options.model)
         sha256 = fingerprint(model)
         desk = Desk(accelerator.move(model).eval(), accelerator, tokenizer, slots=options.slots)

@@ -14,7 +14,7 @@ from existing import make_llama
 
 from bascule.cli import main
 from bascule.config import load_recipe
-from bascule.errors import RecipeError
+from bascule.errors import RecipeError, UsageError
 from bascule.ledger import last, read_ledger
 from bascule.records import ModelOrigin, RunFinished, StepStats
 from bascule.stages import origin
@@ -91,3 +91,15 @@ def test_a_source_that_changed_is_refused_on_resume(recipe: Path, tmp_path: Path
     ledger.write_text("\n".join(changed) + "\n")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "its files changed" in done.stderr
+
+def test_the_server_speaks_with_a_foreign_vocabulary(recipe: Path, tmp_path: Path) -> None:
+    """Through the server's own reader of prompts: the model's template, and its control tokens refused as text."""
+    from bascule.data.text_tokenizer import open_tokenizer
+    from bascule.serve.bodies import Message
+    from bascule.serve.text import chat_prompt
+
+    tokenizer = open_tokenizer(recipe.parent / "llama")
+    ids = chat_prompt([Message(role="user", content="1+2=?")], tokenizer)
+    assert ids == tokenizer.encode(tokenizer.prompt("1+2=?"))
+    with pytest.raises(UsageError, match="control token"):
+        chat_prompt([Message(role="user", content="a<|im_end|>")], tokenizer)
