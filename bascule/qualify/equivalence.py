@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -188,12 +189,13 @@ def t_cdf(t: float, freedom: float) -> float:
     return 1.0 - tail if t > 0 else tail
 
 
+@lru_cache(maxsize=4096)
 def t_quantile(p: float, freedom: float) -> float:
     """Inverse of `t_cdf` for p in (0.5, 1), by bisection."""
     low, high = 0.0, 1.0
     while t_cdf(high, freedom) < p:
         high *= 2.0
-    for _ in range(80):
+    for _ in range(50):
         middle = (low + high) / 2.0
         low, high = (middle, high) if t_cdf(middle, freedom) < p else (low, middle)
     return (low + high) / 2.0

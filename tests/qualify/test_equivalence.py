@@ -56,18 +56,18 @@ def share(results: list[equivalence.Equivalence], answer: str) -> float:
 
 
 def test_equal_groups_are_called_equal_as_often_as_the_power_says() -> None:
-    results = groups(1, 1000, 10, 0.0035, 0.0)
+    results = groups(1, 400, 10, 0.0035, 0.0)
     error = 0.0035 * math.sqrt(2 / 10)
     assert share(results, "equal") == pytest.approx(power(error, 18, 0.005), abs=0.05)
     assert share(results, "different") <= 0.02
 
 
 def test_groups_that_differ_by_the_margin_are_called_equal_in_at_most_five_percent() -> None:
-    assert share(groups(2, 1000, 10, 0.0035, 0.005), "equal") <= 0.065
+    assert share(groups(2, 400, 10, 0.0035, 0.005), "equal") <= 0.075
 
 
 def test_groups_that_differ_by_three_margins_are_called_different() -> None:
-    results = groups(3, 300, 10, 0.0035, 0.015)
+    results = groups(3, 100, 10, 0.0035, 0.015)
     assert share(results, "different") > 0.99
     assert share(results, "equal") == 0.0
 
