@@ -239,7 +239,7 @@ def standard(spike_sigma: float, *, experts_per_token: int = 1) -> tuple[Sentine
     return (
         Finite(),
         Spike("loss spike", "loss", spike_sigma, least_spread=0.05, least_factor=2.0),
-        Spike("gradient spike", "grad_norm", spike_sigma, least_spread=0.1, least_factor=4.0),
+        Spike("gradient spike", "grad_norm", spike_sigma, least_spread=0.1, least_factor=20.0),
         StepTime(),
         ExpertCollapse(experts_per_token=experts_per_token),
         MemoryTrend(),
