@@ -64,8 +64,14 @@ def attention_ratio(
     if dropout:
         return None
     if kind.backward:
-        return _backward(args[0], args[1], args[2], args[3], outputs, kwargs.get("scale"))
-    return _forward(func, args, kwargs, outputs[0], probe)
+        inputs = args[:4]
+        ratio = _backward(args[0], args[1], args[2], args[3], outputs, kwargs.get("scale"))
+    else:
+        inputs = args[:3]
+        ratio = _forward(func, args, kwargs, outputs[0], probe)
+    # An input that is already bad obeys no law; the operator that made it bad is the one to name.
+    sound = torch.stack([torch.isfinite(x).all() for x in inputs]).all()
+    return torch.where(sound, ratio, torch.zeros_like(ratio))
 
 
 def _forward(
