@@ -35,6 +35,7 @@ class ModelConfig(Section):
 
     from_: str | None = Field(
         None,
+        min_length=1,
         alias="from",
         description="start from an existing model: a Hugging Face folder (safetensors), or a GGUF file",
     )
@@ -42,7 +43,10 @@ class ModelConfig(Section):
         "nano", description="named shape to start from; any field below overrides it"
     )
     depth: int | None = Field(
-        None, ge=1, le=128, description="one dial: every size that is not set follows from it (shape_of_depth)"
+        None,
+        ge=1,
+        le=128,
+        description="one dial: every size that is not set follows from it (shape_of_depth)",
     )
     attention: Literal["mla", "gqa"] = "mla"
     ffn: Literal["moe", "swiglu"] = "moe"
@@ -243,7 +247,8 @@ class GrpoConfig(Section):
     """GRPO: group advantage by mean only, token-level loss, clip-higher, no KL (training.md 2.6)."""
 
     algorithm: Literal["default", "grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
-        "default", description="advantage and loss as published (train/policy.py); gspo wants clips near 3e-4"
+        "default",
+        description="advantage and loss as published (train/policy.py); gspo wants clips near 3e-4",
     )
     steps: int = Field(
         150,
@@ -285,10 +290,14 @@ class TrainConfig(Section):
         1e-3, ge=0, description="auxiliary-loss-free balancing, sign update (DeepSeek-V3)"
     )
     balance_loss_weight: float = Field(
-        0.0, ge=0, description="sequence-wise balance of experts in pretrain and sft; DeepSeek-V3 took 1e-4"
+        0.0,
+        ge=0,
+        description="sequence-wise balance of experts in pretrain and sft; DeepSeek-V3 took 1e-4",
     )
     mtp_loss_weight: float = Field(
-        0.3, ge=0, description="weight of the prediction layer's loss in pretrain and sft, where the model has one"
+        0.3,
+        ge=0,
+        description="weight of the prediction layer's loss in pretrain and sft, where the model has one",
     )
     mtp_final_loss_weight: float = Field(0.1, ge=0, description="the same after mtp_switch_ratio")
     mtp_switch_ratio: float = Field(0.67, ge=0, le=1, description="share of the phase's steps")
@@ -309,7 +318,9 @@ class GuardConfig(Section):
         description="share of the step time for checksums and audits; their intervals follow from costs measured in the run. 'full': every step; unset: the intervals above",
     )
     certify_sequences: int = Field(
-        8, ge=0, description="sequences of the step after a snapshot that the referee replays to certify it; 0 = all"
+        8,
+        ge=0,
+        description="sequences of the step after a snapshot that the referee replays to certify it; 0 = all",
     )
     spike_sigma: float = Field(
         8.0, gt=0, description="robust z-score of loss and gradient norm that raises an alarm"
@@ -337,7 +348,9 @@ class QualifyConfig(Section):
         description="pools examined at the same time; more than 1 blurs the speeds of pools that share a machine",
     )
     max_age_days: float = Field(
-        90.0, gt=0, description="an older verdict is void: bad silicon often shows only after months"
+        90.0,
+        gt=0,
+        description="an older verdict is void: bad silicon often shows only after months",
     )
 
 
@@ -354,7 +367,11 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     max_queue: int = Field(64, ge=1)
-    audit_every: int = Field(32, ge=0, description="every n-th answer is scored again on the CPU; 0 = never, and never when the CPU itself serves")
+    audit_every: int = Field(
+        32,
+        ge=0,
+        description="every n-th answer is scored again on the CPU; 0 = never, and never when the CPU itself serves",
+    )
 
 
 class Recipe(Section):

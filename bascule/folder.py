@@ -100,7 +100,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files private; a served model is read by other users
+        os.chmod(
+            temporary, 0o666 & ~_UMASK
+        )  # mkstemp makes files private; a served model is read by other users
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,9 +26,7 @@ LATENT_NORM_EPS = 1e-6
 """transformers fixes this for `q_a_layernorm` and `kv_a_layernorm`, whatever `rms_norm_eps` says."""
 
 
-def padding_bias(
-    mask_BT: Tensor, dtype: torch.dtype, documents_BT: Tensor | None = None
-) -> Tensor:
+def padding_bias(mask_BT: Tensor, dtype: torch.dtype, documents_BT: Tensor | None = None) -> Tensor:
     """Additive causal bias [B, 1, T, T] that hides the keys where `mask_BT` is false, except from themselves; with
     `documents_BT` (a number for each token) also the keys of other documents."""
     tokens = mask_BT.shape[1]

@@ -50,7 +50,9 @@ def course(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
     """Draw the recipe's problems. Pure: the same recipe and tokenizer (default: our own) give the same course anywhere."""
     tokenizer = tokenizer or Tokenizer()
     if not {"sft", "grpo"} & set(recipe.train.phases):
-        return Course(tokenizer=tokenizer, model=sized(recipe.model, tokenizer), train=[], heldout=[])
+        return Course(
+            tokenizer=tokenizer, model=sized(recipe.model, tokenizer), train=[], heldout=[]
+        )
     split = corpus.split(recipe.data, recipe.seed)
     model = sized(recipe.model, tokenizer)
     return Course(tokenizer=tokenizer, model=model, train=split.train, heldout=split.heldout)

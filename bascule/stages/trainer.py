@@ -284,7 +284,10 @@ class Trainer:
 
         config = self.recipe.pretrain
         found = pretrain.measure(
-            score, self._reading("heldout"), rows=config.batch_sequences, windows=config.eval_sequences
+            score,
+            self._reading("heldout"),
+            rows=config.batch_sequences,
+            windows=config.eval_sequences,
         )
         self.ledger.append(
             TextEvaluation(
@@ -386,7 +389,10 @@ class Trainer:
 
     def _pretrain(self, first_step: int) -> pretrain.Pretrain:
         return pretrain.Pretrain(
-            self.recipe.pretrain, self._reading("train"), seed=self.recipe.seed, first_step=first_step
+            self.recipe.pretrain,
+            self._reading("train"),
+            seed=self.recipe.seed,
+            first_step=first_step,
         )
 
     def _sft(self, first_step: int) -> Sft:

@@ -125,7 +125,9 @@ def smollm() -> Path:
 def test_smollm2_from_gguf_gives_the_logits_and_the_ids_that_transformers_gives() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    pytest.importorskip("accelerate", reason="transformers reads GGUF only with accelerate installed")
+    pytest.importorskip(
+        "accelerate", reason="transformers reads GGUF only with accelerate installed"
+    )
     path = smollm()
     ours = gguf_tokenizer.load(path)
     text = ours.prompt("What is 17 + 25? Explain, naïvely, in Ελλάδα.")

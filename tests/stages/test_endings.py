@@ -20,7 +20,16 @@ SMALL = [
 
 
 def run(out: Path, *settings: str, recipe: str = "tiny") -> tuple[int, dict[str, Any], str]:
-    command = [sys.executable, "-m", "bascule.cli", "run", str(ROOT / "runs" / f"{recipe}.toml"), "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "bascule.cli",
+        "run",
+        str(ROOT / "runs" / f"{recipe}.toml"),
+        "--out",
+        str(out),
+        "--json",
+    ]
     for setting in [*SMALL, *settings]:
         command += ["--set", setting]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +43,11 @@ def only(accelerator: str) -> list[str]:
 
 
 def test_a_dead_chip_is_left_for_the_next_pool(tmp_path: Path) -> None:
-    code, data, _ = run(tmp_path, "pools.ascend.accelerator=sim:dies?onset_step=6@cpu", "pools.nvidia.accelerator=cpu")
+    code, data, _ = run(
+        tmp_path,
+        "pools.ascend.accelerator=sim:dies?onset_step=6@cpu",
+        "pools.nvidia.accelerator=cpu",
+    )
     assert code == 0 and data["status"] == "finished"
     assert {one["sentinel"] for one in data["incidents"]} == {"watchdog: death"}
     assert data["placements"][-1]["train"] == "nvidia"
@@ -42,7 +55,12 @@ def test_a_dead_chip_is_left_for_the_next_pool(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hanging_chip_is_noticed_by_its_silence(tmp_path: Path) -> None:
-    code, data, _ = run(tmp_path, "pools.ascend.accelerator=sim:hang?onset_step=6@cpu", "pools.nvidia.accelerator=cpu", "guard.hang_timeout_s=12")
+    code, data, _ = run(
+        tmp_path,
+        "pools.ascend.accelerator=sim:hang?onset_step=6@cpu",
+        "pools.nvidia.accelerator=cpu",
+        "guard.hang_timeout_s=12",
+    )
     assert code == 0 and data["status"] == "finished"
     assert {one["sentinel"] for one in data["incidents"]} == {"watchdog: hang"}
     assert data["placements"][-1]["train"] == "nvidia"
@@ -63,13 +81,26 @@ def test_a_missing_operator_with_no_other_pool_ends_with_5(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_divergence_that_is_nobodys_chip_ends_with_4(tmp_path: Path) -> None:
-    code, _, words = run(tmp_path, *only("cpu"), "sft.learning_rate=1e30", "sft.muon_learning_rate=1e30", "sft.clip_grad_norm=1e30", "sft.warmup_steps=0")
+    code, _, words = run(
+        tmp_path,
+        *only("cpu"),
+        "sft.learning_rate=1e30",
+        "sft.muon_learning_rate=1e30",
+        "sft.clip_grad_norm=1e30",
+        "sft.warmup_steps=0",
+    )
     assert code == 4, words[-2000:]
     assert "learning rate" in words
 
 
 def test_an_evaluation_gate_and_a_hopeless_grpo_start_end_with_3(tmp_path: Path) -> None:
-    code, _, words = run(tmp_path, *only("cpu"), 'train.phases=["sft", "grpo"]', "sft.steps=2", "grpo.min_start_pass_at_16=0.9")
+    code, _, words = run(
+        tmp_path,
+        *only("cpu"),
+        'train.phases=["sft", "grpo"]',
+        "sft.steps=2",
+        "grpo.min_start_pass_at_16=0.9",
+    )
     assert code == 3
     assert "GRPO was not started" in words and "pass@1" in words
 
@@ -91,7 +122,12 @@ def test_a_fallback_of_the_accelerator_is_a_warning_in_ledger_and_report(tmp_pat
 @pytest.mark.slow
 def test_a_transient_fault_goes_back_on_the_same_pool_and_changes_no_bit(tmp_path: Path) -> None:
     _, clean, _ = run(tmp_path / "a", *only("cpu"))
-    code, data, _ = run(tmp_path / "b", "pools.ascend.accelerator=sim:transient?onset_step=6@cpu", "pools.nvidia.accelerator=cpu", "guard.checksum_every_steps=1")
+    code, data, _ = run(
+        tmp_path / "b",
+        "pools.ascend.accelerator=sim:transient?onset_step=6@cpu",
+        "pools.nvidia.accelerator=cpu",
+        "guard.checksum_every_steps=1",
+    )
     assert code == 0
     assert data["final_weights_sha256"] == clean["final_weights_sha256"]
     fired = list((tmp_path / "b" / "tiny" / "ground_truth").glob("ascend-train.jsonl"))

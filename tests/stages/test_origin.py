@@ -92,6 +92,7 @@ def test_a_source_that_changed_is_refused_on_resume(recipe: Path, tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "its files changed" in done.stderr
 
+
 def test_the_server_speaks_with_a_foreign_vocabulary(recipe: Path, tmp_path: Path) -> None:
     """Through the server's own reader of prompts: the model's template, and its control tokens refused as text."""
     from bascule.data.text_tokenizer import open_tokenizer
