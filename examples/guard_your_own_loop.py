@@ -1,6 +1,6 @@
 """Guard a training loop that bascule does not own: every matrix product of a step is checked, a wrong one is named.
 
-    python examples/guard_your_own_loop.py
+python examples/guard_your_own_loop.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from bascule.guard.checksum import Checksums, parameter_names
 
 
 def main() -> None:
-    chip = open_accelerator("sim:zeroed@cpu", seed=1)  # simulated: zeroes some outputs of its matrix products
+    chip = open_accelerator(
+        "sim:zeroed@cpu", seed=1
+    )  # simulated: zeroes some outputs of its matrix products
     torch.manual_seed(0)
     model = chip.move(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -26,7 +28,9 @@ def main() -> None:
             loss.backward()
         wrong = guard.violations()
         if wrong:
-            print(f"step {step}: not committed, loss {loss.item():.4f} looks harmless, but {wrong[0]}")
+            print(
+                f"step {step}: not committed, loss {loss.item():.4f} looks harmless, but {wrong[0]}"
+            )
             return
         optimizer.step()
     print("50 steps, no violation")

@@ -1,7 +1,7 @@
 """Ask one question of one chip, in your own process: what is it fit for, for this model?
 
-    python examples/qualify_one_chip.py cpu
-    python examples/qualify_one_chip.py sim:backward-wrong     # a simulated chip: right forward, wrong backward
+python examples/qualify_one_chip.py cpu
+python examples/qualify_one_chip.py sim:backward-wrong     # a simulated chip: right forward, wrong backward
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from bascule.qualify.battery import run_battery
 
 def main(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        result = run_battery("mine", name, ModelConfig(preset="tick"), Path(folder), time_limit_s=120)
+        result = run_battery(
+            "mine", name, ModelConfig(preset="tick"), Path(folder), time_limit_s=120
+        )
     for item in result.evidence:
         if item.outcome != "pass":
             print(f"{item.outcome:>7}  {item.check}: {item.detail}")
