@@ -61,7 +61,7 @@ class SimulatedAccelerator(Accelerator):
         base = self.base.info()
         return replace(
             base,
-            name=f"{base.name} (simulated: {self.profile.title})",
+            name=f"{base.name} (simulated: {self.name.removeprefix('sim:').partition('@')[0]})",
             simulated=True,
             base=self.base.name,
         )
