@@ -113,8 +113,8 @@ def test_config_json_carries_what_other_engines_need(folder: Path) -> None:
 
 def test_experts_lie_one_by_one_on_disk(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    assert tensors["model.layers.1.mlp.experts.7.gate_proj.weight"].shape == (96, 64)
-    assert tensors["model.layers.1.mlp.experts.7.down_proj.weight"].shape == (64, 96)
+    assert tensors["model.layers.1.mlp.experts.7.gate_proj.weight"].shape == (192, 64)
+    assert tensors["model.layers.1.mlp.experts.7.down_proj.weight"].shape == (64, 192)
     assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (40, 64)
     assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
     assert "lm_head.weight" not in tensors and not any("gate_up" in name for name in tensors)
