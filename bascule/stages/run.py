@@ -42,12 +42,13 @@ def main(arguments: Namespace) -> Answer:
     overrides = list(arguments.overrides) + ([f'name="{arguments.name}"'] if arguments.name else [])
     if arguments.strict:
         overrides.append("strict=true")
-    recipe = origin.resolve(load_recipe(Path(arguments.recipe), overrides))
+    recipe = load_recipe(Path(arguments.recipe), overrides)
     return run(recipe, RunFolder(Path(arguments.out) / recipe.name))
 
 
 def run(recipe: Recipe, folder: RunFolder) -> Answer:
     """Carry the run as far as it goes. Raises the error that ended it, after recording it."""
+    recipe = origin.resolve(recipe)
     with _sole_supervisor(folder), _signals() as stop:
         records = read_ledger(folder.ledger)
         refuse_changed_recipe(recipe, folder)
@@ -56,8 +57,8 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)
-        origin.prepare(recipe, folder, ledger)
         try:
+            origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
             plan.plan_run(recipe, ledger)

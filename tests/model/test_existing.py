@@ -140,7 +140,7 @@ def test_smollm2_from_gguf_gives_the_logits_and_the_ids_that_transformers_gives(
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
         theirs = library(torch.tensor([ids])).logits
-    assert (logits - theirs).abs().max() < 2e-3
+    assert (logits - theirs).abs().max() < 5e-4  # measured 7.6e-5, on logits of up to 38.5
     assert torch.equal(logits.argmax(-1), theirs.argmax(-1))
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     words = ours.encode("The capital of France")

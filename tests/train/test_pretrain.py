@@ -130,3 +130,17 @@ def test_wsd_stays_at_the_top_and_ends_low() -> None:
     assert factors[0] == 0.1 and factors[9:80] == [1.0] * 71
     assert factors[80] == 1.0 and 0 < factors[99] < 0.06
     assert all(a >= b for a, b in zip(factors[80:], factors[81:], strict=False))
+
+
+def test_a_recorded_batch_gives_its_loss_again_without_the_text() -> None:
+    """What `bascule replay` does: the incident brings the batch, the shards may be gone."""
+    from bascule.config import recipe_from
+    from bascule.stages.replay import _objective
+
+    mine, phase = stepper(), objective()
+    mine.begin(phase)
+    batch = phase.next_batch(3)
+    first = mine.propose(batch)
+    raw = {"name": "x", "pools": {"a": {"accelerator": "cpu"}}, "pretrain": {"data": "gone"}}
+    mine.begin(_objective(recipe_from(raw, source="test"), "pretrain"))
+    assert mine.recompute(batch).loss == first.loss
