@@ -73,6 +73,9 @@ class ModelConfig(Section):
     norm_topk_prob: bool = True
     qk_norm: bool = Field(False, description="RMS norm on queries and keys (Qwen3); GQA only")
     attention_bias: bool = False
+    attention_output_bias: bool = Field(
+        True, description="with attention_bias: also on the output projection; Qwen2 has none there"
+    )
     rope_theta: float = Field(10000.0, gt=0)
     rms_norm_eps: float = Field(1e-6, gt=0)
     tie_word_embeddings: bool = True

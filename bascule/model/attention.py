@@ -70,7 +70,8 @@ class GroupedQueryAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.size, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=bias)
+        out_bias = bias and config.attention_output_bias
+        self.o_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=out_bias)
         self.q_norm = RMSNorm(self.size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if config.qk_norm else None
 

@@ -159,9 +159,8 @@ def _attention_vectors(config: ModelConfig) -> int:
         )
     else:
         gains = 2 * config.head_dim if config.qk_norm else 0
-        biases = (
-            config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-            + config.hidden_size
+        biases = config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads) + (
+            config.hidden_size if config.attention_output_bias else 0
         )
     return gains + (biases if config.attention_bias else 0)
 

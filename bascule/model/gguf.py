@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from bascule.config import ModelConfig
 from bascule.errors import ModelFolderError
 
-ARCHITECTURES = ("llama", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -84,6 +84,7 @@ class File:
         try:
             return ModelConfig(
                 preset="custom", attention="gqa", ffn="swiglu", qk_norm=kind == "qwen3",
+                attention_bias=kind == "qwen2", attention_output_bias=kind != "qwen2",
                 vocab_size=int(names["token_embd.weight"].shape[1]), hidden_size=hidden,
                 num_hidden_layers=self._number("block_count"), num_attention_heads=heads,
                 num_key_value_heads=self._number("attention.head_count_kv", heads),

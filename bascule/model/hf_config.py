@@ -1,4 +1,5 @@
-"""A model's `config.json` in Hugging Face's words: `deepseek_v3` (MLA), `qwen3` (GQA with q/k norm), `llama` (GQA).
+"""A model's `config.json` in Hugging Face's words: `deepseek_v3` (MLA), `qwen3` (GQA with q/k norm), `qwen2` (GQA with
+biases on q, k and v), `llama` (GQA).
 
 Newer transformers drops keys that other engines still need (`topk_method`, `scoring_func`, `rope_theta`, `torch_dtype`); we
 write both spellings (inference.md 4.1). Whatever would make us compute something else than the folder means is refused, not
@@ -20,6 +21,7 @@ from bascule.errors import ModelFolderError, nearest
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
 
@@ -41,6 +43,7 @@ _FIXED: dict[str, tuple[tuple[str, Any, Any], ...]] = {
         ("rope_interleave", True, True), ("moe_layer_freq", 1, 1),
     ),
     "qwen3": (("hidden_act", "silu", "silu"), ("use_sliding_window", False, False)),
+    "qwen2": (("hidden_act", "silu", "silu"), ("use_sliding_window", False, False)),
     "llama": (("hidden_act", "silu", "silu"), ("mlp_bias", False, False)),
 }  # fmt: skip
 
@@ -58,7 +61,8 @@ def family(config: ModelConfig) -> str:
     if config.attention == "mla":
         return "deepseek_v3"
     if config.ffn == "swiglu":
-        return "qwen3" if config.qk_norm else "llama"
+        qkv_only = config.attention_bias and not config.attention_output_bias
+        return "qwen3" if config.qk_norm else "qwen2" if qkv_only else "llama"
     raise ModelFolderError(
         "A model with attention 'gqa' and ffn 'moe' was to be written as a Hugging Face folder; no family among "
         f"{', '.join(FAMILIES)} computes that. Use attention 'mla' with experts, or ffn 'swiglu' with 'gqa'."
@@ -88,7 +92,7 @@ def to_hf(config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int]) ->
         written |= _deepseek_keys(config)
     else:
         written |= {name: getattr(config, name) for name in _GQA}
-    if kind == "qwen3":
+    if kind in ("qwen2", "qwen3"):
         written |= {"sliding_window": None, "max_window_layers": config.num_hidden_layers}
     return written
 
@@ -162,6 +166,10 @@ def from_hf(raw: Mapping[str, Any], *, source: str, mtp_layers: int = 0) -> Mode
         fields["num_key_value_heads"] = raw.get("num_attention_heads", 0)
     else:
         fields |= {"attention": "gqa", "ffn": "swiglu", "qk_norm": kind == "qwen3"}
+        if (
+            kind == "qwen2"
+        ):  # its config.json does not say so: biases on queries, keys and values, always
+            fields |= {"attention_bias": True, "attention_output_bias": False}
         fields.setdefault("num_key_value_heads", raw.get("num_attention_heads", 0))
         fields.setdefault(
             "head_dim", raw.get("hidden_size", 0) // max(1, raw.get("num_attention_heads", 1))

@@ -53,6 +53,13 @@ SHAPES = {
     "untied": ModelConfig(
         preset="tick", tie_word_embeddings=False, q_lora_rank=12, n_shared_experts=2
     ),
+    "gqa_bias_without_output": ModelConfig(
+        preset="tick",
+        attention="gqa",
+        num_key_value_heads=2,
+        attention_bias=True,
+        attention_output_bias=False,
+    ),
     "mla_with_bias": ModelConfig(preset="tick", attention_bias=True, q_lora_rank=12),
     "gqa": ModelConfig(
         preset="tick", attention="gqa", ffn="swiglu", num_key_value_heads=2, qk_norm=True

@@ -13,6 +13,7 @@ from transformers import (
     DeepseekV3Config,
     LlamaConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -43,6 +44,7 @@ TWINS = {
         **{**DEEPSEEK, "tie_word_embeddings": True, "norm_topk_prob": False, "attention_bias": True}
     ),
     "deepseek_v3_dense": DeepseekV3Config(**{**DEEPSEEK, "first_k_dense_replace": 3}),
+    "qwen2": Qwen2Config(**QWEN),
     "qwen3": Qwen3Config(**QWEN),
     "qwen3_tied": Qwen3Config(**{**QWEN, "tie_word_embeddings": True}),
     "llama": LlamaConfig(**{**QWEN, "rms_norm_eps": 1e-5}),
