@@ -19,7 +19,7 @@ def made(**settings: object) -> TextTokenizer:
     return TextTokenizer(base.backend, {**base.settings, **settings}, source="test")
 
 
-R1 = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant><think>\n"
+R1 = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{{ '<assistant><think>\n' }}"
 
 
 def recipe():
