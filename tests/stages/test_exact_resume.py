@@ -90,8 +90,9 @@ def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
     assert [one["sentinel"] for one in data["incidents"]] == ["watchdog: death"]
 
 
-def test_sigterm_finishes_the_step_snapshots_and_exits_75_then_resumes(
-    tmp_path: Path, undisturbed: tuple[str, float]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_request_finishes_the_step_snapshots_and_resumes(
+    tmp_path: Path, undisturbed: tuple[str, float], number: int, code: int
 ) -> None:
     process = subprocess.Popen(
         command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -102,8 +103,8 @@ def test_sigterm_finishes_the_step_snapshots_and_exits_75_then_resumes(
         ledger.exists() and '"step_stats"' in ledger.read_text()
     ):
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=60) == 75
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
     assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
 
 
