@@ -337,6 +337,11 @@ class Guard:
             self._unchecked_since_certified += 1
         self._pending = Pending(step, path)
 
+    @property
+    def recent(self) -> tuple[Any, ...]:
+        """The last batches of this phase that trained well, oldest first."""
+        return tuple(self._recent)
+
     def certify_last(self, propose: Callable[..., Any], batch: Any, stepper: Recomputer) -> bool:
         """Certify the run's last snapshot, after which no step follows: `propose(batch, attempt=n)` computes one that is never
         committed. Returns False when the batch is empty or was refused; raises as `judge` does."""

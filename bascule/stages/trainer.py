@@ -433,15 +433,19 @@ class Trainer:
         path = checkpoint.path_of(self.folder.snapshots, step)
         if step == 0 or not path.exists() or checkpoint.trust(path).state == "certified":
             return
-        batch = self.objectives[self.plan.phase_of(step)].next_batch(step)
         assert self.guard is not None
-        probe = replace(batch, step=step + 1)
-        if not self.guard.certify_last(self.stepper.propose, probe, self.stepper):
-            self.ledger.warn(
-                "last snapshot not certified",
-                f"the step after step {step} had nothing to learn from; the newest certified snapshot is older",
-                step=step,
-            )
+        last_batch = self.objectives[self.plan.phase_of(step)].next_batch(step)
+        for batch in (last_batch, *reversed(self.guard.recent)):
+            probe = replace(batch, step=step + 1)
+            if not batch.empty and self.guard.certify_last(
+                self.stepper.propose, probe, self.stepper
+            ):
+                return
+        self.ledger.warn(
+            "last snapshot not certified",
+            f"no batch at hand after step {step} has anything to learn from; the newest certified snapshot is older",
+            step=step,
+        )
 
     # ---- the end
 
