@@ -420,6 +420,10 @@ class Recipe(Section):
             raise ValueError(
                 "train.phases holds 'pretrain' and pretrain.data is not set; give the folder that bascule tokenize wrote"
             )
+        if len(set(self.train.phases)) != len(self.train.phases):
+            raise ValueError(
+                f"train.phases: {list(self.train.phases)} names a phase twice; each of pretrain, sft and grpo is allowed once"
+            )
         return self
 
     @property

@@ -40,21 +40,19 @@ class Ledger:
 
         A `Warned` record is also printed to stderr; with `strict` it raises CheckFailed after it has been written.
         """
-        stamped = [self._stamp(record) for record in records]
-        text = "".join(record.model_dump_json() + "\n" for record in stamped)
+        stamped: list[Record] = [self._stamp(record) for record in records]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             repaired = _cut_torn_tail(handle)
             if repaired:
-                note = self._stamp(
-                    Warned(
-                        what="torn ledger line",
-                        detail=f"{repaired} bytes of an unfinished last line were cut off",
-                    )
+                note = Warned(
+                    what="torn ledger line",
+                    detail=f"{repaired} bytes of an unfinished last line were cut off",
                 )
-                text = note.model_dump_json() + "\n" + text
+                stamped.insert(0, self._stamp(note))
+            text = "".join(record.model_dump_json() + "\n" for record in stamped)
             _write_all(handle, text.encode(), self.path)
         finally:
             os.close(handle)
@@ -107,11 +105,16 @@ def parse_line(line: bytes, path: Path, number: int = 0) -> AnyRecord:
     """One line of a ledger as a record. `number` is the line's, for the error."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or bytes that are no text at all
         raise LedgerError(
             f"{path}, line {number}, is damaged ({error}). Move the run folder aside; lines before it are intact."
         ) from None
     version = value.get("schema_version", 0) if isinstance(value, dict) else 0
+    if not isinstance(version, int):
+        raise LedgerError(
+            f"{path}, line {number}, is damaged (its schema_version is {version!r}, and a whole number is allowed). "
+            "Move the run folder aside; lines before it are intact."
+        )
     if version > SCHEMA_VERSION:
         raise LedgerError(
             f"{path}, line {number}, was written by a newer bascule (schema {version}; this one reads up to {SCHEMA_VERSION}). "

@@ -84,3 +84,9 @@ def test_presets_keep_the_fast_attention_path(preset: str) -> None:
     if preset == "mini":
         assert (model.kv_lora_rank, model.qk_rope_head_dim) == (512, 64)
         assert model.num_attention_heads & (model.num_attention_heads - 1) == 0
+
+
+def test_a_phase_named_twice_is_refused_and_the_phases_are_told(tmp_path: Path) -> None:
+    text = MINIMAL + "[train]\nphases = ['sft', 'grpo', 'sft']\n"
+    with pytest.raises(RecipeError, match="names a phase twice; each of pretrain, sft and grpo"):
+        load_recipe(recipe_file(tmp_path, text))

@@ -93,3 +93,27 @@ def test_lines_of_several_processes_never_interleave(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_and_never_a_silent_loss() -> None:
     with pytest.raises(OSError, match="No space left"):
         Ledger(Path("/dev/full")).append(Judgement(step=1, commit=True, reason="x"))
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe\xfa", b"\0" * 40, b'{"kind": "\xe4"}', b'{"schema_version": "2"}']
+)
+def test_bytes_that_are_no_record_are_refused_with_their_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(LedgerError, match="line 1, is damaged"):
+        read_ledger(path)
+
+
+def test_the_repair_of_a_torn_line_is_spoken_and_strict_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b'{"kind": "ju')
+    Ledger(path).append(Judgement(step=1, commit=True, reason="after"))
+    assert "WARN torn ledger line: 12 bytes" in capsys.readouterr().err
+    with open(path, "ab") as file:
+        file.write(b'{"kind')
+    with pytest.raises(CheckFailed, match="torn ledger line"):
+        Ledger(path, strict=True).append(Judgement(step=2, commit=True, reason="after"))
+    assert [record.kind for record in read_ledger(path)] == ["warning", "judgement"] * 2

@@ -6,6 +6,7 @@ Nothing is answered from the failed chip's cache, and nobody's stream breaks. No
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import socket
@@ -17,10 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from bascule.errors import DeviceFault
+from bascule.errors import DeviceFault, ModelFolderError, RecipeError, UsageError
 from bascule.infer.sequence import Sampling
 
 State = Literal["starting", "serving", "moving", "down", "closed"]
+# Faults of what was asked, not of a chip: no other pool would do better, and none may be blamed.
+ASKED_WRONG = {kind.__name__ for kind in (UsageError, RecipeError, ModelFolderError)}
 RESTARTS = 2  # of the same pool, when its process died and no other pool is left
 LINE_LIMIT = 1 << 26
 # Between two right chips fp32 differs by about 1e-5 (inference.md 5.2: vLLM against transformers 1e-6, llama.cpp 4e-4 with an fp16
@@ -159,7 +162,7 @@ class Broker:
         return sum(len(ticket.open) for ticket in self.tickets.values())
 
     async def start(self) -> None:
-        """Open the first candidate that works. Raises DeviceFault when none does."""
+        """Open the first candidate that works. Raises DeviceFault when none does, UsageError when what was asked is at fault."""
         await self._open_next("start")
         self._tasks.append(asyncio.create_task(self._watch(), name="watch engine"))
 
@@ -290,6 +293,10 @@ class Broker:
             except DeviceFault as error:
                 self._fail(str(error))
                 continue
+            except UsageError as error:
+                self.trouble = str(error)
+                self._give_up(why)
+                raise
             return
 
     async def _open(self) -> None:
@@ -313,26 +320,14 @@ class Broker:
         there.close()
         reader, self._writer = await asyncio.open_connection(sock=here, limit=LINE_LIMIT)
         try:
-            line = await asyncio.wait_for(reader.readline(), self._start_s)
+            first = await asyncio.wait_for(_next_message(reader), self._start_s)
         except TimeoutError:
             await self._end_process()
             raise DeviceFault(
                 f"'{self.candidate.accelerator}' did not start within {self._start_s:g} s"
             ) from None
-        first = (
-            json.loads(line)
-            if line
-            else {
-                "fault": {
-                    "message": f"its process ended with exit code {await self._process.wait()}"
-                }
-            }
-        )
-        if "ready" not in first:
-            await self._end_process()
-            raise DeviceFault(
-                f"'{self.candidate.accelerator}' did not start: {first['fault']['message'].rstrip('.')}"
-            )
+        if first is None or "ready" not in first:
+            raise await self._failed_start(first)
         self.about = first["ready"]
         self.state = "serving"
         self._heard_s = time.monotonic()
@@ -345,17 +340,29 @@ class Broker:
             self._ask_score(scoring)
         self._tasks.append(asyncio.create_task(self._listen(reader), name="listen to engine"))
 
+    async def _failed_start(self, first: dict[str, Any] | None) -> DeviceFault | UsageError:
+        """What an engine's first message, or an end without one, says against the chip or against what was asked."""
+        assert self._process is not None
+        if first is None:
+            fault = {"message": f"its process ended with exit code {await self._process.wait()}"}
+        else:
+            fault = first["fault"]
+        await self._end_process()
+        if fault.get("kind") in ASKED_WRONG:
+            return UsageError(fault["message"])
+        return DeviceFault(
+            f"'{self.candidate.accelerator}' did not start: {fault['message'].rstrip('.')}"
+        )
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         """Until the engine ends. A fault line, or an end without one, is a failure of the chip or its process."""
-        try:
-            while line := await reader.readline():
-                message = json.loads(line)
-                if "fault" in message:
-                    await self._move(message["fault"]["message"], died=False)
-                    return
-                self._deliver(message)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        while (message := await _next_message(reader)) is not None:
+            if "fault" in message:
+                await self._move(message["fault"]["message"], died=False)
+                return
+            self._deliver(message)
+        if not reader.at_eof():
+            self._kill()  # alive, but what it wrote is no message: waiting for its end could take for ever
         if self.state != "closed":
             code = await self._process.wait() if self._process else None
             await self._move(f"the engine's process ended with exit code {code}", died=True)
@@ -372,7 +379,7 @@ class Broker:
             ):
                 self.trouble = f"it said nothing for {self._hang_s:g} s"
                 self._failed.add(self._at)
-                self._process.kill()
+                self._kill()
 
     async def _move(self, reason: str, *, died: bool) -> None:
         """The present candidate failed. Go on elsewhere, or once more here if only its process died and nothing else is left."""
@@ -392,7 +399,7 @@ class Broker:
             )
         try:
             await self._open_next(reason)
-        except DeviceFault as error:
+        except (DeviceFault, UsageError) as error:
             for ticket in list(self.tickets.values()):
                 ticket.arrivals.put_nowait(Refused(503, str(error)))
             self.tickets.clear()
@@ -418,8 +425,13 @@ class Broker:
             self._writer.close()
             self._writer = None
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+            self._kill()
             await self._process.wait()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself a moment ago
+                self._process.kill()
 
     def _audit(self, ticket: Ticket, choice: int) -> None:
         """Let the referee score a finished answer. One that two chips wrote, because serving moved, proves nothing."""
@@ -443,7 +455,7 @@ class Broker:
         if worst > AUDIT_BOUND and moves == self.moves and self._process is not None:
             self.trouble = f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({AUDIT_BOUND:g} is allowed)"
             self._failed.add(self._at)
-            self._process.kill()  # `_listen` sees the end and moves on
+            self._kill()  # `_listen` sees the end and moves on
 
     def _deliver(self, message: dict[str, Any]) -> None:
         self._heard_s = time.monotonic()
@@ -468,3 +480,13 @@ class Broker:
                 if not ticket.open:
                     del self.tickets[job]
             ticket.arrivals.put_nowait(Said(choice, token, logprob, tops, finish))
+
+
+async def _next_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """None at the end, also when a dying engine left half a line (ValueError), or a line beyond LINE_LIMIT."""
+    try:
+        line = await reader.readline()
+        message: dict[str, Any] | None = json.loads(line) if line else None
+    except (ConnectionError, ValueError):
+        return None
+    return message

@@ -49,7 +49,8 @@ def run(
 ) -> None:
     """Serve a finished run's model until SIGTERM or Ctrl-C. Other pools whose verdict says `infer` stand by.
 
-    Raises UsageError when the port is taken, DeviceFault when no chip can serve.
+    Raises UsageError when the port is taken, the accelerator is unknown or the model folder is damaged, DeviceFault when no chip
+    can serve.
     """
     recipe = read_resolved(folder.recipe)
     with bind(host, port) as listener:

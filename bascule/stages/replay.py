@@ -16,6 +16,7 @@ from bascule.config import Recipe, read_resolved
 from bascule.data.shards import Text
 from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.data.tokenizer import Tokenizer
+from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.guard.incident import Case, replay_incident
 from bascule.model.transformer import Transformer
@@ -30,7 +31,7 @@ from bascule.train.step import Stepper
 def main(arguments: Namespace) -> Answer:
     """Exit 0 whatever is found: this verb measures, the guard has judged."""
     folder = Path(arguments.incident)
-    run = RunFolder(folder.resolve().parents[1])
+    run = _run_of(folder)
     recipe, tokenizer = read_resolved(run.recipe), open_or_own(run.tokenizer)
     accelerator = open_accelerator(arguments.on, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
@@ -59,6 +60,17 @@ def main(arguments: Namespace) -> Answer:
         "product_error": report.product_error,
     }
     return Answer(text="\n".join(lines), data=data)
+
+
+def _run_of(folder: Path) -> RunFolder:
+    """The run that an incident's folder lies in, as RUN/incidents/ID. Raises UsageError when it is none."""
+    parents = folder.resolve().parents
+    if not (folder / "incident.json").is_file() or len(parents) < 2:
+        raise UsageError(
+            f"'{folder}' is no incident's folder (it holds no incident.json). Name one of a run, as RUN/incidents/ID; "
+            "`bascule report RUN` lists them."
+        )
+    return RunFolder(parents[1])
 
 
 def _gradients(

@@ -32,9 +32,14 @@ def main(arguments: Namespace) -> Answer:
 
 
 def _api_key(file: str | None) -> str | None:
-    """From the file, else from BASCULE_API_KEY, else none. Raises UsageError for an empty file: an open door by mistake."""
+    """From the file, else from BASCULE_API_KEY, else none. Raises UsageError for an empty one: an open door by mistake."""
     if file is None:
-        return environment("BASCULE_API_KEY")
+        given = environment("BASCULE_API_KEY")
+        if given is not None and not given.strip():
+            raise UsageError(
+                "BASCULE_API_KEY is set and empty. Put the key into it, or unset it to serve without a key."
+            )
+        return given
     key = Path(file).read_text(encoding="utf-8").strip()
     if not key:
         raise UsageError(

@@ -16,22 +16,23 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bascule.errors import SnapshotError
 from bascule.folder import sha256_of, write_atomic, write_json_atomic
 from bascule.records import SnapshotState
+from bascule.tensors import save_tensors
 from bascule.train.objective import Batch
 from bascule.train.state import Circumstances, StateDict, differences
 from bascule.train.step import Proposal
 from bascule.train.storage import (
     read_json,
     read_tensors,
+    recover_folders,
     replace_folder,
     sync_folder,
     write_tensors,
@@ -98,6 +99,7 @@ def save_snapshot(
 
     `model`, `optimizer` and `objective` are flat states (see state.StateDict); `extra` is JSON.
     """
+    recover_folders(folder, sole_writer=True)
     final = path_of(folder, step)
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -175,11 +177,21 @@ def load(path: Path) -> Snapshot:
 def trust(path: Path) -> Trust:
     """Raises SnapshotError when trust.json is missing or unreadable: an unknown past is not trusted."""
     value = read_json(path / "trust.json")
+    if not all(isinstance(entry, str | None) for entry in value.values()):
+        raise SnapshotError(
+            f"The snapshot '{path}' is damaged: trust.json holds more than texts. Use an older snapshot."
+        )
     if value.get("state") not in _RANK:
         raise SnapshotError(
             f"The snapshot '{path}' has an unknown state of trust {value.get('state')!r}; allowed: {', '.join(_RANK)}."
         )
-    return Trust(**value)
+    try:
+        return Trust(**value)
+    except TypeError:
+        raise SnapshotError(
+            f"The snapshot '{path}' is damaged: trust.json holds {', '.join(value)}; allowed: "
+            f"{', '.join(field.name for field in fields(Trust))}. Use an older snapshot."
+        ) from None
 
 
 def set_trust(
@@ -207,6 +219,7 @@ def set_trust(
 
 def all_snapshots(snapshots: Path) -> list[Path]:
     """Every finished snapshot folder, oldest first, whatever its trust."""
+    recover_folders(snapshots)
     return sorted(path for path in snapshots.glob("step-*") if path.is_dir())
 
 
@@ -265,7 +278,7 @@ def write_witness(path: Path, proposal: Proposal) -> Path:
     }
     write_atomic(
         path,
-        lambda temporary: save_file(tensors, temporary, metadata={"bascule": json.dumps(header)}),
+        lambda temporary: save_tensors(tensors, temporary, {"bascule": json.dumps(header)}),
     )
     return path
 

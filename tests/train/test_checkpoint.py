@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import time
 
@@ -225,3 +226,40 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_snapshot_behind(tmp_path):
         assert torch.equal(found.model["w"], torch.full((3, 2), float(found.step)))
         newest = found.step
     assert newest >= 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"colour": "red"}, {"state": ["saved"]}, {"reason": 5}], ids=str
+)
+def test_a_trust_file_with_other_fields_is_damage(tmp_path, change):
+    path = save(tmp_path, 1)
+    value = json.loads((path / "trust.json").read_text())
+    (path / "trust.json").write_text(json.dumps(value | change))
+    with pytest.raises(SnapshotError, match=r"trust\.json holds"):
+        checkpoint.trust(path)
+    assert checkpoint.newest(tmp_path, "saved")[0] is None
+
+
+def _dead_pid():
+    process = multiprocessing.get_context("fork").Process(target=int)
+    process.start()
+    process.join()
+    return process.pid
+
+
+def test_a_snapshot_whose_writer_was_killed_while_replacing_it_gets_its_name_back(tmp_path):
+    path = save(tmp_path, 1)
+    certify(path)
+    path.rename(tmp_path / f".{path.name}.old-{_dead_pid()}")
+    assert checkpoint.newest(tmp_path) == (path, [])
+    path.rename(tmp_path / f".{path.name}.old-{os.getpid()}")
+    assert checkpoint.all_snapshots(tmp_path) == [path]
+
+
+def test_a_snapshot_that_a_live_writer_replaces_is_its_own_to_name_until_the_next_save(tmp_path):
+    path = save(tmp_path, 1)
+    aside = path.rename(tmp_path / f".{path.name}.old-{os.getppid()}")
+    assert checkpoint.all_snapshots(tmp_path) == [] and aside.exists()
+    other = save(tmp_path, 2)
+    assert checkpoint.all_snapshots(tmp_path) == [path, other]
+    assert checkpoint.prune(tmp_path, 2, at_least="saved") == []

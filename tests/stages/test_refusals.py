@@ -1,0 +1,33 @@
+"""What a verb refuses before it starts, in a sentence instead of a traceback."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from bascule.errors import UsageError
+from bascule.stages import replay, serve
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"], ids=repr)
+def test_an_empty_api_key_in_the_environment_is_no_open_door(
+    monkeypatch: pytest.MonkeyPatch, empty: str
+) -> None:
+    monkeypatch.setenv("BASCULE_API_KEY", empty)
+    with pytest.raises(UsageError, match="BASCULE_API_KEY is set and empty"):
+        serve._api_key(None)
+    monkeypatch.setenv("BASCULE_API_KEY", "secret")
+    assert serve._api_key(None) == "secret"
+    monkeypatch.delenv("BASCULE_API_KEY")
+    assert serve._api_key(None) is None
+
+
+@pytest.mark.parametrize("place", ["/x", "/", "."])
+def test_replay_of_a_folder_that_is_no_incident_is_refused(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"holds no incident\.json"):
+        replay.main(Namespace(incident=place, on="cpu"))
