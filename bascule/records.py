@@ -214,6 +214,8 @@ class Incident(Record):
     evidence: str
     replays: tuple[Replay, ...] = ()
     folder: str = ""
+    rollback: bool = False
+    """The launch ended over it: state since the last certified snapshot is not trusted until a Migration follows."""
 
 
 class SnapshotEvent(Record):

@@ -15,7 +15,7 @@ from typing import Any
 
 from bascule.folder import sha256_of, write_json_atomic
 from bascule.ledger import Ledger
-from bascule.records import SnapshotEvent
+from bascule.records import SnapshotEvent, SnapshotState
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Damaged(Exception):
     """A snapshot that cannot be used, and why. Stays in this room: the next older snapshot answers it."""
 
 
-def choose(snapshots: Path, ledger: Ledger) -> Choice:
+def choose(snapshots: Path, ledger: Ledger, *, trusted: SnapshotState = "certified") -> Choice:
     """Find the snapshot to go on from, reject the later ones, and record both. With no certified snapshot: step 0.
+
+    `trusted`: what is enough; a run without a guard certifies nothing, there a snapshot that was read back must do.
 
     Steps of an uncertified past are not trusted, even when their files are whole: corruption noticed late lies in them.
     """
@@ -44,7 +46,7 @@ def choose(snapshots: Path, ledger: Ledger) -> Choice:
     choice = Choice(0, snapshots / "step-00000000")
     for path in reversed(_all(snapshots)):
         try:
-            if _trust(path)["state"] != "certified":
+            if _trust(path)["state"] not in ("certified", trusted):
                 continue
             _verify(path)
         except Damaged as damage:

@@ -55,9 +55,11 @@ class Casebook:
         )  # fmt: skip
 
     def incident(
-        self, proposal: StepProposal, model: nn.Module, cry: Cry, finding: Finding, action: str
-    ) -> str:
-        """Write the incident's folder and records; returns its id. `model` holds the weights before the step."""
+        self, proposal: StepProposal, model: nn.Module, cry: Cry, finding: Finding, action: str,
+        *, rollback: bool = False,
+    ) -> str:  # fmt: skip
+        """Write the incident's folder and records; returns its id. `model` holds the weights before the step; `rollback`: the
+        launch ends over it."""
         number = incident.new_id(self.folder.incidents, proposal.step)
         incident.write(
             self.folder.incidents / number,
@@ -77,6 +79,7 @@ class Casebook:
             replays=tuple(finding.replays),
             folder=f"incidents/{number}",
             pool=self.pool,
+            rollback=rollback,
         )
         self.ledger.append(record)
         if finding.attribution in REFUSED:

@@ -114,21 +114,23 @@ class Court:
         return False
 
     def _condemn(self, case: Case) -> ChipCondemned:
-        number = self._record(case, "pool condemned for training")
+        number = self._record(case, "pool condemned for training", rollback=True)
         return ChipCondemned(
             f"{self._where(case)}: {case.finding.attribution}; {case.finding.evidence}.",
             incident_id=number,
         )
 
     def _roll_back(self, case: Case, action: str) -> RollbackNeeded:
-        number = self._record(case, action)
+        number = self._record(case, action, rollback=True)
         return RollbackNeeded(
             f"{self._where(case)}: {case.finding.evidence}. {action.capitalize()}.",
             incident_id=number,
         )
 
-    def _record(self, case: Case, action: str) -> str:
-        return self.book.incident(case.proposal, case.model, case.cry, case.finding, action)
+    def _record(self, case: Case, action: str, *, rollback: bool = False) -> str:
+        return self.book.incident(
+            case.proposal, case.model, case.cry, case.finding, action, rollback=rollback
+        )
 
     def _where(self, case: Case) -> str:
         return f"Step {case.proposal.step} on pool {self.book.pool}"

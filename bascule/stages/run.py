@@ -21,11 +21,19 @@ from pathlib import Path
 from types import FrameType
 
 from bascule.config import Recipe, load_recipe, read_resolved
-from bascule.errors import EXIT_SIGINT, BasculeError, Preempted, RecipeError, UsageError
+from bascule.errors import (
+    EXIT_SIGINT,
+    BasculeError,
+    CheckFailed,
+    Preempted,
+    RecipeError,
+    UsageError,
+)
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, last, read_ledger
 from bascule.records import (
     AnyRecord,
+    Evaluation,
     RecipeResolved,
     RunFinished,
     RunResumed,
@@ -53,7 +61,9 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
         records = read_ledger(folder.ledger)
         refuse_changed_recipe(recipe, folder)
         if last(records, RunFinished):
-            return _finished(folder, "was already finished; nothing was done")
+            if not folder.report.exists():
+                report.write(folder)
+            return _finished(recipe, folder, "was already finished; nothing was done")
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)
@@ -71,7 +81,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
                 raise KeyboardInterrupt from None
             raise
         report.write(folder)
-        return _finished(folder, "is finished")
+        return _finished(recipe, folder, "is finished")
 
 
 def refuse_changed_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -119,8 +129,15 @@ def _open_run(recipe: Recipe, folder: RunFolder, ledger: Ledger, records: list[A
     say(f"run {recipe.name} resumes in {folder.root} (attempt {ledger.attempt})")
 
 
-def _finished(folder: RunFolder, how: str) -> Answer:
-    data = summary(read_ledger(folder.ledger))
+def _finished(recipe: Recipe, folder: RunFolder, how: str) -> Answer:
+    """The answer of a finished run. Raises CheckFailed when its evaluation gate is not reached; the model is there all the same."""
+    records = read_ledger(folder.ledger)
+    gate, reached = recipe.evaluate.min_pass_at_1, last(records, Evaluation)
+    if gate is not None and reached is not None and reached.pass_at_1 < gate:
+        raise CheckFailed(
+            f"The run {how}, but pass@1 is {reached.pass_at_1:.1%} and evaluate.min_pass_at_1 asks for {gate:.1%}. Report: {folder.report}"
+        )
+    data = summary(records)
     text = f"{data['headline']}\nThe run {how}. Report: {folder.report}\nTalk to the model: bascule chat {folder.root}"
     return Answer(text=text, data=data)
 

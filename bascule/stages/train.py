@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ from bascule.records import (
     PoolCondemned,
     Role,
     SnapshotEvent,
+    SnapshotState,
     StepStats,
     Verdict,
     Warned,
@@ -83,8 +85,13 @@ def train(
 ) -> None:
     """Train to the end, over as many launches and pools as it takes. Raises the error that ends the run."""
     supervisor = Supervisor(recipe, folder, ledger, should_stop)
+    supervisor.settle_unfinished()
     while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
         supervisor.react(ending)
+        if should_stop():
+            raise Preempted(
+                "Stopped on request, after what had just happened was settled. Run the same command again to go on."
+            )
 
 
 class Supervisor:
@@ -107,6 +114,7 @@ class Supervisor:
         # Unix socket paths are limited to about 100 characters, so the socket cannot live in the run folder.
         room = Path(tempfile.mkdtemp(prefix="bascule-"))
         trainer = self._start_trainer(placement.train, room / "s")
+        self.from_certified = False
         engine = self._start_engine(placement.infer, room / "s")
         try:
             while True:
@@ -136,6 +144,21 @@ class Supervisor:
         else:
             raise _error_of(ending)
 
+    def settle_unfinished(self) -> None:
+        """A supervisor that was killed between an incident and the rollback it asks for left that to us: without it the trainer
+        would start from a snapshot that the incident had made doubtful, and certify it."""
+        pending: Incident | None = None
+        for record in self.ledger.read():
+            if isinstance(record, Incident) and record.rollback:
+                pending = record
+            elif isinstance(record, Migration):
+                pending = None
+        if pending is None or pending.pool is None:
+            return
+        error = _ending_of(pending)
+        say(f"incident {pending.incident_id} asks for a rollback that was not made; it is made now")
+        self._setback(pending.pool, Ending(error, pending.evidence, 5, pending.incident_id))
+
     # ---- workers
 
     def _start_trainer(self, pool: str, socket: Path) -> workers.Worker:
@@ -143,7 +166,7 @@ class Supervisor:
             (self.folder.heartbeats / name).unlink(missing_ok=True)
         arguments = [
             "--run", str(self.folder.root), "--attempt", str(self.ledger.attempt), "--pool", pool, "--socket", str(socket),
-            "--start", "certified" if self.from_certified else "newest",
+            "--start", "certified" if self.from_certified else "newest", *(["--strict"] if self.ledger.strict else []),
         ]  # fmt: skip
         say(f"start the trainer on {pool} ({self.recipe.pools[pool].accelerator})")
         return workers.start(
@@ -206,11 +229,10 @@ class Supervisor:
             trainer.kill()
             return Ending("Preempted", "", Preempted.exit_code)
         ending = self._read_ending(trainer)
-        return (
-            ending
-            if ending.error is None
-            else Ending("Preempted", ending.message, Preempted.exit_code)
-        )
+        if ending.exit_code == -signal.SIGTERM:
+            # It was asked before it could listen; nothing had been computed yet.
+            return Ending("Preempted", ending.message, Preempted.exit_code)
+        return ending
 
     def _read_ending(self, trainer: workers.Worker) -> Ending:
         code = trainer.returncode
@@ -239,7 +261,9 @@ class Supervisor:
         """How long a worker has been silent, when that is longer than allowed; else None."""
         beat = watchdog.read(self.folder.heartbeats / heartbeat)
         since_s = beat.time_s if beat else worker.started_s
-        allowed_s = self.recipe.guard.hang_timeout_s if beat else self.recipe.guard.start_timeout_s
+        starting = beat is None or beat.phase in ("start", "starting")
+        guard = self.recipe.guard
+        allowed_s = guard.start_timeout_s if starting else guard.hang_timeout_s
         silence = time.time() - max(since_s, worker.started_s)
         return silence if silence > allowed_s else None
 
@@ -310,7 +334,9 @@ class Supervisor:
         if move.condemn:
             self._condemn(pool, "train", replace(ending, message=move.reason))
         self._go_back(pool, move.pool, failed_step)
-        time.sleep(move.wait_s)
+        until = time.monotonic() + move.wait_s
+        while time.monotonic() < until and not self.should_stop():
+            time.sleep(POLL_S)
 
     def _place(self, records: list[AnyRecord], condemned: frozenset[tuple[str, Role]]) -> Placement:
         return place(
@@ -333,6 +359,7 @@ class Supervisor:
             attribution=attribution,
             action="back to the last certified snapshot; the policy decides where",
             evidence=ending.message,
+            rollback=True,
         )
         self.ledger.append(incident)
         return incident
@@ -343,7 +370,8 @@ class Supervisor:
 
     def _go_back(self, pool: str, to_pool: str, failed_step: int) -> None:
         """Choose the snapshot to go on from; later ones are rejected. What it costs is recorded."""
-        choice = migrate.choose(self.folder.snapshots, self.ledger)
+        trusted: SnapshotState = "certified" if self.recipe.guard.enabled else "verified"
+        choice = migrate.choose(self.folder.snapshots, self.ledger, trusted=trusted)
         reached_s = self._reached(choice.step)
         again = max(0, failed_step - 1 - choice.step)
         self.ledger.append(
@@ -383,6 +411,16 @@ class Supervisor:
             if incident.incident_id == ending.incident_id:
                 return incident.step
         return self._last_step() + 1
+
+
+def _ending_of(incident: Incident) -> str:
+    """Which ending left this incident: the reverse of SETBACKS for the supervisor's own, the attribution for the guard's."""
+    words = {word: error for error, (_, word) in SETBACKS.items()}
+    own = words.get(incident.sentinel.removeprefix("watchdog: "))
+    if incident.sentinel.startswith("watchdog: ") and own:
+        return own
+    guilty = incident.attribution in ("persistent chip fault", "software")
+    return "ChipCondemned" if guilty else "RollbackNeeded"
 
 
 def _error_of(ending: Ending) -> BasculeError:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import signal
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +28,17 @@ from bascule.errors import (
     CheckFailed,
     DeviceFault,
     ModelFolderError,
+    OperatorMissing,
     OutOfMemory,
+    RecipeError,
     RolloutFailed,
     UsageError,
 )
 from bascule.fallback import verify
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
-from bascule.guard.guard import Guard
+from bascule.guard.guard import REMEMBERED_BATCHES, Guard
+from bascule.guard.hindsight import led_to
 from bascule.infer.evaluate import Score, evaluate
 from bascule.infer.sampling import Sampling
 from bascule.ledger import Ledger, last, of_kind
@@ -44,12 +49,14 @@ from bascule.place.client import RolloutClient
 from bascule.records import (
     Completion,
     Evaluation,
+    Migration,
     ModelOrigin,
     RolloutReply,
     RolloutRequest,
     RunFinished,
     RunStarted,
     SnapshotEvent,
+    SnapshotState,
     StepStats,
     TextEvaluation,
     WeightsSynced,
@@ -73,43 +80,62 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pool", required=True)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--start", choices=["newest", "certified"], default="newest")
+    parser.add_argument("--strict", action="store_true")
     options = parser.parse_args(arguments)
     folder = RunFolder(options.run)
     watchdog.arm_stacks(folder.heartbeats / "trainer.stacks")
+    trainer: Trainer | None = None
     try:
-        Trainer(folder, options.pool, options.attempt, options.socket).run(options.start)
-    except BasculeError as error:
-        watchdog.write_ending(folder.heartbeats / ENDING_FILE, error)
-        return error.exit_code
-    except torch.AcceleratorError as error:
-        fault = DeviceFault(f"The chip's runtime gave up: {error}")
-        watchdog.write_ending(folder.heartbeats / ENDING_FILE, fault)
-        return fault.exit_code
-    except torch.OutOfMemoryError as error:
-        watchdog.write_ending(
-            folder.heartbeats / ENDING_FILE, OutOfMemory(f"The chip's memory is exhausted: {error}")
+        trainer = Trainer(
+            folder, options.pool, options.attempt, options.socket, strict=options.strict
         )
-        return OutOfMemory.exit_code
-    except OSError as error:
-        what = f"{error.strerror or error}: {error.filename or folder.root}"
-        watchdog.write_ending(
-            folder.heartbeats / ENDING_FILE,
-            UsageError(
-                f"{what}. Nothing already written is lost; mend it and run the same command again."
-            ),
-        )
-        return UsageError.exit_code
+        trainer.run(options.start)
+    except (BasculeError, RuntimeError, MemoryError, OSError) as error:
+        on_chip = trainer is not None and trainer.accelerator.device.type != "cpu"
+        known = understood(error, on_chip=on_chip)
+        if known is None:
+            raise
+        if known is not error:
+            traceback.print_exc()
+        watchdog.write_ending(folder.heartbeats / ENDING_FILE, known)
+        return known.exit_code
     return 0
 
 
+def understood(error: Exception, *, on_chip: bool) -> BasculeError | None:
+    """What an error means for the run, or None for one of our own. `on_chip`: the work is done by a device with a runtime of its
+    own, whose libraries report their failures as plain RuntimeErrors."""
+    match error:
+        case BasculeError():
+            return error
+        case torch.OutOfMemoryError() | MemoryError():
+            return OutOfMemory(f"Memory is exhausted: {error}")
+        case NotImplementedError():
+            return OperatorMissing(f"The chip lacks an operator: {str(error).splitlines()[0]}")
+        case torch.AcceleratorError():
+            return DeviceFault(f"The chip's runtime gave up: {error}")
+        case OSError():
+            what = f"{error.strerror or error}: {error.filename or 'no file named'}"
+            return UsageError(
+                f"{what}. Nothing already written is lost; mend it and run the same command again."
+            )
+        case RuntimeError() if "can't allocate memory" in str(error):
+            return OutOfMemory(f"Memory is exhausted: {error}")
+        case RuntimeError() if on_chip:
+            return DeviceFault(f"The chip's libraries failed: {error}")
+    return None
+
+
 class Trainer:
-    def __init__(self, folder: RunFolder, pool: str, attempt: int, socket: Path) -> None:
+    def __init__(
+        self, folder: RunFolder, pool: str, attempt: int, socket: Path, *, strict: bool = False
+    ) -> None:
         self.folder = folder
         self.pool = pool
         self.heartbeat = folder.heartbeats / "trainer.json"
         self._beat(0, "start")
         self.recipe = read_resolved(folder.recipe)
-        self.ledger = Ledger(folder.ledger, attempt=attempt, pool=pool, strict=self.recipe.strict)
+        self.ledger = Ledger(folder.ledger, attempt=attempt, pool=pool, strict=strict)
         self.accelerator = open_accelerator(
             self.recipe.pools[pool].accelerator,
             seed=self.recipe.seed,
@@ -130,8 +156,13 @@ class Trainer:
         )
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
         self.client = RolloutClient(
-            socket, on_wait=lambda: self._beat(self.stepper.step, "wait for rollouts")
+            # The supervisor watches the engine's silence and restarts it; a slow engine that moves is waited for.
+            socket,
+            patience_s=math.inf,
+            tries=10,
+            on_wait=lambda: self._beat(self.stepper.step, "wait for rollouts"),
         )
+        self._refuse_too_long()
         self.published: tuple[int, Path, str] | None = None
         self._stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -157,13 +188,17 @@ class Trainer:
             self._evaluate_if_due(state.phase, state.step)
         self._export(state.step)
 
+    def _trusted(self) -> SnapshotState:
+        """The trust a snapshot needs to go back to: without a guard nothing is ever certified."""
+        return "certified" if self.recipe.guard.enabled else "verified"
+
     def _resume(self, start: str) -> TrainState:
         """The newest snapshot that reads back whole (after a fault: the newest certified one), or a fresh start."""
         state = TrainState(
             recipe_sha256=hashlib.sha256(self.folder.recipe.read_bytes()).hexdigest()
         )
         path, passed_over = checkpoint.newest(
-            self.folder.snapshots, at_least="certified" if start == "certified" else "saved"
+            self.folder.snapshots, at_least=self._trusted() if start == "certified" else "saved"
         )
         for reason in passed_over:
             self.ledger.warn("snapshot passed over", reason)
@@ -176,11 +211,26 @@ class Trainer:
         state, warnings = loop.resume(self.stepper, self.objectives, path, state)
         for text in warnings:
             self.ledger.warn("resumed elsewhere", text)
+        self._remember(state)
         if checkpoint.load(path).extra.get("pool") != self.pool:
             verify.prove(path, self.stepper, open_accelerator("cpu"), self.ledger)
         if self.guard and checkpoint.trust(path).state != "certified":
             self.guard.after_snapshot(state.step, path)
         return state
+
+    def _remember(self, state: TrainState) -> None:
+        """Give the guard the memory it would have had without the interruption. A batch of GRPO cannot be made again."""
+        if self.guard is None:
+            return
+        stats = led_to(self.ledger.read(), state.step)
+        again = [one for one in stats if one.phase == state.phase and state.phase != "grpo"]
+        self.guard.remember(
+            stats,
+            [
+                self.objectives[state.phase].next_batch(one.step)
+                for one in again[-REMEMBERED_BATCHES:]
+            ],
+        )
 
     # ---- hooks
 
@@ -207,7 +257,9 @@ class Trainer:
             )
         if self.guard:
             self.guard.after_snapshot(step, path)
-            checkpoint.prune(self.folder.snapshots, self.recipe.train.keep_snapshots)
+        checkpoint.prune(
+            self.folder.snapshots, self.recipe.train.keep_snapshots, at_least=self._trusted()
+        )
 
     def _on_phase(self, phase: str, step: int) -> None:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
@@ -236,6 +288,8 @@ class Trainer:
         )
         try:
             reply = self.client.sample(request)
+        except UsageError:
+            raise  # what was asked is impossible on every chip
         except BasculeError as error:
             raise RolloutFailed(f"Rollouts failed at step {request.step}: {error}") from error
         self._engine_pool = reply.pool
@@ -273,7 +327,7 @@ class Trainer:
 
     def _evaluate_text(self, step: int) -> None:
         """Bits per byte on the held-out shards, on the training chip: the engine samples and does not score."""
-        if any(one.step == step for one in of_kind(self.ledger.read(), TextEvaluation)):
+        if self._measured(TextEvaluation, "pretrain", step):
             return
         self._beat(step, "evaluate")
         start = time.perf_counter()
@@ -296,13 +350,22 @@ class Trainer:
             )
         )  # fmt: skip
 
+    def _measured(
+        self, kind: type[Evaluation] | type[TextEvaluation], after: str, step: int
+    ) -> bool:
+        """Was the model of `step` evaluated? What was measured before a rollback behind it was another model's."""
+        found = False
+        for record in self.ledger.read():
+            if isinstance(record, kind) and record.step == step:
+                found |= record.after == after if isinstance(record, Evaluation) else True
+            elif isinstance(record, Migration) and record.resumed_from_step < step:
+                found = False
+        return found
+
     def _evaluate_if_due(self, after: str, step: int) -> None:
         if after == "pretrain":
             return self._evaluate_text(step)
-        if any(
-            one.after == after and one.step == step
-            for one in of_kind(self.ledger.read(), Evaluation)
-        ):
+        if self._measured(Evaluation, after, step):
             return
         self._beat(step, "evaluate")
         start = time.perf_counter()
@@ -322,6 +385,19 @@ class Trainer:
             self, self.course.prompts(problems), self.course.verifier(problems), samples=samples,
             max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed, ks=ks, greedy=greedy,
         )  # fmt: skip
+
+    def _refuse_too_long(self) -> None:
+        """Before anything is computed: can every problem and its longest completion be read by the model?"""
+        if "grpo" not in self.recipe.phase_steps() or not self.course.train:
+            return
+        longest = max(len(prompt) for prompt in self.course.prompts(self.course.train))
+        asked = longest + self.recipe.grpo.max_completion_tokens
+        allowed = self.course.model.max_position_embeddings
+        if asked > allowed:
+            raise RecipeError(
+                f"grpo.max_completion_tokens={self.recipe.grpo.max_completion_tokens} and the longest problem's {longest} tokens make "
+                f"{asked} positions; the model has {allowed}. Lower it, or raise model.max_position_embeddings."
+            )
 
     def _refuse_hopeless_grpo(self) -> None:
         """Reinforcement needs some right answers to reinforce (training.md 2.7): stop before hours are spent on nothing."""

@@ -93,7 +93,7 @@ def test_divergence_that_is_nobodys_chip_ends_with_4(tmp_path: Path) -> None:
     assert "learning rate" in words
 
 
-def test_an_evaluation_gate_and_a_hopeless_grpo_start_end_with_3(tmp_path: Path) -> None:
+def test_a_hopeless_grpo_start_ends_with_3_and_the_figures(tmp_path: Path) -> None:
     code, _, words = run(
         tmp_path,
         *only("cpu"),
@@ -134,3 +134,23 @@ def test_a_transient_fault_goes_back_on_the_same_pool_and_changes_no_bit(tmp_pat
     assert fired and fired[0].stat().st_size > 0
     assert [one["attribution"] for one in data["incidents"]] == ["transient chip fault"]
     assert read_ledger(tmp_path / "b" / "tiny" / "ledger.jsonl")
+
+
+def test_an_evaluation_gate_that_is_not_reached_ends_with_3_and_leaves_the_model(
+    tmp_path: Path,
+) -> None:
+    settings = [*only("cpu"), "sft.steps=2", "evaluate.min_pass_at_1=0.9"]
+    code, _, words = run(tmp_path, *settings)
+    assert code == 3 and "min_pass_at_1 asks for 90.0%" in words
+    assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
+    assert run(tmp_path, *settings)[0] == 3, "asked again, the gate still says no"
+
+
+def test_completions_that_cannot_fit_are_refused_before_training(tmp_path: Path) -> None:
+    code, _, words = run(
+        tmp_path,
+        *only("cpu"),
+        'train.phases=["sft", "grpo"]',
+        "grpo.max_completion_tokens=500",
+    )
+    assert code == 2 and "grpo.max_completion_tokens=500" in words
