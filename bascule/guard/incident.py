@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bascule import numerics
@@ -30,6 +29,7 @@ from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import SnapshotError
 from bascule.folder import write_atomic, write_json_atomic
 from bascule.guard.checksum import Product, product_ratio
+from bascule.tensors import save_tensors
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     plain = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    write_atomic(path, lambda temporary: save_file(plain, temporary))
+    write_atomic(path, lambda temporary: save_tensors(plain, temporary))
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bascule import draws
@@ -23,6 +23,7 @@ from bascule.errors import ModelFolderError
 from bascule.folder import write_atomic, write_json_atomic
 from bascule.model import hf_config
 from bascule.model.transformer import Transformer
+from bascule.tensors import save_tensors
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def save_hf(
     tensors = dict(_to_disk(model, config))
     write_atomic(
         folder / "model.safetensors",
-        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        lambda path: save_tensors(tensors, path, {"format": "pt"}),
     )
     for source in tokenizer_files or ():
         write_atomic(folder / source.name, functools.partial(_copy, source))

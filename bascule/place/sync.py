@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bascule.errors import SnapshotError
 from bascule.folder import sha256_of, write_atomic
+from bascule.tensors import save_tensors
 
 KEEP = 2  # the newest, and the one before it, which an engine may be reading this moment
 
@@ -30,7 +30,7 @@ def publish(folder: Path, state: Mapping[str, Tensor], version: int) -> tuple[Pa
     tensors, aliases = _untwin(state)
     # One entry only: safetensors writes several in an order that differs from process to process, and so would the hash.
     header = {"bascule": json.dumps({"version": version, "aliases": aliases}, sort_keys=True)}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomic(path, lambda temporary: save_tensors(tensors, temporary, header))
     for old in sorted(folder.glob("weights-*.safetensors"))[:-KEEP]:
         if old != path:
             old.unlink(missing_ok=True)

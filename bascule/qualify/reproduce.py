@@ -13,13 +13,13 @@ from string import Template
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from bascule.folder import write_json_atomic
 from bascule.qualify.context import CheckContext
 from bascule.qualify.hold import Miss
+from bascule.tensors import save_tensors
 
 _TEMPLATE = Path(__file__).with_name("reproduce_operator.py.txt")
 _PLAIN = Path(__file__).with_name("reproduce_plain.py.txt")
@@ -32,7 +32,7 @@ def operator_script(context: CheckContext, miss: Miss) -> Path:
     folder = _folder(context, name)
     inputs: dict[str, Tensor] = {}
     args, kwargs = tree_map(lambda leaf: _literal(leaf, inputs), (miss.call.args, miss.call.kwargs))
-    save_file(inputs, str(folder / "inputs.safetensors"))
+    save_tensors(inputs, folder / "inputs.safetensors")
     gradients = (
         ask is not None and ask.check.name == "numerics.backward" and miss.call.phase == "forward"
     )
