@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from bascule.guard.replay import (
 )
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
-from bascule.records import SnapshotState
+from bascule.records import SnapshotState, StepStats
 
 REMEMBERED_BATCHES = 2
 
@@ -122,6 +122,18 @@ class Guard:
         self._judged = False
         self._probation_until = self.book.probation_end()
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
+
+    def remember(self, stats: Sequence[StepStats], batches: Sequence[Any] = ()) -> None:
+        """Go on as if this launch had judged the steps that led to the resumed snapshot, so that it cries where an
+        uninterrupted one would. `stats`: the committed steps, oldest first; `batches`: the last of them, to tell bad data from
+        diverged weights. Only the spike sentinels have a memory that decides; the others' warnings start anew."""
+        for one in stats:
+            if one.tokens:  # an empty step is committed unjudged
+                seen = Seen(
+                    step=one.step, phase=one.phase, loss=one.loss, grad_norm=one.grad_norm, seconds=0.0, tokens=one.tokens,
+                )  # fmt: skip
+                self._watch = self._watch.accept(seen)
+        self._recent.extend(batches)
 
     # ---- watching
 

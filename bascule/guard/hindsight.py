@@ -33,6 +33,17 @@ def earlier_steps(records: Iterable[AnyRecord]) -> dict[int, Earlier]:
     }
 
 
+def led_to(records: Iterable[AnyRecord], step: int) -> list[StepStats]:
+    """The committed steps from which the weights after `step` came, oldest first. A rollback voids the steps it goes behind."""
+    line: list[StepStats] = []
+    for record in records:
+        if isinstance(record, StepStats):
+            while line and line[-1].step >= record.step:
+                line.pop()
+            line.append(record)
+    return [one for one in line if one.step <= step]
+
+
 def first_difference(
     earlier: Mapping[int, Earlier], step: int, loss: float, grad_norm: float
 ) -> str | None:
