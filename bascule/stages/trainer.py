@@ -513,9 +513,12 @@ class Trainer:
         last_batch = self.objectives[self.plan.phase_of(step)].next_batch(step)
         for batch in (last_batch, *reversed(self.guard.recent)):
             probe = replace(batch, step=step + 1)
-            if not batch.empty and self.guard.certify_last(
-                self.stepper.propose, probe, self.stepper
-            ):
+            if batch.empty:
+                continue
+            if self.stepper.objective is not self.objectives[batch.phase]:
+                # A batch of the phase before, when this one never had anything to learn from. The optimizer is not needed any more.
+                self.stepper.begin(self.objectives[batch.phase])
+            if self.guard.certify_last(self.stepper.propose, probe, self.stepper):
                 return
         self.ledger.warn(
             "last snapshot not certified",

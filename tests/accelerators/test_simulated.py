@@ -230,7 +230,7 @@ def test_a_slow_chip_is_slow_for_whoever_waits_for_it() -> None:
 
 def test_the_wrapped_chip_keeps_its_name_and_says_that_it_is_simulated() -> None:
     info = open_accelerator("sim:ascend-r2").info()
-    assert info.simulated and info.base == "cpu" and "our own construction" in info.name
+    assert info.simulated and info.base == "cpu" and "simulated: ascend-r2" in info.name
 
 
 @pytest.mark.parametrize("name", ["sim:clean", "sim:ascend-r2"])
