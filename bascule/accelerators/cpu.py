@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 from pathlib import Path
@@ -47,7 +49,12 @@ class CpuAccelerator(Accelerator):
             return
 
     def empty_cache(self) -> None:
-        """The CPU allocator keeps no cache of its own."""
+        """Give what the C library keeps for later back to the system, where it can (glibc). Otherwise a leak hides in memory that
+        was freed before: the resident set does not grow while it is filled again."""
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -75,6 +75,7 @@ def leak(context: CheckContext) -> list[Evidence]:
     model = work.model_on(accelerator)
     batch = accelerator.to_device(work.batch(1))
     used: list[int] = []
+    accelerator.empty_cache()
     for _ in range(LEAK_STEPS):
         with context.chip():
             workload.forward_backward(model, batch)
