@@ -1,5 +1,7 @@
 """The thought and the answer: told apart in whole texts and in streams cut anywhere."""
 
+import re
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
