@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check install docs clean
+.PHONY: demo test test-all check install clean
 
 install: $(VENV)/.installed
 
