@@ -1,0 +1,113 @@
+"""A whole supervised run inside one process: the real supervisor, trainer and guard, without processes to start.
+
+For campaigns of hundreds of runs and for property tests; a launch costs tens of milliseconds instead of seconds. What only
+processes have (a hang, a kill, an engine beside the trainer) is not here. Loaded by path, as guarded.py is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bascule.config import Recipe, recipe_from
+from bascule.errors import BasculeError
+from bascule.folder import RunFolder, write_json_atomic
+from bascule.ledger import Ledger, last
+from bascule.records import AnyRecord, Placement, RunFinished, RunStarted
+from bascule.stages import train, trainer
+from bascule.stages.place import place_roles
+from bascule.train.objective import Objective
+
+
+class Trainer(trainer.Trainer):
+    """`wrap` is laid around each phase's objective: a campaign's bad batches."""
+
+    def __init__(self, *arguments: Any, wrap: Callable[[Objective], Objective]) -> None:
+        self.wrap = wrap
+        super().__init__(*arguments)
+
+    def _extended(self, objective: Objective) -> Objective:
+        return self.wrap(super()._extended(objective))
+
+    def _evaluate_if_due(self, after: str, step: int) -> None:
+        """Evaluation samples, and sampling needs the engine's process."""
+
+
+class Supervisor(train.Supervisor):
+    wrap: Callable[[Objective], Objective] = staticmethod(lambda objective: objective)
+
+    def launch(self, placement: Placement) -> train.Ending:
+        self.placement = placement
+        start, self.from_certified = "certified" if self.from_certified else "newest", False
+        made: Trainer | None = None
+        try:
+            made = Trainer(
+                self.folder,
+                placement.train,
+                self.ledger.attempt,
+                self.folder.root / "no-engine",
+                wrap=self.wrap,
+            )
+            made.run(start)
+        except (BasculeError, RuntimeError, MemoryError, OSError) as error:
+            on_chip = made is not None and made.accelerator.device.type != "cpu"
+            known = trainer.understood(error, on_chip=on_chip)
+            if known is None:
+                raise
+            incident = getattr(known, "incident_id", None)
+            return train.Ending(type(known).__name__, str(known), known.exit_code, incident)
+        return train.Ending(None, "finished", 0)
+
+
+def recipe(accelerator: str, *, spare: str = "cpu", **settings: Any) -> Recipe:
+    """SFT of `settings["sft"]["steps"]` steps on `accelerator`, with `spare` to fall back on. Sections override the small ones."""
+    small: dict[str, Any] = {
+        "name": "r",
+        "prefer": ["chip", "spare"],
+        "pools": {"chip": {"accelerator": accelerator}, "spare": {"accelerator": spare}},
+        "qualify": {"required": False},
+        "model": {"preset": "tick"},
+        "data": {"train_problems": 128, "eval_problems": 1},
+        "sft": {"steps": 16, "batch_sequences": 8, "warmup_steps": 4},
+        "train": {"phases": ["sft"], "snapshot_every_steps": 4},
+        "guard": {"checksum_every_steps": 2, "audit_every_steps": 3},
+    }
+    merged = {
+        name: {**small.get(name, {}), **value} if isinstance(value, dict) else value
+        for name, value in settings.items()
+    }
+    return recipe_from({**small, **merged}, source="in_process")
+
+
+def run(
+    recipe: Recipe, root: Path, wrap: Callable[[Objective], Objective] | None = None
+) -> tuple[int, list[AnyRecord]]:
+    """Carry the run in `root` as far as it goes, or on from where it was cut off. The exit code and the ledger's records."""
+    folder = RunFolder(root).create()
+    if not folder.recipe.exists():
+        write_json_atomic(folder.recipe, json.loads(recipe.model_dump_json()))
+    ledger = Ledger(folder.ledger)
+    attempt = 1 + max((record.attempt for record in ledger.read()), default=0)
+    ledger = Ledger(folder.ledger, attempt=attempt)
+    if attempt == 1:
+        ledger.append(RunStarted(name=recipe.name, version="", machine=""))
+    if last(ledger.read(), RunFinished):
+        return 0, ledger.read()
+    supervisor = Supervisor(recipe, folder, ledger, lambda: False)
+    supervisor.wrap = wrap or supervisor.wrap
+    try:
+        supervisor.settle_unfinished()
+        while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
+            supervisor.react(ending)
+    except BasculeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code, ledger.read()
+    return 0, ledger.read()
+
+
+def weights_of(records: list[AnyRecord]) -> str | None:
+    finished = last(records, RunFinished)
+    return finished.final_weights_sha256 if finished else None
