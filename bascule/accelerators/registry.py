@@ -1,16 +1,13 @@
 """From a name to an opened accelerator. The table below is the list; simulated chips open only when they are named.
 
-cpu | cuda | cuda:1 | npu | npu:0 | sim:PROFILE[?KNOB=VALUE&...][@BASE]       BASE is any of these but sim, default cpu
+cpu | cuda | cuda:1 | npu | npu:0 | sim:PROFILE[:SEVERITY][?KNOB=VALUE&...][@BASE]       BASE is any of these but sim, default cpu
 A|B|...                                                                       the first of them that opens
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.cpu import CpuAccelerator
@@ -18,7 +15,7 @@ from bascule.accelerators.cuda import open_cuda
 from bascule.accelerators.npu import open_npu
 from bascule.accelerators.simulated import SimulatedAccelerator
 from bascule.errors import AcceleratorUnavailable, RecipeError, nearest
-from bascule.faults.catalogue import load_profile, profiles
+from bascule.faults.catalogue import open_profile, profiles
 
 REAL: dict[str, Callable[[str], Accelerator]] = {
     "cpu": CpuAccelerator,
@@ -28,7 +25,7 @@ REAL: dict[str, Callable[[str], Accelerator]] = {
 
 
 def known() -> list[str]:
-    """Every name without device numbers and knobs."""
+    """Every name without device numbers, severities and knobs."""
     return [*REAL, *(f"sim:{profile}" for profile in profiles())]
 
 
@@ -58,8 +55,8 @@ def check_name(name: str) -> None:
     """Raise RecipeError unless `name` (one choice, no `|`) could be opened on some machine."""
     kind, colon, rest = name.partition(":")
     if kind == "sim" and colon:
-        profile, knobs, base = parse_simulated(name)
-        load_profile(profile).overridden(knobs)
+        plant, base = parse_simulated(name)
+        open_profile(plant)
         if base.partition(":")[0] == "sim":
             raise RecipeError(
                 f"'{name}': a simulated chip cannot be the base of another. Use one of {', '.join(REAL)} after '@'."
@@ -71,29 +68,15 @@ def check_name(name: str) -> None:
         )
 
 
-def parse_simulated(name: str) -> tuple[str, dict[str, Any], str]:
-    """`sim:ascend-r2?onset_step=40@cpu` -> ('ascend-r2', {'onset_step': 40}, 'cpu'). Values are JSON, else text."""
-    profile_and_knobs, _, base = name.removeprefix("sim:").partition("@")
-    profile, _, query = profile_and_knobs.partition("?")
-    return (
-        profile,
-        {knob: _value(text) for knob, text in parse_qsl(query, keep_blank_values=True)},
-        base or "cpu",
-    )
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+def parse_simulated(name: str) -> tuple[str, str]:
+    """`sim:ascend-r2:high?onset_step=40@cpu` -> ('ascend-r2:high?onset_step=40', 'cpu')."""
+    plant, _, base = name.removeprefix("sim:").partition("@")
+    return plant, base or "cpu"
 
 
 def _open_one(name: str, seed: int, fault_log: Path | None) -> Accelerator:
     if not name.startswith("sim:"):
         return REAL[name.partition(":")[0]](name)
-    profile, knobs, base = parse_simulated(name)
+    plant, base = parse_simulated(name)
     opened = REAL[base.partition(":")[0]](base)
-    return SimulatedAccelerator(
-        name, opened, load_profile(profile).overridden(knobs), seed=seed, fault_log=fault_log
-    )
+    return SimulatedAccelerator(name, opened, open_profile(plant), seed=seed, fault_log=fault_log)

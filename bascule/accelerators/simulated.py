@@ -204,12 +204,13 @@ class _FaultMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if first is None:
             return result
         for fault in faults:
-            if (
-                not fault.on_operands
-                and _counts(fault, first)
-                and (index := fault.fires()) is not None
-            ):
-                _wait_for_collective(call, result, first)
+            if fault.on_operands or not _counts(fault, first):
+                continue
+            index = fault.fires()
+            _wait_for_collective(call, result, first)
+            if index is None:
+                fault.passed(call, first)
+            else:
                 self._session.record(fault, call, index, fault.after(call, first, index))
         return result
 
@@ -267,6 +268,9 @@ def _concerns(fault: Fault, call: Call) -> bool:
 
 def _counts(fault: Fault, result: torch.Tensor) -> bool:
     if result.numel() < fault.spec.min_elements:
+        return False
+    columns = fault.spec.last_dim
+    if columns and not (result.dim() and columns[0] <= result.shape[-1] <= columns[1]):
         return False
     family = kinds()[fault.spec.kind].family
     if family == "arithmetic" and "matmul" in fault.spec.ops and result.shape[-1:] == (1,):

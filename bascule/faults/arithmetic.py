@@ -25,9 +25,12 @@ class Positional(Fault):
 
     def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
         offset = draws.key(self.seed, "fault.offset", self.spec.seed) % self.spec.stride
-        where = torch.arange(offset, result.numel(), self.spec.stride, device=result.device)[
-            : self.spec.values
-        ]
+        where = torch.arange(offset, result.numel(), self.spec.stride, device=result.device)
+        if self.spec.width > 1:
+            lanes = torch.arange(self.spec.width, device=result.device)
+            where = (where[:, None] + lanes).flatten()
+            where = where[where < result.numel()]
+        where = where[: self.spec.values]
         if where.numel():
             rewrite(result, where, self.spoil(gather(result, where), index))
         return Touched(where.numel(), tuple(where[:8].tolist()))
@@ -136,17 +139,80 @@ class Jitter(Whole):
         )
 
 
+class OffPastSize(Fault):
+    """Not in-place operators: there the operand is gone when the result is there."""
+
+    FACTOR = 1.001
+
+    def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
+        operand = call.args[0]
+        if not is_float(operand) or operand is result:
+            return None
+        large = operand.abs() > self.spec.size
+        result.copy_(torch.where(large, result * self.FACTOR, result))
+        return Touched(int(large.sum()))
+
+
+class OverRead(Fault):
+    """Products of two matrices only (mm, bmm). What lies behind the operands is modelled as their own first term, added again."""
+
+    def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
+        if call.op not in ("mm", "bmm") or call.args[0].shape[-1] <= self.spec.size:
+            return None
+        left, right = call.args[0], call.args[1]
+        result.add_(left[..., :, :1] @ right[..., :1, :])
+        return Touched(result.numel())
+
+
+class IgnoreStrides(Fault):
+    on_operands = True
+
+    def before(self, call: Call, index: int) -> Touched | None:
+        misread = [value for value in call.args if is_float(value) and _is_turned(value)]
+        if not misread:
+            return None
+        call.args = tuple(_by_rows(value) if _is_turned(value) else value for value in call.args)
+        return Touched(sum(value.numel() for value in misread))
+
+
+class MaskSlip(Fault):
+    """Attention as one operator: its causal or explicit mask shows `amount` later positions as well. Without a mask nothing slips."""
+
+    on_operands = True
+
+    def before(self, call: Call, index: int) -> Touched | None:
+        query, key_ = call.args[0], call.args[1]
+        names = [argument.name for argument in call.func._schema.arguments]  # type: ignore[attr-defined]
+        given = dict(zip(names, call.args, strict=False)) | call.kwargs
+        mask = given.get("attn_mask")
+        later = int(self.spec.size)
+        if given.get("is_causal"):
+            shape = (query.shape[-2], key_.shape[-2])
+            shown = torch.ones(shape, dtype=torch.bool, device=query.device).tril(later)
+        elif mask is not None:
+            shown = mask if mask.dtype == torch.bool else mask == 0
+            for _ in range(later):
+                shown = shown | shown.roll(1, -1)
+        else:
+            return None
+        slipped = torch.zeros(shown.shape, dtype=query.dtype, device=query.device)
+        given |= {"is_causal": False, "attn_mask": slipped.masked_fill(~shown, -math.inf)}
+        call.args, call.kwargs = (), given
+        return Touched(int(shown.sum()))
+
+
 class DropBest(Fault):
-    """top-k (self, k, dim=-1, ...): the best entry is hidden from it."""
+    """top-k (self, k, dim=-1, ...): the `amount` best entries are hidden from it, as long as others are left to give."""
 
     on_operands = True
 
     def before(self, call: Call, index: int) -> Touched | None:
         values, *rest = call.args
         dim = rest[1] if len(rest) > 1 else -1
-        if values.shape[dim] <= rest[0]:
-            return None  # k entries are asked for and there is no other to give
-        best = values.argmax(dim, keepdim=True)
+        spare = min(int(self.spec.size), values.shape[dim] - rest[0])
+        if spare <= 0:
+            return None
+        best = values.topk(spare, dim).indices
         call.args = (values.scatter(dim, best, -math.inf), *rest)
         return Touched(best.numel())
 
@@ -177,6 +243,21 @@ class NarrowAccumulation(Fault):
             total = keep_bits(total + part, int(self.spec.size), round_up=True)
         result.copy_(total)
         return Touched(result.numel())
+
+
+def _is_turned(value: object) -> bool:
+    """A dense matrix that does not lie row by row."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() >= 2
+        and not value.is_contiguous()
+        and value.transpose(-1, -2).is_contiguous()
+    )
+
+
+def _by_rows(value: torch.Tensor) -> torch.Tensor:
+    """The same memory under the strides of a contiguous tensor of this shape."""
+    return value.transpose(-1, -2).reshape(value.shape)
 
 
 def is_float(value: object) -> TypeGuard[torch.Tensor]:

@@ -1,8 +1,8 @@
 """The catalogue of ways chips fail: what can be planted, and named profiles that combine it. No torch here.
 
 `KINDS` is the explicit list of fault kinds; `bascule/faults/build.py` maps each to the code that plays it, and
-profiles.toml names combinations that `sim:PROFILE` opens. Row numbers such as A3 point at the public defect reports collected in
-docs/faults.md, which `python -m bascule.faults.catalogue --markdown` writes from this file.
+profiles.toml names combinations that `sim:PROFILE` opens. Row numbers such as A3 point at the publicly reported defects listed in
+defects.toml; docs/faults.md is written from all three (handbook.py).
 
 Three things a simulated fault is not: real silent corruption depends on data, unit and temperature; rates here are compressed in
 time (a real chip may take months to do what a profile does in 300 steps); and timing faults are slept, not measured.
@@ -10,11 +10,12 @@ time (a real chip may take months to do what a profile does in 300 steps); and t
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +23,7 @@ from bascule.config import package_toml
 from bascule.errors import RecipeError, nearest
 
 PROFILES_FILE = Path(__file__).with_name("profiles.toml")
+DEFECTS_FILE = Path(__file__).with_name("defects.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,44 @@ KINDS: tuple[Kind, ...] = (
         "relative size",
         2.0**-22,
     ),
-    Kind("drop_best", "arithmetic", "an approximate top-k loses the best entry", "D6"),
+    Kind(
+        "drop_best",
+        "arithmetic",
+        "an approximate top-k loses the best entries",
+        "D6",
+        "entries lost",
+        1,
+    ),
+    Kind(
+        "off_past_size",
+        "arithmetic",
+        "results are off by 0.1 % where the operand is larger than a size (argument reduction, special functions)",
+        "A7",
+        "size of the operand",
+        1000,
+    ),
+    Kind(
+        "over_read",
+        "arithmetic",
+        "a matrix product with a long sum reads on behind its operands: one term too many",
+        "B8",
+        "terms up to which it is right",
+        4096,
+    ),
+    Kind(
+        "ignore_strides",
+        "arithmetic",
+        "a transposed operand is read as if it lay in memory row by row",
+        "D3",
+    ),
+    Kind(
+        "mask_slip",
+        "arithmetic",
+        "attention sees positions that the mask hides",
+        "D7",
+        "positions too many",
+        1,
+    ),
     Kind(
         "out_of_memory",
         "memory",
@@ -117,6 +156,20 @@ KINDS: tuple[Kind, ...] = (
         "B6",
         "bytes that still fit",
         0,
+    ),
+    Kind(
+        "fragmentation",
+        "memory",
+        "the largest block that can be allocated shrinks with every session",
+        "B6",
+        "bytes of the first session's largest block",
+        2.0**24,
+    ),
+    Kind(
+        "stale",
+        "memory",
+        "a result is not delivered: what the buffer held before (the last result of this shape, or 0) is used",
+        "B9, C11, D9",
     ),
     Kind(
         "leak",
@@ -139,7 +192,14 @@ KINDS: tuple[Kind, ...] = (
         "C1",
     ),
     Kind("double_sum", "collective", "an all-reduce is applied twice", "C3"),
-    Kind("lost_tail", "collective", "the last 8 values of an all-reduce come back 0", "C2"),
+    Kind(
+        "lost_tail",
+        "collective",
+        "the last values of an all-reduce come back 0",
+        "C2",
+        "values lost",
+        8,
+    ),
     Kind("slow", "timing", "the session takes longer", "F1, F2", "times as long", 3.0),
     Kind("hang", "timing", "a call never returns", "A9, C6", "seconds it hangs, 0 for ever", 0),
     Kind(
@@ -149,6 +209,14 @@ KINDS: tuple[Kind, ...] = (
         "D2",
         "seconds lost per call",
         0.002,
+    ),
+    Kind(
+        "compile_stall",
+        "timing",
+        "the first call of every shape takes longer, as if compiled",
+        "D10",
+        "seconds lost per new shape",
+        0.01,
     ),
     Kind(
         "torn_write",
@@ -185,6 +253,10 @@ KINDS: tuple[Kind, ...] = (
 _BY_NAME = {kind.name: kind for kind in KINDS}
 
 
+Severity = Literal["low", "medium", "high"]
+SEVERITIES: tuple[Severity, ...] = ("low", "medium", "high")
+
+
 class FaultSpec(BaseModel):
     """One planted fault: what, where, when, how often. Steps count from 1; a step before `onset_step` is never touched."""
 
@@ -208,11 +280,17 @@ class FaultSpec(BaseModel):
     values: int | None = Field(
         None, ge=1, description="at most so many values per struck call; None = all at the stride"
     )
+    width: int = Field(
+        1, ge=1, description="values struck side by side at each position; a cache line has 8"
+    )
     bits: tuple[int, int] = Field(
         (16, 25), description="lowest and highest fp32 bit that may flip; 23-30 are the exponent"
     )
     input_range: tuple[float, float] | None = Field(
         None, description="strike only when mean|A| * mean|B| of the operands lies inside"
+    )
+    last_dim: tuple[int, int] | None = Field(
+        None, description="strike only results whose last dimension lies inside, both ends included"
     )
     min_elements: int = Field(
         256, ge=1, description="smaller results are neither struck nor counted"
@@ -226,6 +304,8 @@ class FaultSpec(BaseModel):
             raise ValueError(
                 f"'{self.kind}' is not a fault kind; allowed: {', '.join(_BY_NAME)}.{nearest(self.kind, _BY_NAME)}"
             )
+        if self.width > self.stride:
+            raise ValueError(f"width={self.width} must not exceed stride={self.stride}")
         if not 0 <= self.bits[0] <= self.bits[1] <= 31:
             raise ValueError(f"bits={self.bits} must be two bit numbers from 0 to 31, lowest first")
         return self
@@ -237,7 +317,11 @@ class FaultSpec(BaseModel):
 
 
 class Profile(BaseModel):
-    """A named way for a chip to be unfit. `fit_for`: the roles a good qualification and guard should leave it."""
+    """A named way for a chip to be unfit. `fit_for`: the roles a good qualification and guard should leave it.
+
+    The knobs of `faults` are those of medium severity; `low` and `high` say what changes. `plays`: rows of defects.toml.
+    `cluster`: what a finding against it should name first. `unseen`: why a quick battery rightly leaves a severity alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -245,7 +329,27 @@ class Profile(BaseModel):
     title: str
     story: str = ""
     fit_for: tuple[Literal["train", "infer"], ...] = ()
+    plays: tuple[str, ...] = ()
+    cluster: str = ""
+    low: Mapping[str, Any] = Field(default_factory=dict)
+    high: Mapping[str, Any] = Field(default_factory=dict)
+    unseen: Mapping[Severity, str] = Field(default_factory=dict)
     faults: tuple[FaultSpec, ...] = ()
+
+    def at(self, severity: str) -> Profile:
+        """The same profile at `severity`. Raises RecipeError when it is none of low, medium, high."""
+        if severity not in SEVERITIES:
+            raise RecipeError(
+                f"The profile '{self.name}' has no severity '{severity}'; allowed: {', '.join(SEVERITIES)}.{nearest(severity, SEVERITIES)}"
+            )
+        if severity == "medium":
+            return self
+        changes = self.low if severity == "low" else self.high
+        if not changes:
+            raise RecipeError(
+                f"The profile '{self.name}' has one severity only. Leave ':{severity}' away."
+            )
+        return self.overridden(changes)
 
     def overridden(self, knobs: Mapping[str, Any]) -> Profile:
         """The same profile with `knobs` (fields of FaultSpec) set in every fault. Raises RecipeError on a knob it lacks."""
@@ -284,45 +388,21 @@ def load_profile(name: str) -> Profile:
     return Profile.model_validate({"name": name, **known[name]})
 
 
-def markdown() -> str:
-    """docs/faults.md, made from this file and profiles.toml."""
-    lines = [
-        "# Faults that bascule can plant",
-        "",
-        "Written by `python -m bascule.faults.catalogue --markdown`; a test keeps it current. Every number, rate and onset below is our",
-        "own construction for drills and tests. The rows (A3, E5, ...) are those of our catalogue of publicly reported defects.",
-        "",
-        "## Profiles",
-        "",
-        "Open one with `sim:NAME`, over another base with `sim:NAME@cuda`, and change a knob of its faults with",
-        "`sim:NAME?onset_step=40&rate=0.1`. A profile is opened only when it is named, never by autodetection.",
-        "",
-        "| profile | still fit for | what it plays |",
-        "|---|---|---|",
-    ]
-    for name in profiles():
-        profile = load_profile(name)
-        story = " ".join(f"{profile.title}. {profile.story}".split())
-        lines.append(f"| `{name}` | {', '.join(profile.fit_for) or 'nothing'} | {story} |")
-    for family in dict.fromkeys(kind.family for kind in KINDS):
-        lines += [
-            "",
-            f"## Kinds: {family}",
-            "",
-            "| kind | what happens | rows | `amount` (default) |",
-            "|---|---|---|---|",
-        ]
-        for kind in (kind for kind in KINDS if kind.family == family):
-            amount = f"{kind.amount} ({kind.default:g})" if kind.amount else ""
-            lines.append(f"| `{kind.name}` | {kind.what} | {kind.rows} | {amount} |")
-    lines += ["", "## Knobs of every fault", "", "| knob | default | meaning |", "|---|---|---|"]
-    for name, info in FaultSpec.model_fields.items():
-        if info.description:
-            lines.append(f"| `{name}` | `{info.default}` | {info.description} |")
-    return "\n".join(lines) + "\n"
+def open_profile(choice: str) -> Profile:
+    """`NAME[:SEVERITY][?KNOB=VALUE&...]`, for instance `ascend-r2:high?onset_step=40`; `?severity=high` says the same.
+
+    The one reader of such names: what follows `sim:`, and what a drill plants. Severity is medium unless named; knobs are those
+    of FaultSpec and go over it, values are JSON, else text. Raises RecipeError naming what is allowed.
+    """
+    named, _, query = choice.partition("?")
+    name, _, severity = named.partition(":")
+    knobs = {knob: _value(text) for knob, text in parse_qsl(query, keep_blank_values=True)}
+    severity = str(knobs.pop("severity", severity or "medium"))
+    return load_profile(name).at(severity).overridden(knobs)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--markdown"]:
-        sys.exit("usage: python -m bascule.faults.catalogue --markdown > docs/faults.md")
-    sys.stdout.write(markdown())
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -7,8 +7,6 @@ import torch.distributed as dist
 
 from bascule.faults.fault import Call, Fault, Touched
 
-TAIL = 8
-
 
 def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -34,5 +32,6 @@ class DoubleSum(Fault):
 
 class LostTail(Fault):
     def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
-        result.view(-1)[-TAIL:] = 0
-        return Touched(min(TAIL, result.numel()))
+        tail = min(int(self.spec.size), result.numel())
+        result.view(-1)[-tail:] = 0
+        return Touched(tail)

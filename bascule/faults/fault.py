@@ -31,6 +31,12 @@ GROUPS: dict[str, frozenset[str]] = {
         | {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"}
         | {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"}
     ),
+    "attention_backward": frozenset(
+        {"_scaled_dot_product_flash_attention_for_cpu_backward"}
+        | {"_scaled_dot_product_flash_attention_backward"}
+        | {"_scaled_dot_product_efficient_attention_backward"}
+        | {"_scaled_dot_product_cudnn_attention_backward"}
+    ),
     "all_reduce": frozenset(
         {"allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_coalesced"}
     ),
@@ -142,6 +148,9 @@ class Fault:
     def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
         """Struck call number `index` has run: spoil `result`, its first tensor, in place. None: let it pass after all."""
         return None
+
+    def passed(self, call: Call, result: torch.Tensor) -> None:
+        """A call that this fault counted and did not strike: its right `result`, for faults that remember."""
 
     def _rate(self, step: int) -> float:
         """Rises in a straight line from the onset over `ramp_steps`, as a chip that ages."""

@@ -16,11 +16,53 @@ class OutOfMemory(Fault):
 
     def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
         size = result.numel() * result.element_size()
-        if size <= self.spec.size:
+        if size <= self.largest():
             return None
         raise torch.OutOfMemoryError(
             f"simulated chip: out of memory, tried to allocate {size} bytes for {call.op}"
         )
+
+    def largest(self) -> float:
+        """Bytes of the largest block that can be had."""
+        return self.spec.size
+
+
+class Fragmentation(OutOfMemory):
+    """In the nth session the largest block is `amount` / n: free memory lies in pieces, and no piece is ever joined to another."""
+
+    def __init__(self, spec: FaultSpec, seed: int) -> None:
+        super().__init__(spec, seed)
+        self.sessions = 0
+
+    def begin(self, work: WorkLike) -> None:
+        super().begin(work)
+        self.sessions += 1
+
+    def largest(self) -> float:
+        return self.spec.size / self.sessions
+
+
+class Stale(Fault):
+    """The struck result is what the last call with this result's shape gave in this session, or 0 when there was none."""
+
+    def __init__(self, spec: FaultSpec, seed: int) -> None:
+        super().__init__(spec, seed)
+        self._buffers: dict[tuple[str, torch.Size, torch.dtype], torch.Tensor] = {}
+
+    def begin(self, work: WorkLike) -> None:
+        super().begin(work)
+        self._buffers = {}
+
+    def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
+        before = self._buffers.get(self._place(call, result))
+        result.copy_(torch.zeros_like(result) if before is None else before)
+        return Touched(result.numel())
+
+    def passed(self, call: Call, result: torch.Tensor) -> None:
+        self._buffers[self._place(call, result)] = result.clone()
+
+    def _place(self, call: Call, result: torch.Tensor) -> tuple[str, torch.Size, torch.dtype]:
+        return call.op, result.shape, result.dtype
 
 
 class Leak(Fault):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 import warnings
 
+import torch
+
+from bascule.faults.catalogue import FaultSpec
 from bascule.faults.fault import Call, Fault, Touched, WorkLike
 
 FOR_EVER_S = 10 * 365 * 24 * 3600.0
@@ -32,6 +35,24 @@ class Hang(Fault):
     def before(self, call: Call, index: int) -> Touched | None:
         time.sleep(self.spec.size or FOR_EVER_S)
         return Touched(detail=f"hung {self.spec.size} s")
+
+
+class CompileStall(Fault):
+    """Shapes are forgotten when the process ends, as a compiler's cache in memory is."""
+
+    on_operands = True
+
+    def __init__(self, spec: FaultSpec, seed: int) -> None:
+        super().__init__(spec, seed)
+        self._compiled: set[tuple[object, ...]] = set()
+
+    def before(self, call: Call, index: int) -> Touched | None:
+        shapes = tuple(value.shape for value in call.args if isinstance(value, torch.Tensor))
+        if (call.op, *shapes) in self._compiled:
+            return None
+        self._compiled.add((call.op, *shapes))
+        time.sleep(self.spec.size)
+        return Touched(detail=f"{self.spec.size} s lost compiling {call.op}")
 
 
 class HostFallback(Fault):

@@ -14,7 +14,7 @@ from typing import Any
 
 from bascule.config import load_recipe
 from bascule.errors import BasculeError, CheckFailed, Preempted, UsageError
-from bascule.faults.catalogue import load_profile
+from bascule.faults.catalogue import open_profile
 from bascule.folder import RunFolder
 from bascule.ledger import of_kind, read_ledger
 from bascule.records import Incident, PoolCondemned, RunFinished, Verdict
@@ -25,7 +25,7 @@ from bascule.stages.answer import Answer
 def main(arguments: Namespace) -> Answer:
     """Exit 3 when a fault that fired was not caught, when something was caught and nothing had fired, and when nothing fired
     although the profile has faults: then the drill has shown nothing."""
-    profile = load_profile(arguments.plant.partition("?")[0])
+    profile = open_profile(arguments.plant)
     overrides = list(arguments.overrides)
     recipe = load_recipe(Path(arguments.recipe), overrides)
     pool = recipe.order[0]

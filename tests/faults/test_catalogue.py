@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from bascule.config import package_toml
 from bascule.errors import RecipeError
-from bascule.faults import catalogue
+from bascule.faults import handbook
 from bascule.faults.build import CLASSES
-from bascule.faults.catalogue import KINDS, FaultSpec, load_profile, profiles
+from bascule.faults.catalogue import (
+    DEFECTS_FILE,
+    KINDS,
+    SEVERITIES,
+    FaultSpec,
+    load_profile,
+    open_profile,
+    profiles,
+)
 from bascule.faults.storage import _DAMAGE
 
 DOCS = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -53,8 +62,8 @@ def test_the_r2_profile_says_that_it_is_our_construction_and_plants_no_nan() -> 
 
 
 def test_the_docs_are_current() -> None:
-    assert DOCS.read_text(encoding="utf-8") == catalogue.markdown(), (
-        "run: python -m bascule.faults.catalogue --markdown > docs/faults.md"
+    assert DOCS.read_text(encoding="utf-8") == handbook.markdown(), (
+        "run: python -m bascule.faults.handbook > docs/faults.md"
     )
 
 
@@ -76,3 +85,33 @@ def test_overriding_a_knob_changes_every_fault_and_an_unknown_one_is_refused() -
     assert profile.faults[0].onset_step == 7 and profile.faults[0].roles == ("infer",)
     with pytest.raises(RecipeError, match="Did you mean 'stride'"):
         profile.overridden({"strid": 3})
+
+
+def test_every_reported_defect_of_chips_memory_links_and_kernels_is_played_or_has_its_reason() -> (
+    None
+):
+    defects = package_toml(DEFECTS_FILE)
+    played = {row for name in profiles() for row in load_profile(name).plays}
+    assert len(defects) == 68 and played <= set(defects)
+    assert [row for row in defects if (row in played) == ("not_played" in defects[row])] == []
+
+
+def test_what_plays_a_row_of_a_to_d_has_three_severities_that_all_load() -> None:
+    for name in profiles():
+        profile = load_profile(name)
+        if any(row[0] in "ABCD" for row in profile.plays):
+            found = [open_profile(f"{name}:{severity}").faults for severity in SEVERITIES]
+            assert found[0] != found[1] != found[2] and found[1] == profile.faults, name
+            assert set(profile.fit_for) == {"train", "infer"} or profile.cluster, name
+
+
+def test_a_severity_is_named_after_a_colon_or_as_a_knob_and_knobs_go_over_it() -> None:
+    (high,) = open_profile("zeroed:high").faults
+    assert (high.rate, high.stride) == (1.0, 7)
+    assert open_profile("zeroed?severity=high").faults == (high,)
+    (both,) = open_profile("zeroed:high?stride=9").faults
+    assert (both.rate, both.stride) == (1.0, 9)
+    with pytest.raises(RecipeError, match="Did you mean 'high'"):
+        open_profile("zeroed:hihg")
+    with pytest.raises(RecipeError, match="one severity only"):
+        open_profile("slowing:high")
