@@ -29,7 +29,8 @@ class Shape:
 
     `dense_layers` use a dense feed-forward of width `ffn`, the others `topk` of `experts` of width `moe_ffn`.
     `local_layers` of the layers see only `window` tokens back. `gated`: three feed-forward matrices instead of two.
-    `node_limit`: groups of experts that one token may reach (0: no limit).
+    `node_limit`: groups of experts that one token may reach (0: no limit). `selected`: positions sparse attention reads at
+    most (0: all of them). `cache_share`: cached bytes over those of a full cache (compressed attention, an index beside it).
     """
 
     name: str
@@ -52,6 +53,8 @@ class Shape:
     window: int = 0
     local_layers: int = 0
     node_limit: int = 0
+    selected: int = 0
+    cache_share: float = 1.0
 
     @cached_property
     def moe(self) -> bool:
@@ -147,7 +150,7 @@ class Shape:
             if self.latent is None
             else self.latent.nope + self.latent.rope + self.latent.v
         )
-        full = sequence / 2
+        full = self.positions(sequence)
         near = (
             full
             if self.window <= 0 or self.window >= sequence
@@ -162,6 +165,12 @@ class Shape:
             * (self.local_layers * near + (layers - self.local_layers) * full)
         )
 
+    def positions(self, sequence: int) -> float:
+        """Positions a token of a causal sequence of this length attends to on average, windows aside."""
+        if not 0 < self.selected < sequence:
+            return sequence / 2
+        return self.selected - self.selected**2 / (2 * sequence)
+
     def train_flops(self, sequence: int) -> float:
         """Model FLOPs of one trained token: forward and backward, recomputation not counted."""
         return 6 * self.active_weights + 3 * self.attention_flops(sequence)
@@ -173,7 +182,7 @@ class Shape:
             if self.latent is None
             else self.latent.kv_lora + self.latent.rope
         )
-        return width * self.layers * element_bytes
+        return width * self.layers * element_bytes * self.cache_share
 
 
 def from_config(config: ModelConfig, *, name: str | None = None) -> Shape:

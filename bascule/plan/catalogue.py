@@ -8,7 +8,9 @@ tables with the same names, and figures that `qualify` measured replace the data
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -122,6 +124,45 @@ def find_chip(name: str, extra: Mapping[str, Chip] | None = None) -> Chip:
     raise RecipeError(
         f"'{name}' is not a chip the planner knows; known: {', '.join(sorted(known))}.{hint}"
     )
+
+
+MAKERS = {
+    "NVIDIA": r"^(nvidia|[abhl]\d{2,3}|gb\d|gh\d|rtx|rubin|v100)",
+    "AMD": r"^(amd|instinct|mi\d)",
+    "Huawei": r"ascend|^91\d|^95\d|atlas|cloudmatrix",
+    "Google": r"^(tpu|google|v\d[ep]?$|ironwood|trillium)",
+    "AWS": r"^(aws|trn|trainium)",
+    "Intel": r"gaudi|^(intel|habana)",
+    "Moore Threads": r"^(mtt|moore|s\d000)",
+}
+LIKENESS = 0.5
+
+
+def chip_like(name: str, vendor: str = "") -> Chip:
+    """The chip that a table's own words mean: `find_chip`, else the longest known name inside them (`Ascend 910B3`,
+    `8 x H100 80GB SXM5`), else the maker's chip with the most similar name, whose note says so. Raises RecipeError when no
+    maker is recognised either: a guess would rest on nothing."""
+    try:
+        return find_chip(name)
+    except RecipeError as error:
+        refusal = error
+    word = _key(name)
+    keys = {_key(alias): target for alias, target in ALIASES.items()}
+    keys |= {_key(chip): chip for chip in chips()}
+    inside = [key for key in keys if key in word and len(key) >= 3]
+    if inside:
+        return chips()[keys[max(inside, key=len)]]
+    maker = next((one for one, form in MAKERS.items() if re.search(form, name.strip().lower())), "")
+    scored = [
+        (difflib.SequenceMatcher(None, _key(alias), word).ratio(), target)
+        for alias, target in keys.items()
+        if chips()[target].vendor == maker
+    ]
+    if not scored or max(scored)[0] < LIKENESS:
+        raise refusal
+    nearest_one = chips()[max(scored)[1]]
+    note = f"'{name}' is not in the catalogue; {nearest_one.name} stands in for it"
+    return replace(nearest_one, basis="assumed", note=note)
 
 
 def chips_from_toml(path: Path) -> dict[str, Chip]:

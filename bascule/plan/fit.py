@@ -279,10 +279,11 @@ def _rounded(value: Any) -> Any:
 
 
 def fit_serving(rows: Sequence[Row]) -> dict[str, Any]:
-    """The inference model's constants and regression, as plain values."""
+    """The inference model's constants and regression, as plain values. So few points cannot fit the regression's sizes: they
+    stay as guessed."""
     used = [row for row in rows if usable_serving(row)]
     c = fit_constants(serving_points(used))
-    process = fit_sizes(build_serving(used, c), rounds=15)
+    process = build_serving(used, c)
     return serving_plain(c, process, interval_width(process))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -71,59 +75,57 @@ def _shared_width(text: Mapping[str, Any], moe_ffn: int) -> int:
     return int(explicit) if explicit else int(text.get("n_shared_experts") or 0) * moe_ffn
 
 
-def _dense(
-    name: str,
-    layers: int,
-    hidden: int,
-    ffn: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    head_dim: int = 128,
-) -> Shape:
-    return Shape(name=name, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn, vocab=vocab, dense_layers=layers)  # fmt: skip
+@functools.cache
+def named() -> dict[str, Shape]:
+    """Public models by their common names, from `data/models.csv`; DeepSeek-V3 is the recipe preset `v3`."""
+    path = resources.files("bascule.plan").joinpath("data/models.csv")
+    with path.open(encoding="utf-8") as handle:
+        return {row["name"]: _from_row(row) for row in csv.DictReader(handle)}
 
 
-# Public shapes by their common names, from each model's own config.json. DeepSeek-V3 is the recipe preset `v3`.
-NAMED: dict[str, Shape] = {
-    "llama-3.1-8b": _dense("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128256),
-    "llama-3.1-70b": _dense("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128256),
-    "llama-3.1-405b": _dense("llama-3.1-405b", 126, 16384, 53248, 128, 8, 128256),
-    "qwen3-8b": _dense("qwen3-8b", 36, 4096, 12288, 32, 8, 151936),
-    "qwen3-30b-a3b": Shape(
-        name="qwen3-30b-a3b",
-        hidden=2048,
-        layers=48,
-        heads=32,
-        kv_heads=4,
-        head_dim=128,
-        ffn=6144,
-        vocab=151936,
-        experts=128,
-        topk=8,
-        moe_ffn=768,
-    ),  # fmt: skip
-    "qwen3-235b-a22b": Shape(
-        name="qwen3-235b-a22b",
-        hidden=4096,
-        layers=94,
-        heads=64,
-        kv_heads=4,
-        head_dim=128,
-        ffn=12288,
-        vocab=151936,
-        experts=128,
-        topk=8,
-        moe_ffn=1536,
-    ),  # fmt: skip
-}
+def _from_row(row: Mapping[str, str]) -> Shape:
+    sizes = {
+        f.name: (float if f.name == "cache_share" else int)(row[f.name])
+        for f in fields(Shape)
+        if f.name not in ("name", "tied") and row.get(f.name)
+    }
+    latent = {f.name: int(row[f.name]) for f in fields(Latent) if row.get(f.name)}
+    sizes.setdefault("dense_layers", sizes["layers"])
+    return Shape(
+        name=row["name"],
+        tied=row["tied"] == "1",
+        latent=Latent(**latent) if latent else None,
+        node_limit=3 if row["name"] == "deepseek-v2" else 4 if row["name"] == "deepseek-v3.2" else 0,
+        **sizes,  # type: ignore[arg-type]
+    )
+
+
 ALIASES = {
     "deepseek-v3": "v3",
     "deepseek-r1": "v3",
     "deepseek-r2": "v3",
+    "deepseek-v3.1": "v3",
     "llama-3-8b": "llama-3.1-8b",
     "llama-3-70b": "llama-3.1-70b",
+    "llama-3.3-70b": "llama-3.1-70b",
+    "glm-4.6": "glm-4.5",
+    "glm-4.7": "glm-4.5",
+    "kimi-k2.5": "kimi-k2",
+    "kimi-k2.6": "kimi-k2",
 }
+# What papers append to a model's name that does not change its shape.
+DECORATION = re.compile(
+    r"[-_ ]?(instruct|chat|base|thinking|it|hf|fp8|fp4|nvfp4|bf16|w8a8|int8|awq|mxfp4|\d{4}|v0\.\d)(?=$|[-_ (/])|\(.*?\)"
+)
+
+
+def plain_name(text: str) -> str:
+    """A paper's name for a model as `named` spells it: `meta-llama/Llama-3.1-70B-Instruct` is `llama-3.1-70b`."""
+    owner, _, model = text.strip().lower().partition("/")
+    word = model if model and not model.startswith(("r1", "v3")) else owner
+    word = DECORATION.sub("", word).strip().replace("_", "-")
+    return re.sub(r"\s+", "-", re.sub(r"^(llama|qwen|glm|kimi|gpt|mixtral)(?=\d)", r"\1-", word)).replace("qwen-", "qwen")
+
 
 
 def model_named(name: str) -> Shape:
@@ -133,11 +135,11 @@ def model_named(name: str) -> Shape:
     if name.endswith(".toml"):
         return from_table(Path(name))
     key = ALIASES.get(name.lower(), name.lower())
-    if key in NAMED:
-        return NAMED[key]
+    if key in named():
+        return named()[key]
     if key in PRESETS:
         return from_config(ModelConfig.model_validate({"preset": key}), name=name)
-    known = [*PRESETS, *NAMED, *ALIASES]
+    known = [*PRESETS, *named(), *ALIASES]
     raise RecipeError(
         f"'{name}' is not a model the planner knows; known: {', '.join(known)}, or a path to a config.json or a TOML table.{nearest(key, known)}"
     )

@@ -17,10 +17,10 @@ import numpy as np
 from bascule.errors import BasculeError, RecipeError, nearest
 from bascule.plan.cost import step_seconds
 from bascule.plan.fit import DATA, measured_tokens, scoreable
-from bascule.plan.fit_serving import serving_of, target_of
 from bascule.plan.forecast import Model, shipped
 from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
+from bascule.plan.served import serving_of, target_of
 from bascule.plan.serving import ServeModel, shipped_serving
 from bascule.plan.table import Row, job_of, number, read_rows
 

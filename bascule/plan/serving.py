@@ -26,9 +26,6 @@ WEIGHT_BYTES = {
     "int8": 1.0,
     "fp4": 0.5625,
 }  # 4-bit formats carry a scale for every 16 or 32 values
-MTP_ACCEPTED = (
-    1.7  # tokens a step with one draft token; assumed (no source read prints the acceptance)
-)
 MEMORY_USABLE = 0.88
 
 
@@ -37,26 +34,32 @@ class ServeConstants:
     """Natural logarithms of positive constants, as in cost.py."""
 
     memory: float = math.log(0.70)  # share of memory bandwidth reached
-    compute: float = math.log(0.45)  # share of the matrix peak in decoding
-    prefill: float = math.log(0.42)  # the same in prefill
+    compute: float = math.log(0.55)  # share of the matrix peak in decoding
+    prefill: float = math.log(0.45)  # the same in prefill
+    experts: float = math.log(1.4)  # experts' weights cost more to read: few rows each, uneven loads
     attention: float = math.log(0.45)
-    layer: float = math.log(60e-6)  # launch and synchronisation floor of a layer
-    sequence: float = math.log(
-        8e-6
-    )  # scheduling and sampling a sequence and step, by one scheduler (a data-parallel rank's own)
+    layer: float = math.log(75e-6)  # launch and synchronisation floor of a layer
+    layer_moe: float = math.log(1.5)  # further factor where the layer routes tokens to experts
+    sequence: float = math.log(8e-6)  # scheduling and sampling a sequence and step
     exposed: float = math.log(0.7)  # share of collectives not hidden
     rows: float = math.log(24.0)  # rows per chip at which half of the matrix rate is lost
+    mixing: float = math.log(1.5)  # prompts cost more where they interrupt decoding
+    load: float = math.log(0.6)  # a production average over a day's load, over the rate when full
 
 
 SERVE_PRIOR_SD = ServeConstants(
-    memory=0.25,
-    compute=0.4,
-    prefill=0.3,
-    attention=0.4,
-    layer=0.7,
-    sequence=0.8,
-    exposed=0.5,
-    rows=0.7,
+    memory=0.17,
+    compute=0.21,
+    prefill=0.21,
+    experts=0.17,
+    attention=0.28,
+    layer=0.35,
+    layer_moe=0.21,
+    sequence=0.56,
+    exposed=0.35,
+    rows=0.49,
+    mixing=0.28,
+    load=0.17,
 )
 SERVE_NAMES = tuple(f.name for f in fields(ServeConstants))
 
@@ -66,7 +69,9 @@ class Serving:
     """One operating point of a service. `batch`: sequences per chip (None: the largest the limit and the memory allow).
 
     `split`: experts are spread and attention is data-parallel (else tensor-parallel over the replica's chips). `phase` is
-    prefill, decode, or both (prompts and completions share the chips).
+    prefill, decode, or both (prompts and completions share the chips). `prefill_chips`: chips of `chips` that only prefill
+    (the others only decode). `weight_bytes` None: as the precision says. `cached`: share of prompt tokens found in a cache.
+    `averaged`: a production average, idle hours included.
     """
 
     shape: Shape
@@ -80,6 +85,10 @@ class Serving:
     tpot_s: float | None = None
     split: bool = True
     accepted: float = 1.0
+    prefill_chips: int = 0
+    weight_bytes: float | None = None
+    cached: float = 0.0
+    averaged: bool = False
     software: str = "unknown"
 
     @property
@@ -87,41 +96,70 @@ class Serving:
         """Mean tokens in the cache of a sequence while it decodes."""
         return self.prompt + self.completion / 2
 
+    @property
+    def decoding(self) -> int:
+        """Chips that decode."""
+        return max(1, self.chips - self.prefill_chips)
+
+    @property
+    def element_bytes(self) -> float:
+        return self.weight_bytes or WEIGHT_BYTES[self.precision]
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes a token of context holds on all chips together. Services at 8 bit keep keys and values at 8 bit too, latents
+        (the more precious bits) at 8 or 16."""
+        narrow = 1.5 if self.shape.latent else 1.0
+        return self.shape.cache_bytes(element_bytes=2 if self.precision == "bf16" else narrow)
+
+    @property
+    def copies(self) -> int:
+        """A latent cache cannot be cut by heads: tensor parallelism keeps it once a chip."""
+        return self.decoding if self.shape.latent and not self.split else 1
+
+
+def measured_share(chip: Chip) -> float:
+    """Measured matrix rate over the datasheet's, relative to the usual 0.78; 1 where nobody measured."""
+    if chip.gemm_bf16_tflops and chip.bf16_tflops:
+        return chip.gemm_bf16_tflops / chip.bf16_tflops / 0.78
+    return 1.0
+
 
 def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
-    """Seconds of one decoding step with `batch` sequences a chip, by component."""
-    s, chip, n = p.shape, p.chip, max(1, p.chips)
-    size = WEIGHT_BYTES[p.precision]
-    dense = s.parameters - s.expert_parameters - s.head_weights
+    """Seconds of one decoding step with `batch` sequences a decoding chip, by component; memory and compute overlap, so their
+    parts are scaled to the root of their summed squares."""
+    s, chip, n = p.shape, p.chip, p.decoding
     everyone = batch * n
-    touched = 1 - (1 - s.topk / s.experts) ** everyone if s.moe else 0.0
-    weights = (
-        dense if p.split and s.moe else dense / n
-    ) * size + s.expert_parameters * touched / n * size
-    copies = n if s.latent and not p.split else 1  # a latent cache cannot be cut by heads
-    cache = (
-        batch
-        * p.context
-        * s.cache_bytes(element_bytes=2 if p.precision == "bf16" else 1.5)
-        * copies
-    )
+    dense = s.parameters - s.expert_parameters - s.head_weights
+    touched = 1 - (1 - s.topk / s.experts) ** (everyone * p.accepted) if s.moe else 0.0
+    weights = dense if p.split and s.moe else dense / n
+    weights += s.expert_parameters * touched / n * math.exp(c.experts)
+    seen = min(p.context, 4.0 * s.selected) if s.selected else p.context
     active = s.active_weights - s.mtp_layers * s.mtp_weights
-    good = batch * n / (batch * n + math.exp(c.rows))
-    spans = _span_flops(s) * p.context
-    work = {
-        "weights": weights / memory_bytes_s(chip) / math.exp(c.memory),
-        "cache": cache / memory_bytes_s(chip) / math.exp(c.memory),
-        "matmul": batch
-        * p.accepted**0.5
-        * 2
-        * active
-        / (gemm_peak(chip, p.precision) * math.exp(c.compute) * good),
-        "attention": batch * copies * spans / (gemm_peak(chip, "bf16") * math.exp(c.attention)),
-        "collectives": math.exp(c.exposed) * _collectives(p, batch),
-        "launches": s.layers * math.exp(c.layer) * (1.0 if n == 1 else 1 + 0.15 * math.log2(n)),
+    good = everyone / (everyone + math.exp(c.rows))
+    rate = gemm_peak(chip, p.precision) * math.exp(c.compute) * measured_share(chip)
+    span = min(p.context, s.selected) if s.selected else p.context
+    bandwidth = memory_bytes_s(chip) * math.exp(c.memory)
+    read = {
+        "weights": weights * p.element_bytes / bandwidth,
+        "cache": batch * seen * p.cache_bytes * p.copies / bandwidth,
+    }
+    computed = {
+        "matmul": batch * p.accepted * 2 * active / rate / good,
+        "attention": batch
+        * p.accepted
+        * _span_flops(s)
+        * span
+        / (gemm_peak(chip, "bf16") * math.exp(c.attention)),
+    }
+    both = sum(read.values()), sum(computed.values())
+    overlap = math.hypot(*both) / sum(both)
+    floor = (s.layers - s.moe_layers + s.moe_layers * math.exp(c.layer_moe)) * math.exp(c.layer)
+    return {name: value * overlap for name, value in (read | computed).items()} | {
+        "collectives": math.exp(c.exposed) * _collectives(p, batch * p.accepted),
+        "launches": floor * (1.0 if n == 1 else 1 + 0.15 * math.log2(min(n, 64))),
         "scheduling": (batch if p.split and s.moe else everyone) * math.exp(c.sequence),
     }
-    return work
 
 
 def _span_flops(s: Shape) -> float:
@@ -133,7 +171,7 @@ def _span_flops(s: Shape) -> float:
 
 def _collectives(p: Serving, tokens: float) -> float:
     """Seconds of collectives for `tokens` a chip: two all-to-alls in each MoE layer, or two all-reduces in each layer."""
-    s, n = p.shape, max(1, p.chips)
+    s, n = p.shape, p.decoding
     if n == 1:
         return 0.0
     if p.split and s.moe:
@@ -142,53 +180,48 @@ def _collectives(p: Serving, tokens: float) -> float:
 
 
 def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
-    """Chip-seconds of one prompt token."""
+    """Chip-seconds of one prompt token, those found in the prompt cache included."""
     s = p.shape
     active = s.active_weights - s.mtp_layers * s.mtp_weights - s.head_weights
-    matmul = 2 * active / (gemm_peak(p.chip, p.precision) * math.exp(c.prefill))
+    rate = gemm_peak(p.chip, p.precision) * math.exp(c.prefill) * measured_share(p.chip)
     attention = s.attention_flops(max(1, int(p.prompt))) / (
         gemm_peak(p.chip, "bf16") * math.exp(c.attention)
     )
-    return matmul + attention + 0.5 * math.exp(c.exposed) * _collectives(p, 1.0)
+    moved = 0.5 * math.exp(c.exposed) * _collectives(p, 1.0)
+    return (2 * active / rate + attention + moved) * (1 - p.cached)
 
 
 def memory_batch(p: Serving) -> float:
-    """Sequences a chip that its memory can hold beside the weights; at least a hundredth."""
-    s, n = p.shape, max(1, p.chips)
-    size = WEIGHT_BYTES[p.precision]
+    """Sequences a decoding chip that its memory can hold beside the weights; at least a hundredth."""
+    s, n = p.shape, p.decoding
     dense = s.parameters - s.expert_parameters
-    held = (dense if p.split and s.moe else dense / n) * size + s.expert_parameters / n * size
-    room = MEMORY_USABLE * (p.chip.memory_gb or 64.0) * 1e9 - held
-    copies = n if s.latent and not p.split else 1
-    return max(
-        0.01,
-        room
-        / (
-            s.cache_bytes(element_bytes=2 if p.precision == "bf16" else 1.5)
-            * (p.prompt + p.completion)
-            * copies
-        ),
-    )
+    held = (dense if p.split and s.moe else dense / n) + s.expert_parameters / n
+    room = MEMORY_USABLE * (p.chip.memory_gb or 64.0) * 1e9 - held * p.element_bytes
+    return max(0.01, room / (p.cache_bytes * (p.prompt + p.completion) * p.copies))
 
 
 def token_s(p: Serving, c: ServeConstants, batch: float) -> float:
     """Seconds between two tokens a user sees: a decoding step, and the prompts that share the chip in `both`."""
     step = sum(step_s(p, c, batch).values()) / p.accepted
     if p.phase == "both":
-        step += batch * p.prompt / max(1.0, p.completion) * prefill_s_per_token(p, c)
+        prompts = batch * p.prompt / max(1.0, p.completion) * prefill_s_per_token(p, c)
+        if p.prefill_chips:
+            return max(step, prompts * p.decoding / p.prefill_chips)
+        step += prompts * math.exp(c.mixing)
     return step
 
 
 def chosen_batch(p: Serving, c: ServeConstants) -> float:
-    """The batch per chip of a point: given, else the largest whose token time keeps the limit, memory permitting."""
+    """The batch per decoding chip: given, else the largest whose token time keeps the limit, memory permitting. A limit below
+    one and a half times the floor was reached with software whose floor is lower: it counts as that much."""
     most = memory_batch(p)
     if p.batch is not None:
         return min(p.batch, most)
-    limit = p.tpot_s or 0.1
+    limit = max(p.tpot_s or 0.1, 1.5 * token_s(p, c, 0.01))
     low, high = 0.01, most
     if token_s(p, c, high) <= limit:
         return high
-    for _ in range(40):
+    for _ in range(24):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if token_s(p, c, middle) <= limit else (low, middle)
     return low
@@ -196,10 +229,11 @@ def chosen_batch(p: Serving, c: ServeConstants) -> float:
 
 def rate(p: Serving, c: ServeConstants) -> float:
     """Tokens a second and chip: prompt tokens in prefill, completion tokens in decode and both."""
+    load = math.exp(c.load) if p.averaged else 1.0
     if p.phase == "prefill":
-        return 1 / prefill_s_per_token(p, c)
+        return load / prefill_s_per_token(p, c)
     batch = chosen_batch(p, c)
-    return batch / token_s(p, c, batch)
+    return load * batch / token_s(p, c, batch) * p.decoding / max(1, p.chips)
 
 
 SERVE_TERMS = (
@@ -226,6 +260,9 @@ SERVE_NUMBERS = (
 )
 
 
+STEP = 0.2  # a secant: near a latency limit the tangent of a rate is steeper than any change that is meant
+
+
 def serve_point(
     p: Serving,
     c: ServeConstants,
@@ -249,8 +286,8 @@ def serve_point(
     slopes = []
     for key in SERVE_NAMES:
         value = getattr(c, key)
-        up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (1e-2, -1e-2))
-        slopes.append((math.log(up) - math.log(down)) / 2e-2)
+        up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (STEP, -STEP))
+        slopes.append((math.log(up) - math.log(down)) / (2 * STEP))
     words = {
         "vendor": p.chip.vendor,
         "chip": p.chip.name,

@@ -18,7 +18,7 @@ from typing import Any
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Latent, Shape
-from bascule.plan.catalogue import find_chip
+from bascule.plan.catalogue import chip_like
 from bascule.plan.job import Job, Layout, Recompute, precision_class
 
 Row = Mapping[str, str]
@@ -33,25 +33,67 @@ STACKS = {
 }  # fmt: skip
 
 
+# Every column that a reader may look at; one that a table lacks reads as blank.
+COLUMNS = (
+    "id", "family", "vendor", "chip", "chips", "model", "notes", "source", "verified", "precision", "tier",
+    "seq_len", "global_batch_seqs", "micro_batch", "tp", "pp", "vpp", "cp", "ep", "dp", "sharding", "recompute", "schedule_overlap",
+    "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn_hidden", "vocab", "experts", "topk", "moe_ffn", "shared_experts",
+    "dense_layers_first", "attention", "arch_json", "params_total_B", "params_active_B", "framework", "deployment", "phase",
+    "isl", "osl", "kv_len", "batch_or_concurrency", "prefix_cache", "spec_decode", "slo_ttft_s", "slo_tpot_ms", "published_unit",
+    "tok_s_chip", "step_time_s", "d_tok_s_chip", "mem_GiB_chip_pub", "tpot_ms", "tok_s_user", "in_tok_s_chip", "out_tok_s_chip",
+    "total_tok_s_chip",
+)  # fmt: skip
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a table. Raises RecipeError when it cannot be read or lacks the columns that every table has."""
+    """All rows of a table, cells stripped, columns that it lacks blank. A row without an id is named by its number, one without
+    a family by its chip and model, and a table without tiers holds runs of tier A. Raises RecipeError when it cannot be read."""
     try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            rows = list(csv.DictReader(handle))
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle)
+            raw, header = list(reader), [str(name).strip() for name in reader.fieldnames or ()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecipeError(f"The table '{path}' cannot be read ({error}).") from None
-    for column in ("id", "chip", "model"):
-        if rows and column not in rows[0]:
+    for column in ("chip", "model"):
+        if raw and column not in header:
             raise RecipeError(
                 f"The table '{path}' has no column '{column}'; it must look like runs.csv or inference.csv."
             )
+    blank = dict.fromkeys(COLUMNS, "") | ({} if "tier" in header else {"tier": "A"})
+    rows = []
+    for index, cells in enumerate(raw, 1):
+        row = blank | {str(key).strip(): str(cell or "").strip() for key, cell in cells.items() if key is not None}
+        row["id"] = row["id"] or f"row {index}"
+        row["family"] = row["family"] or f"{row['chip']}|{row['model']}"
+        rows.append(row)
     return rows
 
 
+def has_column(rows: list[dict[str, str]], column: str) -> bool:
+    return any(row[column] for row in rows)
+
+
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
 def number(row: Row, key: str) -> float | None:
-    """A cell as a number: the first number in it ('1 per chip' is 1), None when there is none."""
-    found = re.search(r"[-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?", row.get(key) or "")
-    return float(found.group().replace(",", "")) if found else None
+    """A cell as a number: the first number in it ('1 per chip' is 1, '2K' is 2,000), None when there is none."""
+    text = row.get(key) or ""
+    found = NUMBER.search(text)
+    if not found:
+        return None
+    multiple = re.match(r"\s?([kKM])(?![a-zA-Z])", text[found.end() :])
+    return float(found.group().replace(",", "")) * (
+        {"k": 1e3, "m": 1e6}[multiple[1].lower()] if multiple else 1.0
+    )
+
+
+def tokens(row: Row, key: str) -> float | None:
+    """A length in tokens: '8K' is 8,192; None when blank or not above 0."""
+    value = number(row, key)
+    if value is None or value <= 0:
+        return None
+    return value * 1.024 if re.search(r"\d\s?[kK]\b", row.get(key) or "") else value
 
 
 def whole(row: Row, key: str, default: int) -> int:
@@ -174,7 +216,7 @@ def job_of(row: Row) -> Job:
     notes = row.get("notes", "")
     return Job(
         shape=shape_of(row),
-        chip=find_chip(row["chip"]),
+        chip=chip_like(row["chip"], row["vendor"]),
         chips=int(chips),
         sequence=int(sequence),
         global_batch=max(1, round(batch)),

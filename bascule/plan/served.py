@@ -1,0 +1,235 @@
+"""Rows in the format of inference.csv, read as operating points. The answer columns are looked at by `target_of` alone.
+
+What a source does not print is filled by rule, the same for every row: 4,096 tokens in and 1,024 out, 50 ms a token when
+decoding alone, no limit offline, and a replica whose weights take less than half of its memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+from bascule.errors import RecipeError
+from bascule.plan.architecture import Latent, Shape
+from bascule.plan.catalogue import Chip, chip_like
+from bascule.plan.job import precision_class
+from bascule.plan.models import model_named, named, plain_name
+from bascule.plan.serving import WEIGHT_BYTES, ServeConstants, Serving, rate
+from bascule.plan.table import Row, number, tokens
+
+ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024
+ASSUMED_INTERACTIVE_MS = 15.0  # a benchmark's interactive scenario, where the row prints no limit
+ASSUMED_ACCEPTANCE = 0.7  # of a draft token, where a row names none
+SEQUENCES_A_CHIP = 32.0  # of a replica whose size is not printed
+CHIPS_A_NODE, MOST_CHIPS = 8, 128
+NAMED_SIZE = re.compile(r"(?:EP|TP|DP|NVL)(\d+)")
+MLPERF = {
+    "deepseek-r1": (800, 3900),
+    "llama-2-70b": (294, 294),
+    "llama-3.1-8b": (778, 128),
+    "llama-3.1-405b": (9400, 680),
+}  # mean lengths of its data sets, rounded; assumed
+TRAINED_AT_4_BIT = ("deepseek-v4", "gpt-oss")  # 4-bit weights, wider products
+SOFTWARE = ("disagg sglang", "disagg", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek")
+
+
+def target_of(row: Row) -> tuple[str, float] | None:
+    """What a row's answer is: (`rate` | `total` | `tpot`, value). Only fitting and scoring may call this."""
+    for column, kind, scale in (
+        ("out_tok_s_chip", "rate", 1.0),
+        ("in_tok_s_chip", "rate", 1.0),
+        ("total_tok_s_chip", "total", 1.0),
+        ("tpot_ms", "tpot", 1e-3),
+    ):
+        value = number(row, column)
+        if value is not None and value > 0:
+            return kind, value * scale
+    user = number(row, "tok_s_user")
+    return ("tpot", 1 / user) if user is not None and user > 0 else None
+
+
+def serving_of(row: Row) -> Serving:
+    """A row as an operating point, from its inputs alone. Raises RecipeError for a chip or a model nobody knows."""
+    shape, chip = served_shape(row), chip_like(row["chip"], row["vendor"])
+    precision, weight_bytes = precision_of(row, shape)
+    phase = phase_of(row)
+    prompt, completion = _lengths(row)
+    known = chips_of(row)
+    fewest = roomy_replica(shape, chip, weight_bytes)
+    chips = known or fewest
+    front = min(chips - 1, round(chips * _prefill_share(row))) if phase == "both" else 0
+    limit = milliseconds(row["slo_tpot_ms"])
+    if limit is None and "interactive" in row["phase"].lower():
+        limit = ASSUMED_INTERACTIVE_MS
+    if limit is None and "offline" in row["phase"].lower():
+        limit = 1e6
+    point = Serving(
+        shape=shape,
+        chip=chip,
+        chips=chips,
+        precision=precision,
+        phase=phase,
+        prompt=prompt,
+        completion=completion,
+        batch=_batch(row, chips - front),
+        tpot_s=limit / 1e3 if limit else 0.05 if phase == "decode" else 0.1,
+        split=shape.moe and not re.search(r"\bTP\d*\b", row["deployment"]),
+        accepted=accepted(row["spec_decode"]),
+        prefill_chips=front,
+        weight_bytes=weight_bytes,
+        cached=_cached(row["prefix_cache"]),
+        averaged="average" in row["notes"],
+        software=_software(row),
+    )
+    if known and (front or phase == "prefill" or NAMED_SIZE.search(row["deployment"])):
+        return point
+    return best_replica(point, fewest, known, None if known else number(row, "batch_or_concurrency"))
+
+
+def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | None) -> Serving:
+    """Where nobody printed how many chips serve together: the power of two that serves most tokens a chip within the limit, up
+    to the whole system. Where only the concurrency is known, as many as give a chip of a large sparse model 32 sequences."""
+    if sequences and p.batch is not None:
+        chips = fewest
+        while p.shape.moe and chips < 256 and sequences / (2 * chips) >= SEQUENCES_A_CHIP:
+            chips *= 2
+        return replace(p, chips=chips, batch=p.batch * p.chips / chips)
+    least = min(fewest, most or fewest)
+    ceiling = most or (MOST_CHIPS if p.shape.moe and p.phase != "prefill" else fewest)
+    sizes = [least << i for i in range(10) if least << i <= ceiling]
+    return max((replace(p, chips=n) for n in sizes), key=lambda q: rate(q, ServeConstants()))
+
+
+def phase_of(row: Row) -> str:
+    word = row["phase"].lower()
+    return "prefill" if "prefill" in word else "decode" if "decod" in word else "both"
+
+
+def precision_of(row: Row, shape: Shape) -> tuple[str, float]:
+    """Class of the matrix products and bytes of a weight: 4-bit weights often meet wider activations."""
+    text = row["precision"].upper()
+    if re.search(r"INT4|W4A16|AWQ|GPTQ", text):
+        return "bf16", WEIGHT_BYTES["fp4"]
+    if "W4A8" in text or ("FP4" in text and shape.name.startswith(TRAINED_AT_4_BIT)):
+        return "fp8", WEIGHT_BYTES["fp4"]
+    found = precision_class(text)
+    return found, WEIGHT_BYTES[found]
+
+
+def chips_of(row: Row) -> int | None:
+    """Chips of one replica: a count, a count of nodes, else what the deployment names (`48P+16D`, EP144, NVL72)."""
+    text, words = row["chips"], row["deployment"]
+    found = number(row, "chips")
+    if found is not None and found >= 1:
+        return round(found) * (CHIPS_A_NODE if re.search(r"\d\s*(nodes|servers)", text) else 1)
+    if split := re.search(r"(\d+)P\s*\+\s*(\d+)D", words):
+        return int(split[1]) + int(split[2])
+    sizes = [int(size) for size in NAMED_SIZE.findall(words)]
+    return max(sizes) if sizes else None
+
+
+def _prefill_share(row: Row) -> float:
+    """Share of the chips that only prefill, where a disaggregated deployment names both sides."""
+    split = re.search(r"(\d+)P\s*\+?\s*(\d+)D", row["deployment"])
+    return int(split[1]) / (int(split[1]) + int(split[2])) if split else 0.0
+
+
+def _batch(row: Row, decoding: int) -> float | None:
+    """Sequences per decoding chip; None where the row names none."""
+    text = row["batch_or_concurrency"].lower()
+    if re.search(r"low.latency|single|bs\s*=?\s*1\b", text):
+        return 1.0 / decoding
+    count = number(row, "batch_or_concurrency")
+    if count is None or count <= 0 or "token" in text:
+        quick = "latency" in row["phase"].lower() and "high-throughput" not in row["published_unit"]
+        return 1.0 / decoding if quick else None
+    alone = phase_of(row) == "decode" and not re.match(r"\d+\b(?!\s*node)", row["chips"])
+    per_chip = alone or re.search(r"(per|/)\s*(npu|gpu|chip|card|die|device|rank)", text)
+    return count if per_chip else count / decoding
+
+
+def milliseconds(text: str) -> float | None:
+    """A latency cell in milliseconds: `50`, `50 ms`, `0.05 s`, `20 tok/s/user`."""
+    found = re.search(r"([\d.]+)\s*(ms|s\b|tok)?", text)
+    if not found or not float(found[1].strip(".") or 0):
+        return None
+    value = float(found[1].strip("."))
+    return {"s": 1e3 * value, "tok": 1e3 / value}.get(found[2] or "", value)
+
+
+def accepted(text: str) -> float:
+    """Tokens a decoding step yields: `MTP 1 (70% accept)` is 1.7; each further draft token is accepted after the one before."""
+    word = text.lower()
+    if not word or word in ("none", "no", "off", "-", "0"):
+        return 1.0
+    share = re.search(r"([\d.]+)\s*%", word)
+    drafts = re.search(r"\b(\d)\b(?!\s*%)", word)
+    rate = float(share[1]) / 100 if share else ASSUMED_ACCEPTANCE
+    return sum(rate**i for i in range(1 + min(int(drafts[1]) if drafts else 1, 8)))
+
+
+def _cached(text: str) -> float:
+    found = re.search(r"([\d.]+)\s*%", text)
+    return min(0.95, float(found[1]) / 100) if found else 0.0
+
+
+def roomy_replica(shape: Shape, chip: Chip, weight_bytes: float) -> int:
+    """The smallest power of two of chips whose memory the weights fill less than half; eight at least for sparse giants."""
+    need = shape.parameters * weight_bytes / (0.45 * (chip.memory_gb or 64.0) * 1e9)
+    least = max(8.0 if shape.moe and shape.parameters > 5e10 else 1.0, need)
+    return int(2 ** math.ceil(math.log2(least) - 1e-9))
+
+
+def _software(row: Row) -> str:
+    text = f"{row['framework']} {row['deployment']}".lower()
+    return next((word for word in SOFTWARE if word in text), "vendor")
+
+
+def _lengths(row: Row) -> tuple[float, float]:
+    prompt, completion = tokens(row, "isl"), tokens(row, "osl")
+    if prompt is None and "mlperf" in row["phase"].lower():
+        prompt, completion = MLPERF.get(plain_name(row["model"]), (None, None))
+    if prompt is None and (cached := tokens(row, "kv_len")) is not None:
+        return cached, completion or 1.0
+    return prompt or ASSUMED_PROMPT, completion or (
+        1.0 if phase_of(row) == "prefill" else ASSUMED_COMPLETION
+    )
+
+
+def served_shape(row: Row) -> Shape:
+    """The row's model: by name where we have its shape (and its parameters agree), else a stand-in with its published counts."""
+    word = plain_name(row["model"])
+    total = number(row, "params_total_B")
+    known = [name for name in named() if word.startswith(name)]
+    for name in [word, *sorted(known, key=len, reverse=True)]:
+        try:
+            shape = model_named("v3" if name.startswith(("deepseek-v3", "deepseek-r1")) and name != "deepseek-v3.2" else name)
+        except RecipeError:
+            continue
+        if total is None or abs(math.log(shape.parameters / (total * 1e9))) < 0.2:
+            return shape
+    if total is None or total <= 0 or (number(row, "params_active_B") or 1) <= 0:
+        raise RecipeError(
+            f"Row {row['id']}: the model '{row['model']}' is not known and its parameter count is missing or not above 0."
+        )
+    return stand_in(row["model"], total * 1e9, 1e9 * (number(row, "params_active_B") or 0.0))
+
+
+def stand_in(name: str, total: float, active: float) -> Shape:
+    """A plausible shape with these counts (`active` 0: not printed). Where it is sparse the cache is latent for the houses that
+    use one, eight heads' keys and values elsewhere."""
+    sparse = re.search(r"moe|a\d+b|flash|deepseek|kimi|maverick|mixtral", name.lower())
+    active = active or (0.07 * total if sparse else total)
+    if active > 0.6 * total:
+        layers = 80 if total > 5e10 else 32
+        hidden = max(512, round(math.sqrt(total / layers / 13.3) / 128) * 128)
+        return Shape(name=name, hidden=hidden, layers=layers, heads=hidden // 128, kv_heads=8, head_dim=128, ffn=round(3.5 * hidden), vocab=32000, dense_layers=layers)  # fmt: skip
+    layers = 60
+    hidden = max(1024, round(math.sqrt(active / layers / 12.0) / 256) * 256)
+    experts, topk = 256, 8
+    wide = max(128, round((total - 0.4 * active) / (layers * experts * 3 * hidden)))
+    house = re.search(r"deepseek|kimi|pangu-?2|glm-5|mistral-large-3", name.lower())
+    latent = Latent(q_lora=1536, kv_lora=512, nope=128, rope=64, v=128) if house else None
+    selected = 2048 if re.search(r"v3\.2|v4|pangu-?2|glm-5", name.lower()) else 0
+    return Shape(name=name, hidden=hidden, layers=layers, heads=max(16, hidden // 64), kv_heads=8, head_dim=128, ffn=4 * hidden, vocab=129280, latent=latent, experts=experts, topk=topk, moe_ffn=wide, shared_ffn=wide, selected=selected)  # fmt: skip
