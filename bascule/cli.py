@@ -195,6 +195,14 @@ def _serve(parser: Parser) -> None:
     )
 
 
+def _export(parser: Parser) -> None:
+    _run_folder(parser)
+    parser.add_argument("--to", metavar="DIR", help="where to write (default: RUN/export)")
+    parser.add_argument(
+        "--gguf", action="store_true", help="also write a GGUF file for llama.cpp (extra gguf)"
+    )
+
+
 def _chat(parser: Parser) -> None:
     _run_folder(parser)
     parser.add_argument("message", nargs="?", help="one question; without it, an interactive chat")
@@ -234,11 +242,28 @@ def _blame(parser: Parser) -> None:
 def _drill(parser: Parser) -> None:
     _recipe(parser)
     parser.add_argument(
-        "--plant",
-        metavar="PROFILE",
-        default="ascend-r2",
-        help="fault profile planted on the preferred pool",
+        "--fault",
+        metavar="NAME[:SEVERITY]",
+        help="what to plant on the pool that trains; `bascule faults` lists the names; severities: low, medium, high",
     )
+    parser.add_argument(
+        "--at-step",
+        type=int,
+        metavar="N",
+        help="first training step at which it acts (default: the profile's own; with --all a third of the run)",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the truth table: every fault of the catalogue at every severity, in turn; goes on where it was cut off",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="with --all: each cell with N seeds"
+    )
+
+
+def _faults(parser: Parser) -> None:
+    parser.add_argument("fault", nargs="?", metavar="NAME", help="one profile, in full")
 
 
 def _compare_runs(parser: Parser) -> None:
@@ -319,9 +344,11 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("qualify", "examine accelerators and say fit, unfit or unproven for training and for inference", _qualify, "bascule qualify cpu sim:backward-wrong"),
     ("evaluate", "held-out problems with exact verifiers: pass@1, pass@8, greedy", _evaluate, "bascule evaluate out/demo"),
     ("serve", "an OpenAI-compatible server and a chat page for a finished run", _serve, "bascule serve out/demo --port 8000"),
+    ("export", "a finished run as a Hugging Face folder (and GGUF) that other engines load, held against transformers", _export, "bascule export out/demo --gguf"),
     ("chat", "talk to a finished run's model in the terminal", _chat, 'bascule chat out/demo "7+8-3=?"'),
     ("report", "write report.html and say what happened in a run", _report, "bascule report out/demo"),
-    ("drill", "run a recipe with planted faults and check the guard against the ground truth", _drill, "bascule drill runs/tiny.toml --plant ascend-r2"),
+    ("drill", "rehearse a fault of the catalogue on your own pools, in a folder of its own; what was seen, when, by whom, what it cost", _drill, "bascule drill runs/tiny.toml --fault zeroed:low --at-step 20"),
+    ("faults", "the catalogue of faults that a drill can plant, and who must see them", _faults, "bascule faults bit-rot"),
     ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-... --on cpu"),
     ("compare-runs", "did two groups of training runs learn the same: equal, different, or too few runs to know", _compare_runs, "bascule compare-runs out/a out/b --against logs/"),
     ("blame", "name the guilty ranks from PyTorch Flight Recorder dumps", _blame, "bascule blame dumps/"),

@@ -127,7 +127,7 @@ class TextTokenizer(Tokenizer):
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         try:
-            return environment.from_string(self._template()).render(
+            return environment.from_string(self.template).render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._name("bos_token") or "",
@@ -146,7 +146,8 @@ class TextTokenizer(Tokenizer):
         """SHA-256 of the vocabulary and rules in the library's own spelling: equal for equal tokenizers, however their files look."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
-    def _template(self) -> str:
+    @property
+    def template(self) -> str:
         found = self.settings.get("chat_template")
         if isinstance(found, list):  # several named templates; the one for plain chat is called so
             found = next((one["template"] for one in found if one.get("name") == "default"), None)

@@ -114,6 +114,11 @@ class Tokenizer:
         """Messages as the text that a model with this vocabulary reads."""
         return chat.render(messages, add_generation_prompt=add_generation_prompt)
 
+    @property
+    def template(self) -> str:
+        """The chat format as a Jinja template: `render` for readers that are not us."""
+        return chat.TEMPLATE
+
     def prompt(self, question: str) -> str:
         """The text that asks one question and waits for the answer."""
         return self.render([{"role": "user", "content": question}])

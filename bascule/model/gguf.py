@@ -20,12 +20,12 @@ from bascule.errors import ModelFolderError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-_TOP = {
+TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK = {
+BLOCK = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -140,11 +140,11 @@ class File:
 
 
 def _hf_name(name: str) -> str | None:
-    if name in _TOP:
-        return _TOP[name]
+    if name in TOP:
+        return TOP[name]
     match name.split("."):
-        case ["blk", number, part, kind] if part in _BLOCK:
-            return f"model.layers.{number}.{_BLOCK[part]}.{kind}"
+        case ["blk", number, part, kind] if part in BLOCK:
+            return f"model.layers.{number}.{BLOCK[part]}.{kind}"
     return None
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from existing import make_llama
 from bascule.data import gguf_tokenizer
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.errors import ModelFolderError
-from bascule.model import existing, gguf, origin
+from bascule.model import existing, gguf_write, origin
 from bascule.model.weights import fingerprint
 
 
@@ -28,40 +27,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama_gguf(llama: Path) -> Path:
     """The same model as llama.cpp's converter would write it: neighbouring pairs in q and k, its own names."""
-    library = pytest.importorskip("gguf", reason="the package gguf is not installed (extra gguf)")
+    pytest.importorskip("gguf", reason="the package gguf is not installed (extra gguf)")
     model, config = existing.load(llama)
     path = llama / "model.gguf"
-    writer = library.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    ours = {ours: theirs for theirs, ours in {**gguf._TOP}.items()}
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        if name == "lm_head.weight":
-            continue
-        if name.startswith("model.layers."):
-            _, _, number, rest = name.split(".", 3)
-            part, kind = rest.rsplit(".", 1)
-            their = f"blk.{number}.{ {v: k for k, v in gguf._BLOCK.items()}[part] }.{kind}"
-        else:
-            their = ours[name]
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        count = next((n for word, n in heads.items() if f".{word}." in their), None)
-        if count:
-            values = (
-                values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-            )
-        writer.add_tensor(their, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_write.write(path, model, config, lambda writer: None, name="llama")
     return path
 
 

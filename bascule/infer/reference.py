@@ -1,0 +1,64 @@
+"""What the model says of a text, in fp32 on the CPU, and by how much a right engine may differ: what exports, foreign engines and
+stamped answers are held against.
+
+The allowance is measured on the text at hand (DESIGN section 2.3): the same model in float64 shows what fp32 rounding costs here, and
+weights moved by one unit in the last place of a coarser type show what that type costs. Letters: T tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bascule import draws
+from bascule.model.transformer import Transformer
+from bascule.numerics import perturb_one_ulp
+
+MARGIN = 8.0
+"""Engines sum in another order: transformers lies at 0.8 times the measured rounding, vLLM with its rotary mended near it; a wrong
+rotation lies thousands of times above (docs/serve.md)."""
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """`logprobs_TV[t]` belongs to the token after token t, at temperature 1; `hidden_TD` is what the head read there."""
+
+    logprobs_TV: Tensor
+    hidden_TD: Tensor
+
+
+class Reference:
+    """Holds copies of `model` in fp32 and float64; the model itself is left alone."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        self._exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
+
+    def opinion(self, text: Sequence[int]) -> Opinion:
+        return _opinion(self.model, text)
+
+    def floor(self, text: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+        """Largest |difference| of a log-probability that arithmetic in `dtype` causes on this text."""
+        fine = _opinion(self._exact, text).logprobs_TV
+        coarse = _opinion(self.rounded(dtype), text).logprobs_TV
+        return float((fine - coarse).abs().max())
+
+    def rounded(self, dtype: torch.dtype) -> Transformer:
+        """The fp32 model as a chip that computes in `dtype` sees it: weights rounded to it and moved by one of its units."""
+        if dtype == torch.float32:
+            return self.model
+        model = copy.deepcopy(self.model)
+        for name, weight in model.state_dict().items():
+            key = draws.key(0, f"reference/{name}")
+            weight.copy_(perturb_one_ulp(weight.to(dtype), key))
+        return model
+
+
+@torch.no_grad()
+def _opinion(model: Transformer, text: Sequence[int]) -> Opinion:
+    output = model(torch.tensor([list(text)]))
+    return Opinion(torch.log_softmax(output.logits_BTV[0].double(), dim=-1), output.hidden_BTD[0])
