@@ -69,8 +69,9 @@ def attention_ratio(
     else:
         inputs = args[:3]
         ratio = _forward(func, args, kwargs, outputs[0], probe)
-    # An input that is already bad obeys no law; the operator that made it bad is the one to name.
-    sound = torch.stack([torch.isfinite(x).all() for x in inputs]).all()
+    # An input that is already bad obeys no law (the operator that made it bad is the one to name), nor do scores that overflow.
+    sizes = [torch.linalg.vector_norm(x, dtype=probe.dtype) for x in inputs]
+    sound = torch.isfinite(torch.stack(sizes).prod())
     return torch.where(sound, ratio, torch.zeros_like(ratio))
 
 

@@ -224,7 +224,8 @@ def product_ratio(
     """Largest checksum error over its bound, a scalar on the chip. left (..., m, k), right (..., k, n), output (..., m, n).
 
     Rows whose expected checksum is not finite are passed over: then an input was already bad, and the operator that made it
-    bad is the one to name. NaN in the result means that the chip made something non-finite of finite inputs.
+    bad is the one to name. So are rows whose product may overflow: training that diverged is not the chip's fault. NaN in the
+    result means that the chip made something non-finite of finite inputs.
     """
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     a, b, c = left.to(dtype), right.to(dtype), output.to(dtype)
@@ -237,15 +238,18 @@ def product_ratio(
     norm = torch.linalg.vector_norm(b, dim=(-2, -1)) * abs(alpha)
     half = output.dtype in (torch.float16, torch.bfloat16)
     output_norms = torch.linalg.vector_norm(c, dim=-1) if half else None
+    rows = _row_norms(a)
+    reach = rows * norm.unsqueeze(-1)
     bound = numerics.checksum_bound(
-        _row_norms(a), norm, a.shape[-1], c.shape[-1], output_norms, output.dtype
+        rows, norm, a.shape[-1], c.shape[-1], output_norms, output.dtype
     )
     if addend is not None:
         bound = bound + expected.abs() * (
             numerics.tolerance(dtype).unit * math.sqrt(c.shape[-1]) * numerics.CHECKSUM_MARGIN
         )
     ratio = (_times_vector(c, probe) - expected).abs_().div_(bound)
-    worst: Tensor = torch.where(torch.isfinite(expected), ratio, 0.0).amax()
+    judged = torch.isfinite(expected) & torch.isfinite(reach)
+    worst: Tensor = torch.where(judged, ratio, 0.0).amax()
     return worst
 
 

@@ -29,7 +29,7 @@ from bascule.config import ModelConfig, Recipe, read_resolved
 from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.errors import BasculeError, DeviceFault, OutOfMemory, UsageError, nearest
 from bascule.folder import RunFolder
-from bascule.guard.watchdog import beat
+from bascule.guard.watchdog import STARTING, beat
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import request_from_json
@@ -195,7 +195,7 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
     """Read the run's recipe, open the pool's accelerator, build the model (weights arrive with the first request)."""
     folder = RunFolder(run)
     heartbeat = folder.heartbeats / "rollout.json"
-    beat(heartbeat, 0, "starting")
+    beat(heartbeat, 0, STARTING)
     recipe: Recipe = read_resolved(folder.recipe)
     if pool not in recipe.pools:
         raise UsageError(

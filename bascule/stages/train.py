@@ -7,14 +7,13 @@ from log text. What follows from an ending stands in `_react`; where to go next 
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bascule.config import Recipe
@@ -31,11 +30,11 @@ from bascule.errors import (
 from bascule.fallback import migrate, policy
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
+from bascule.guard.watchdog import Ending, Health, Watchdog
 from bascule.ledger import Ledger, last, of_kind
 from bascule.place.placement import place
 from bascule.records import (
     AnyRecord,
-    Attribution,
     Incident,
     Migration,
     Placement,
@@ -55,29 +54,19 @@ from bascule.stages.progress import LedgerTail, ProgressLine
 POLL_S = 0.1
 ENGINE_DEATHS_ALLOWED = 2  # on one pool without a new certified snapshot in between
 ENDING_FILE = "trainer.end.json"
-SETBACKS: dict[str, tuple[Attribution, str]] = {
-    "ChipCondemned": ("persistent chip fault", "condemned"),
-    "RollbackNeeded": ("transient chip fault", "rollback"),
-    "ContinuationRefused": ("unknown", "continuation refused"),
-    "OutOfMemory": ("capacity", "out of memory"),
-    "OperatorMissing": ("software", "operator missing"),
-    "AcceleratorUnavailable": ("software", "accelerator unavailable"),
-    "DeviceFault": ("unknown", "device error"),
-    "Hang": ("unknown", "hang"),
-    "Death": ("unknown", "death"),
+STACKS_FILE = "trainer.stacks"
+SETBACKS = {
+    "ChipCondemned": "condemned",
+    "RollbackNeeded": "rollback",
+    "ContinuationRefused": "continuation refused",
+    "OutOfMemory": "out of memory",
+    "OperatorMissing": "operator missing",
+    "AcceleratorUnavailable": "accelerator unavailable",
+    "DeviceFault": "device error",
+    "Hang": "hang",
+    "Death": "death",
 }
-"""Endings that another launch may mend, here or on another pool: attribution and word of the incident where the worker
-left none."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Why a launch ended. `error` is the class name of the worker's error, "Hang" or "Death" where the worker left no word."""
-
-    error: str | None
-    message: str
-    exit_code: int
-    incident_id: str | None = None
+"""Endings that another launch may mend, here or on another pool, and the word of the incident where the worker left none."""
 
 
 def train(
@@ -107,6 +96,7 @@ class Supervisor:
         self.progress = ProgressLine(recipe.total_steps())
         self.tail = LedgerTail(folder.ledger)
         self.placement: Placement | None = None
+        self.stacks = ""
 
     def launch(self, placement: Placement) -> Ending:
         """Run one trainer to its end, keeping a rollout engine alive beside it."""
@@ -175,6 +165,7 @@ class Supervisor:
             pool=pool,
             log=self._log("trainer", pool),
             threads=self.recipe.threads,
+            watchdog=self._watchdog("trainer"),
         )
 
     def _start_engine(self, pool: str, socket: Path) -> workers.Worker:
@@ -195,6 +186,15 @@ class Supervisor:
             pool=pool,
             log=self._log("rollout", pool),
             threads=self.recipe.threads,
+            watchdog=self._watchdog("rollout"),
+        )
+
+    def _watchdog(self, kind: str) -> Watchdog:
+        guard = self.recipe.guard
+        return Watchdog(
+            self.folder.heartbeats / f"{kind}.json",
+            hang_timeout_s=guard.hang_timeout_s,
+            start_timeout_s=guard.start_timeout_s,
         )
 
     def _log(self, kind: str, pool: str) -> Path:
@@ -207,15 +207,14 @@ class Supervisor:
             return self._await_stop(trainer)
         if trainer.returncode is not None:
             return self._read_ending(trainer)
-        silence = self._silent_s(trainer, "trainer.json")
-        if silence is not None:
-            trainer.kill()
-            return Ending(
-                "Hang",
-                f"the trainer on {trainer.pool} made no progress for {silence:.0f} s and was ended",
-                -9,
-            )
-        return None
+        health = trainer.health
+        if not health.must_end:
+            return None
+        self.stacks = watchdog.capture_stacks(
+            trainer.process.pid, self.folder.heartbeats / STACKS_FILE
+        )
+        trainer.kill()
+        return self._read_ending(trainer, health)
 
     def _await_stop(self, trainer: workers.Worker) -> Ending:
         deadline = time.monotonic() + self.recipe.guard.hang_timeout_s
@@ -234,52 +233,39 @@ class Supervisor:
             return Ending("Preempted", ending.message, Preempted.exit_code)
         return ending
 
-    def _read_ending(self, trainer: workers.Worker) -> Ending:
+    def _read_ending(self, trainer: workers.Worker, health: Health | None = None) -> Ending:
         code = trainer.returncode
         assert code is not None
-        if code == 0:
-            return Ending(None, "finished", 0)
-        path = self.folder.heartbeats / ENDING_FILE
-        if path.exists():
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return Ending(told["error"], told["message"], code, told.get("incident_id"))
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if code == 1:
-            words = trainer.last_words()
-            return Ending(
-                "OwnFault",
-                f"The trainer on {trainer.pool} ended by an error of our own, not the chip's; the log {trainer.log} ends:\n{words}",
-                1,
-            )
-        return Ending(
-            "Death",
-            f"the trainer on {trainer.pool} died with {how} and left no word; its log ends:\n{trainer.last_words()}",
-            code,
-        )
-
-    def _silent_s(self, worker: workers.Worker, heartbeat: str) -> float | None:
-        """How long a worker has been silent, when that is longer than allowed; else None."""
-        beat = watchdog.read(self.folder.heartbeats / heartbeat)
-        since_s = beat.time_s if beat else worker.started_s
-        starting = beat is None or beat.phase in ("start", "starting")
-        guard = self.recipe.guard
-        allowed_s = guard.start_timeout_s if starting else guard.hang_timeout_s
-        silence = time.time() - max(since_s, worker.started_s)
-        return silence if silence > allowed_s else None
+        ending = watchdog.classify_exit(code, self.folder.heartbeats / ENDING_FILE, health=health)
+        match ending.error:
+            case "Hang":
+                where = watchdog.standing_at(self.stacks)
+                told = (
+                    f"it stood in {where}"
+                    if where
+                    else "it did not answer when asked where it stood"
+                )
+                return replace(
+                    ending, message=f"the trainer on {trainer.pool}: {ending.message}; {told}"
+                )
+            case "OwnFault" | "Death":
+                words = f"the trainer on {trainer.pool} {ending.message}; its log {trainer.log} ends:\n{trainer.last_words()}"
+                return replace(ending, message=words)
+        return ending
 
     def _keep_engine(self, engine: workers.Worker, socket: Path) -> workers.Worker:
         """Restart a dead or silent engine; after repeated deaths its pool loses the role and the next one takes over."""
-        silence = self._silent_s(engine, "rollout.json")
-        if engine.returncode is None and silence is None:
+        health = engine.health
+        if engine.returncode is None and not health.must_end:
             return engine
         why = (
-            f"made no progress for {silence:.0f} s"
+            health.reason
             if engine.returncode is None
             else f"died with exit code {engine.returncode}"
         )
         engine.kill()
         self.ledger.warn(
-            "rollout engine restarted", f"the engine on {engine.pool} {why}; its log: {engine.log}"
+            "rollout engine restarted", f"the engine on {engine.pool}: {why}; its log: {engine.log}"
         )
         if self._count_death(engine.pool) >= ENGINE_DEATHS_ALLOWED:
             self._condemn(
@@ -350,19 +336,28 @@ class Supervisor:
         """An incident that the worker could not write itself: it was dead, silent, or out of memory."""
         number = len(of_kind(self.ledger.read(), Incident)) + 1
         step = self._last_step() + 1
-        attribution, word = SETBACKS[str(ending.error)]
+        word = SETBACKS[str(ending.error)]
+        name = f"{number:04d}-{word.replace(' ', '-')}-step-{step}"
         incident = Incident(
             pool=pool,
-            incident_id=f"{number:04d}-{word.replace(' ', '-')}-step-{step}",
+            incident_id=name,
             step=step,
             sentinel=f"watchdog: {word}",
-            attribution=attribution,
+            attribution=ending.attribution,
             action="back to the last certified snapshot; the policy decides where",
             evidence=ending.message,
+            folder=self._keep_stacks(name) if ending.error == "Hang" else "",
             rollback=True,
         )
         self.ledger.append(incident)
         return incident
+
+    def _keep_stacks(self, incident_id: str) -> str:
+        """Every thread's stack at the moment of the hang, in the incident's folder; returns the folder's name in the run."""
+        path = self.folder.incidents / incident_id / "stacks.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.stacks or "the process did not answer\n", encoding="utf-8")
+        return f"incidents/{incident_id}"
 
     def _count_death(self, pool: str) -> int:
         self.deaths[pool] = self.deaths.get(pool, 0) + 1
@@ -415,7 +410,7 @@ class Supervisor:
 
 def _ending_of(incident: Incident) -> str:
     """Which ending left this incident: the reverse of SETBACKS for the supervisor's own, the attribution for the guard's."""
-    words = {word: error for error, (_, word) in SETBACKS.items()}
+    words = {word: error for error, word in SETBACKS.items()}
     own = words.get(incident.sentinel.removeprefix("watchdog: "))
     if incident.sentinel.startswith("watchdog: ") and own:
         return own

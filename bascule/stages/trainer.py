@@ -62,7 +62,7 @@ from bascule.records import (
     WeightsSynced,
 )
 from bascule.stages.course import Course, course
-from bascule.stages.train import ENDING_FILE
+from bascule.stages.train import ENDING_FILE, STACKS_FILE
 from bascule.train import checkpoint, loop, pretrain, rewards
 from bascule.train.extra import Extended
 from bascule.train.grpo import Grpo
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--strict", action="store_true")
     options = parser.parse_args(arguments)
     folder = RunFolder(options.run)
-    watchdog.arm_stacks(folder.heartbeats / "trainer.stacks")
+    watchdog.arm_stacks(folder.heartbeats / STACKS_FILE)
     trainer: Trainer | None = None
     try:
         trainer = Trainer(
@@ -133,7 +133,7 @@ class Trainer:
         self.folder = folder
         self.pool = pool
         self.heartbeat = folder.heartbeats / "trainer.json"
-        self._beat(0, "start")
+        self._beat(0, watchdog.STARTING)
         self.recipe = read_resolved(folder.recipe)
         self.ledger = Ledger(folder.ledger, attempt=attempt, pool=pool, strict=strict)
         self.accelerator = open_accelerator(
@@ -273,7 +273,7 @@ class Trainer:
         self._stop = True
 
     def _beat(self, step: int, phase: str) -> None:
-        watchdog.beat(self.heartbeat, step, phase, f"{time.time():.0f}")
+        watchdog.beat(self.heartbeat, step, phase)
 
     # ---- rollouts and evaluation, on the pool placed for `infer`
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from bascule.config import whole_environment
+from bascule.guard.watchdog import Health, Watchdog
 
 
 @dataclass
@@ -21,11 +21,16 @@ class Worker:
     pool: str
     process: subprocess.Popen[bytes]
     log: Path
-    started_s: float = field(default_factory=time.time)
+    watchdog: Watchdog
 
     @property
     def returncode(self) -> int | None:
         return self.process.poll()
+
+    @property
+    def health(self) -> Health:
+        """Of a worker that has not ended."""
+        return self.watchdog.judge(self.process.pid)
 
     def ask_to_stop(self) -> None:
         """SIGTERM: a trainer finishes its step, takes a snapshot and exits 75."""
@@ -46,7 +51,9 @@ class Worker:
         return "\n".join(text.splitlines()[-lines:])
 
 
-def start(kind: str, arguments: Sequence[str], *, pool: str, log: Path, threads: int) -> Worker:
+def start(
+    kind: str, arguments: Sequence[str], *, pool: str, log: Path, threads: int, watchdog: Watchdog
+) -> Worker:
     """Start `bascule.stages.child KIND ARGUMENTS`. OpenMP's thread count is set before torch loads: later is too late."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -64,4 +71,4 @@ def start(kind: str, arguments: Sequence[str], *, pool: str, log: Path, threads:
             env=environment,
             start_new_session=True,
         )
-    return Worker(kind=kind, pool=pool, process=process, log=log)
+    return Worker(kind, pool, process, log, watchdog)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bascule.ledger import read_ledger
+from bascule.ledger import of_kind, read_ledger
+from bascule.records import Incident
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -64,6 +65,9 @@ def test_a_hanging_chip_is_noticed_by_its_silence(tmp_path: Path) -> None:
     assert code == 0 and data["status"] == "finished"
     assert {one["sentinel"] for one in data["incidents"]} == {"watchdog: hang"}
     assert data["placements"][-1]["train"] == "nvidia"
+    incident = of_kind(read_ledger(tmp_path / "tiny" / "ledger.jsonl"), Incident)[0]
+    assert "it stood in" in incident.evidence
+    assert "simulated.py" in (tmp_path / "tiny" / incident.folder / "stacks.txt").read_text()
 
 
 def test_out_of_memory_with_no_other_pool_ends_with_6(tmp_path: Path) -> None:
