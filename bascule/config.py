@@ -266,8 +266,36 @@ class GrpoConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
+    correction: Literal["none", "token", "sequence", "icepop"] = Field(
+        "token", description="weight for the rollout engine's deviation (train/correction.py)"
+    )
     importance_cap: float = Field(
         2.0, gt=0, description="truncated importance sampling of the rollout mismatch"
+    )
+    icepop_low: float = Field(0.5, gt=0, description="tokens whose ratio is below are masked")
+    icepop_high: float = Field(5.0, gt=0, description="tokens whose ratio is above are masked")
+    sequence_guard: float = Field(
+        0.0,
+        ge=0,
+        description="mask samples whose geometric-mean ratio leaves 1 +- this; published 0.01, short answers 0.1; 0 = off",
+    )
+    one_step_off: bool = Field(
+        False,
+        description="sample the next rollout while this one is learnt from, with the weights of its start",
+    )
+    refill_rounds: int = Field(
+        0,
+        ge=0,
+        description="dynamic sampling (DAPO): ask again, so often at most, for prompts in place of groups without contrast",
+    )
+    curriculum: Literal["none", "easy_first"] = Field(
+        "none",
+        description="easy_first: the easiest quarter of the prompts, all of them after half of the steps",
+    )
+    retire_after: int = Field(
+        0,
+        ge=0,
+        description="leave a prompt out once its whole group was right so often running; 0 = never",
     )
     temperature: float = Field(1.0, gt=0)
     max_completion_tokens: int = Field(64, ge=1)

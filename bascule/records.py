@@ -120,13 +120,14 @@ class OptionPriced(Record):
 
 class Evidence(Record):
     """One check's measured answer about one chip. `outcome`: `pass`, `fail`, `error` (the chip failed by exception, crash or
-    hang), `skipped` (could not be asked; `detail` says why). `measured` against `bound`, and `reproduce`: a command."""
+    hang), `not again` (passed now, failed when it was last asked), `skipped` (could not be asked, or too little to say; `detail`
+    says why). `measured` against `bound`, and `reproduce`: a command."""
 
     kind: Literal["evidence"] = "evidence"
     check: str
     family: str
     roles: tuple[Role, ...]
-    outcome: Literal["pass", "fail", "error", "skipped"]
+    outcome: Literal["pass", "fail", "error", "not again", "skipped"]
     measured: dict[str, float | int | str | None] = Field(default_factory=dict)
     bound: str
     detail: str = ""
@@ -284,6 +285,7 @@ class Mismatch(Record):
     chi2: float
     effective_sample_ratio: float
     capped_ratio: float
+    masked_ratio: float = 0.0
     tokens: int
 
 
@@ -326,6 +328,22 @@ class Warned(Record):
     step: int | None = None
 
 
+class Admission(Record):
+    """A foreign engine was examined before it could serve: largest differences of log-probabilities while it read and while it
+    spoke, what was allowed, and what a wrong rotation would have shown."""
+
+    kind: Literal["admission"] = "admission"
+    engine: str
+    arguments: tuple[str, ...] = ()
+    accepted: bool
+    reading: float
+    speaking: float
+    bound: float
+    power: float
+    tokens: int
+    detail: str
+
+
 class Telemetry(Record):
     kind: Literal["telemetry"] = "telemetry"
     power_w: float | None = None
@@ -337,7 +355,7 @@ class Telemetry(Record):
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
-    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened,
+    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

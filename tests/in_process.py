@@ -28,12 +28,9 @@ class Trainer(trainer.Trainer):
     def __init__(self, *arguments: Any, wrap: Callable[[Objective], Objective]) -> None:
         self.wrap = wrap
         super().__init__(*arguments)
-
-    def _extended(self, objective: Objective) -> Objective:
-        return self.wrap(super()._extended(objective))
-
-    def _evaluate_if_due(self, after: str, step: int) -> None:
-        """Evaluation samples, and sampling needs the engine's process."""
+        self.objectives = {phase: wrap(one) for phase, one in self.objectives.items()}
+        # Evaluation samples, and sampling needs the engine's process.
+        self.measure.if_due = lambda after, step: None  # type: ignore[method-assign]
 
 
 class Supervisor(train.Supervisor):

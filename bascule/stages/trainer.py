@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +19,13 @@ import torch
 
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import read_resolved
-from bascule.data.shards import Shards
-from bascule.data.tasks.base import Problem
 from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
     BasculeError,
-    CheckFailed,
     DeviceFault,
     ModelFolderError,
     OperatorMissing,
     OutOfMemory,
-    RecipeError,
-    RolloutFailed,
     UsageError,
 )
 from bascule.fallback import verify
@@ -39,36 +33,26 @@ from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.guard.guard import REMEMBERED_BATCHES, Guard
 from bascule.guard.hindsight import led_to
-from bascule.infer.evaluate import Score, evaluate
-from bascule.infer.sampling import Sampling
 from bascule.ledger import Ledger, last, of_kind
 from bascule.model import existing, origin, weights
 from bascule.model.transformer import Transformer
-from bascule.place import sync
-from bascule.place.client import RolloutClient
 from bascule.records import (
-    Completion,
-    Evaluation,
-    Migration,
     ModelOrigin,
-    RolloutReply,
-    RolloutRequest,
     RunFinished,
     RunStarted,
     SnapshotEvent,
     SnapshotState,
     StepStats,
-    TextEvaluation,
-    WeightsSynced,
 )
 from bascule.stages.course import Course, course
+from bascule.stages.measure import Measure
+from bascule.stages.phases import objectives
+from bascule.stages.rollouts import Rollouts
 from bascule.stages.train import ENDING_FILE, STACKS_FILE
-from bascule.train import checkpoint, loop, pretrain, rewards
-from bascule.train.extra import Extended
+from bascule.train import checkpoint, loop
+from bascule.train.advice import signs
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
-from bascule.train.objective import Objective
-from bascule.train.sft import Sft
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, NoJudge, Stepper
 
@@ -150,20 +134,21 @@ class Trainer:
             self.accelerator,
             router_bias_speed=self.recipe.train.router_bias_speed,
         )
-        self.objectives = self._objectives()
+        self.rollouts = Rollouts(
+            socket, self.stepper, folder.weights, self.ledger, lambda: self._beat(self.stepper.step, "wait for rollouts")
+        )  # fmt: skip
+        self.measure = Measure(
+            self.recipe, self.course, self.stepper, self.rollouts, self.ledger, lambda step: self._beat(step, "evaluate")
+        )  # fmt: skip
+        self.objectives = objectives(
+            self.recipe, self.course, self.stepper, self.rollouts, self.ledger
+        )
         self.plan = loop.Plan(
             self.recipe.phase_steps(), folder.snapshots, self.recipe.train.snapshot_every_steps
         )
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
-        self.client = RolloutClient(
-            # The supervisor watches the engine's silence and restarts it; a slow engine that moves is waited for.
-            socket,
-            patience_s=math.inf,
-            tries=10,
-            on_wait=lambda: self._beat(self.stepper.step, "wait for rollouts"),
-        )
-        self._refuse_too_long()
-        self.published: tuple[int, Path, str] | None = None
+        self.measure.refuse_too_long()
+        self._said: set[str] = set()
         self._stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -185,7 +170,7 @@ class Trainer:
         if self.guard:
             self._certify_last(state.step)
         if state.phase:
-            self._evaluate_if_due(state.phase, state.step)
+            self.measure.if_due(state.phase, state.step)
         self._export(state.step)
 
     def _trusted(self) -> SnapshotState:
@@ -219,11 +204,17 @@ class Trainer:
         return state
 
     def _remember(self, state: TrainState) -> None:
-        """Give the guard the memory it would have had without the interruption. A batch of GRPO cannot be made again."""
+        """Give the guard the memory it would have had without the interruption. Of GRPO's batches the snapshot holds the last."""
         if self.guard is None:
             return
         stats = led_to(self.ledger.read(), state.step)
-        again = [one for one in stats if one.phase == state.phase and state.phase != "grpo"]
+        objective = self.objectives[state.phase] if state.phase else None
+        again = [
+            one
+            for one in stats
+            if one.phase == state.phase
+            and (not isinstance(objective, Grpo) or objective.remembers(one.step))
+        ]
         self.guard.remember(
             stats,
             [
@@ -240,9 +231,19 @@ class Trainer:
             name: value for name, value in stats.metrics.items() if not name.startswith("mismatch_")
         }
         self.ledger.append(stats.model_copy(update={"metrics": kept}))
-        found = mismatch_record(stats.step, stats.metrics, self._engine_pool)
+        found = mismatch_record(stats.step, stats.metrics, self.rollouts.pool)
         if found:
             self.ledger.append(found)
+        if stats.phase == "grpo":
+            self._advise(stats)
+
+    def _advise(self, stats: StepStats) -> None:
+        """Each sign once a launch: what it means does not change by being said again."""
+        metrics = stats.metrics | ({} if stats.reward is None else {"reward": stats.reward})
+        for what, text in signs(metrics):
+            if what not in self._said:
+                self._said.add(what)
+                self.ledger.warn(what, text, step=stats.step)
 
     def _on_snapshot(self, step: int, path: Path) -> None:
         self._beat(step, "snapshot")
@@ -265,152 +266,15 @@ class Trainer:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
         phases = list(self.recipe.phase_steps())
         if phases.index(phase) > 0:
-            self._evaluate_if_due(phases[phases.index(phase) - 1], step - 1)
+            self.measure.if_due(phases[phases.index(phase) - 1], step - 1)
         if phase == "grpo":
-            self._refuse_hopeless_grpo()
+            self.measure.refuse_hopeless_grpo()
 
     def _on_sigterm(self, *_: object) -> None:
         self._stop = True
 
     def _beat(self, step: int, phase: str) -> None:
         watchdog.beat(self.heartbeat, step, phase)
-
-    # ---- rollouts and evaluation, on the pool placed for `infer`
-
-    def sample(self, request: RolloutRequest) -> RolloutReply:
-        """Ask the rollout engine, with exactly the weights of the last committed step."""
-        version, path, sha256 = self._publish()
-        request = replace(
-            request,
-            weights_version=version,
-            weights_path=str(path.resolve()),
-            weights_sha256=sha256,
-        )
-        try:
-            reply = self.client.sample(request)
-        except UsageError:
-            raise  # what was asked is impossible on every chip
-        except BasculeError as error:
-            raise RolloutFailed(f"Rollouts failed at step {request.step}: {error}") from error
-        self._engine_pool = reply.pool
-        return reply
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, group_size: int = 1
-    ) -> list[Completion]:
-        """Engine.generate's words, answered by the rollout engine: evaluation runs where inference runs."""
-        return self.sample(
-            RolloutRequest(
-                step=self.stepper.step, prompts=[list(prompt) for prompt in prompts], group_size=group_size,
-                max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed, purpose=sampling.purpose,
-            )
-        ).completions  # fmt: skip
-
-    _engine_pool: str | None = None
-
-    def _publish(self) -> tuple[int, Path, str]:
-        step = self.stepper.step
-        if self.published is None or self.published[0] != step:
-            start = time.perf_counter()
-            path, sha256 = sync.publish(self.folder.weights, self.stepper.model.state_dict(), step)
-            self.published = (step, path, sha256)
-            size = path.stat().st_size
-            self.ledger.append(
-                WeightsSynced(
-                    version=step,
-                    sha256=sha256,
-                    size_bytes=size,
-                    seconds=time.perf_counter() - start,
-                )
-            )
-        return self.published
-
-    def _evaluate_text(self, step: int) -> None:
-        """Bits per byte on the held-out shards, on the training chip: the engine samples and does not score."""
-        if self._measured(TextEvaluation, "pretrain", step):
-            return
-        self._beat(step, "evaluate")
-        start = time.perf_counter()
-
-        def score(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            self._beat(step, "evaluate")
-            return self.stepper.score(tensors, max(1, step))
-
-        config = self.recipe.pretrain
-        found = pretrain.measure(
-            score,
-            self._reading("heldout"),
-            rows=config.batch_sequences,
-            windows=config.eval_sequences,
-        )
-        self.ledger.append(
-            TextEvaluation(
-                after="pretrain", step=step, bits_per_byte=found["bits_per_byte"], nats_per_token=found["nats_per_token"],
-                tokens=int(found["tokens"]), text_bytes=int(found["text_bytes"]), seconds=time.perf_counter() - start,
-            )
-        )  # fmt: skip
-
-    def _measured(
-        self, kind: type[Evaluation] | type[TextEvaluation], after: str, step: int
-    ) -> bool:
-        """Was the model of `step` evaluated? What was measured before a rollback behind it was another model's."""
-        found = False
-        for record in self.ledger.read():
-            if isinstance(record, kind) and record.step == step:
-                found |= record.after == after if isinstance(record, Evaluation) else True
-            elif isinstance(record, Migration) and record.resumed_from_step < step:
-                found = False
-        return found
-
-    def _evaluate_if_due(self, after: str, step: int) -> None:
-        if after == "pretrain":
-            return self._evaluate_text(step)
-        if self._measured(Evaluation, after, step):
-            return
-        self._beat(step, "evaluate")
-        start = time.perf_counter()
-        score = self._score(self.course.heldout, samples=self.recipe.evaluate.samples, ks=(1, 8))
-        self.ledger.append(
-            Evaluation(
-                after=after, step=step, n=score.problems, samples=score.samples, pass_at_1=score.pass_at_1,
-                pass_at_8=score.pass_at.get(8), greedy=score.greedy, truncated_ratio=score.truncated_ratio,
-                seconds=time.perf_counter() - start, extra={"mean_completion_tokens": score.mean_tokens}, pool=self._engine_pool,
-            )
-        )  # fmt: skip
-
-    def _score(
-        self, problems: Sequence[Problem], *, samples: int, ks: tuple[int, ...], greedy: bool = True
-    ) -> Score:
-        return evaluate(
-            self, self.course.prompts(problems), self.course.verifier(problems), samples=samples,
-            max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed, ks=ks, greedy=greedy,
-        )  # fmt: skip
-
-    def _refuse_too_long(self) -> None:
-        """Before anything is computed: can every problem and its longest completion be read by the model?"""
-        if "grpo" not in self.recipe.phase_steps() or not self.course.train:
-            return
-        longest = max(len(prompt) for prompt in self.course.prompts(self.course.train))
-        asked = longest + self.recipe.grpo.max_completion_tokens
-        allowed = self.course.model.max_position_embeddings
-        if asked > allowed:
-            raise RecipeError(
-                f"grpo.max_completion_tokens={self.recipe.grpo.max_completion_tokens} and the longest problem's {longest} tokens make "
-                f"{asked} positions; the model has {allowed}. Lower it, or raise model.max_position_embeddings."
-            )
-
-    def _refuse_hopeless_grpo(self) -> None:
-        """Reinforcement needs some right answers to reinforce (training.md 2.7): stop before hours are spent on nothing."""
-        floor = self.recipe.grpo.min_start_pass_at_16
-        if floor <= 0:
-            return
-        score = self._score(self.course.train[:64], samples=16, ks=(1, 16), greedy=False)
-        if score.pass_at[16] < floor:
-            raise CheckFailed(
-                f"GRPO was not started: the start model solves {score.pass_at[16]:.1%} of {score.problems} training problems in 16 tries "
-                f"(pass@1 {score.pass_at_1:.1%}); grpo.min_start_pass_at_16 asks for {floor:.0%}. Train SFT longer, make the problems "
-                "easier, or lower the bound if you know better."
-            )
 
     # ---- parts
 
@@ -432,69 +296,6 @@ class Trainer:
             )
         model, _ = existing.load(path, positions=self.course.model.max_position_embeddings)
         return model
-
-    def _objectives(self) -> dict[str, Objective]:
-        steps = self.recipe.phase_steps()
-        found: dict[str, Objective] = {}
-        first = 1
-        makers: dict[str, Callable[[int], Objective]] = {
-            "pretrain": self._pretrain,
-            "sft": self._sft,
-            "grpo": self._grpo,
-        }
-        for phase in steps:
-            found[phase] = self._extended(makers[phase](first))
-            first += steps[phase]
-        return found
-
-    def _extended(self, objective: Objective) -> Objective:
-        """With the extra loss terms of the phases that learn from given text; GRPO's loss stays as published."""
-        model, config = self.course.model, self.recipe.train
-        ahead = bool(model.num_nextn_predict_layers) and config.mtp_loss_weight > 0
-        balance = model.ffn == "moe" and config.balance_loss_weight > 0
-        if objective.phase == "grpo" or not (ahead or balance):
-            return objective
-        return Extended(objective, config, ahead, balance)
-
-    def _reading(self, split: str) -> pretrain.Reading:
-        config = self.recipe.pretrain
-        shards = Shards.open(Path(str(config.data)))
-        return pretrain.Reading(
-            shards.text(split), config.sequence_length, shards.token_bytes(), config.document_mask
-        )
-
-    def _pretrain(self, first_step: int) -> pretrain.Pretrain:
-        return pretrain.Pretrain(
-            self.recipe.pretrain,
-            self._reading("train"),
-            seed=self.recipe.seed,
-            first_step=first_step,
-        )
-
-    def _sft(self, first_step: int) -> Sft:
-        examples = self.course.examples(self.recipe.seed)
-        dropped = len(self.course.train) - len(examples)
-        if dropped and not any(
-            record.kind == "warning" and record.what == "traces dropped"
-            for record in self.ledger.read()
-        ):
-            self.ledger.warn(
-                "traces dropped",
-                f"{dropped} of {len(self.course.train)} training problems have no trace that succeeds; SFT leaves them out",
-            )
-        return Sft(
-            self.recipe.sft,
-            examples,
-            seed=self.recipe.seed,
-            pad_id=self.course.tokenizer.pad_id,
-            first_step=first_step,
-        )
-
-    def _grpo(self, first_step: int) -> Grpo:
-        return Grpo(
-            self.recipe.grpo, self.course.prompts(self.course.train), seed=self.recipe.seed, pad_id=self.course.tokenizer.pad_id,
-            sampler=self.sample, score=self.stepper.score, reward=rewards.verifier(self.course.train, self.course.tokenizer), first_step=first_step,
-        )  # fmt: skip
 
     def _new_guard(self) -> Guard:
         referee = open_accelerator("cpu")

@@ -1,13 +1,13 @@
 """The GRPO phase: ask for groups of samples, have them rewarded and scored, deal them into minibatches (training.md 2.6).
 
-The algorithm itself is in policy.py, as small pure functions; this file only fetches and deals. One rollout serves
-`updates_per_rollout` optimizer steps. B samples, T positions, P prompts, G samples of a prompt.
+The algorithm itself is in policy.py and correction.py, as small pure functions, what is asked in curriculum.py; this file only
+fetches and deals. One rollout serves `updates_per_rollout` optimizer steps. B samples, T positions, P prompts, G samples of a prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -18,21 +18,23 @@ from bascule.config import GrpoConfig
 from bascule.errors import UsageError
 from bascule.model.transformer import Output
 from bascule.records import Completion, RolloutReply, RolloutRequest
-from bascule.train import schedule
+from bascule.train import correction, schedule
+from bascule.train.curriculum import Curriculum
 from bascule.train.mismatch import mismatch
-from bascule.train.objective import Batch, choose, collate, spread, token_logprobs
+from bascule.train.objective import Batch, collate, spread, token_logprobs
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.policy import (
     ALGORITHMS,
     Clip,
     clip_metrics,
     entropy,
-    importance,
     with_contrast,
 )
 from bascule.train.state import StateDict
 
 Sampler = Callable[[RolloutRequest], RolloutReply]
+Ahead = Callable[[RolloutRequest], Callable[[], RolloutReply]]
+"""A sampler that is asked now and answers when its result is called, with the weights of the moment it was asked."""
 Score = Callable[[Mapping[str, Tensor], int, float], Tensor]
 """(tensors of a batch, step, temperature) -> log-probabilities of its targets under the trainer's present weights, (B,T); this
 is Stepper.score."""
@@ -49,6 +51,15 @@ class Group:
     advantages: list[float]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A rollout under way: its number, its prompts, and the completions that will come."""
+
+    rollout: int
+    chosen: list[int]
+    answer: Callable[[], RolloutReply]
+
+
 def deal(groups: Sequence[Group], hands: int) -> list[list[Group]]:
     """Deal whole groups into `hands` minibatches as evenly as possible; a hand may stay empty.
 
@@ -58,7 +69,8 @@ def deal(groups: Sequence[Group], hands: int) -> list[list[Group]]:
 
 
 class Grpo:
-    """The phase's objective. One rollout serves `updates_per_rollout` steps; minibatches not yet used are its only state."""
+    """The phase's objective. Its state: the minibatches of this rollout and the last, what the curriculum has seen, and with
+    `one_step_off` the answers to the rollout that was asked ahead."""
 
     phase = "grpo"
 
@@ -73,25 +85,26 @@ class Grpo:
         score: Score,
         reward: Reward,
         first_step: int = 1,
+        ahead: Ahead | None = None,
+        difficulties: Sequence[float] | None = None,
     ) -> None:
         if not prompts:
             raise UsageError(
                 "GRPO was asked to train on no prompts. Add training problems, or drop the grpo phase."
             )
-        self.config = config
-        self.prompts = prompts
-        self.seed = seed
-        self.pad_id = pad_id
-        self.sampler = sampler
-        self.score = score
-        self.reward = reward
-        self.first_step = first_step
-        self.steps = config.steps
+        if config.one_step_off and ahead is None:
+            raise UsageError("grpo.one_step_off was asked of a sampler that cannot be asked ahead.")
+        self.config, self.prompts, self.seed, self.pad_id = config, prompts, seed, pad_id
+        self.sampler, self.ahead, self.score, self.reward = sampler, ahead, score, reward
+        self.first_step, self.steps = first_step, config.steps
         self.clip_grad_norm = config.clip_grad_norm
         self.algorithm = ALGORITHMS[config.algorithm]
         self.clip = Clip(config.clip_low, config.clip_high, config.max_completion_tokens)
+        self.curriculum = Curriculum(config, len(prompts), seed, difficulties)
         self._rollout = -1
         self._dealt: list[Batch] = []
+        self._before: list[Batch] = []
+        self._asked: Asked | None = None
 
     def new_optimizer(self, model: nn.Module) -> SplitOptimizer:
         """AdamW for all: Muon gained nothing here (feasibility.md 4)."""
@@ -113,68 +126,126 @@ class Grpo:
 
     def next_batch(self, step: int) -> Batch:
         """Samples, rewards and scores at the first of each `updates_per_rollout` steps, with the weights of that moment."""
+        if self.remembers(step):
+            return next(batch for batch in self._before + self._dealt if batch.step == step)
         rollout, turn = divmod(step - self.first_step, self.config.updates_per_rollout)
-        if rollout != self._rollout:
-            self._dealt = self._roll_out(rollout)
-            self._rollout = rollout
+        self._before, self._dealt = self._dealt, self._roll_out(rollout)
+        self._rollout = rollout
         return self._dealt[turn]
 
+    def remembers(self, step: int) -> bool:
+        """Can the batch of `step` be had again? It can for this rollout and the one before; a resumed run knows them too."""
+        return any(batch.step == step for batch in self._before + self._dealt)
+
     def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Without `old_logprobs` the batch is learnt from by the very weights it is compared with: the ratio is 1."""
         logits_BTV = output.logits_BTV / self.config.temperature
-        mask_BT, old_BT = tensors["mask"], tensors["old_logprobs"]
+        mask_BT, rollout_BT = tensors["mask"], tensors["rollout_logprobs"]
         new_BT = token_logprobs(logits_BTV, tensors["targets"])
-        weight_BT = importance(old_BT, tensors["rollout_logprobs"], self.config.importance_cap)
+        old_BT = tensors.get("old_logprobs", new_BT.detach())
+        weight_BT = correction.weights(old_BT, rollout_BT, mask_BT, self.config)
         advantage_B1 = tensors["advantages"][:, None]
         loss = self.algorithm.loss(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, self.clip)
         metrics = clip_metrics(new_BT, old_BT, advantage_B1, mask_BT, self.clip)
         metrics["entropy"] = entropy(logits_BTV, mask_BT)
+        if "old_logprobs" not in tensors:
+            found = self._mismatch([{**tensors, "old_logprobs": old_BT}])
+            metrics.update({name: torch.tensor(value) for name, value in found.items()})
         return loss, metrics
 
     def state_dict(self) -> StateDict:
+        """Waits for what was asked ahead: answers that are on their way would be lost."""
+        batches = self._before + self._dealt
         state: StateDict = {
             "rollout": self._rollout,
-            "steps": [b.step for b in self._dealt],
-            "notes": [b.notes for b in self._dealt],
+            "before": len(self._before),
+            "steps": [b.step for b in batches],
+            "notes": [b.notes for b in batches],
+            "curriculum": self.curriculum.state_dict(),
+            "asked": None,
         }
-        for turn, batch in enumerate(self._dealt):
+        if self._asked:
+            answers = [asdict(one) for one in self._asked.answer().completions]
+            state["asked"] = [self._asked.rollout, self._asked.chosen, answers]
+        for turn, batch in enumerate(batches):
             state.update({f"{turn}/{name}": tensor for name, tensor in batch.tensors.items()})
         return state
 
     def load_state_dict(self, state: StateDict) -> None:
         self._rollout = int(state["rollout"])
-        self._dealt = []
+        batches = []
         for turn, (step, notes) in enumerate(zip(state["steps"], state["notes"], strict=True)):
             mine = f"{turn}/"
             tensors = {
                 name.removeprefix(mine): t for name, t in state.items() if name.startswith(mine)
             }
-            self._dealt.append(Batch(self.phase, step, tensors, notes))
+            batches.append(Batch(self.phase, step, tensors, notes))
+        self._before, self._dealt = batches[: state["before"]], batches[state["before"] :]
+        self.curriculum.load_state_dict(state["curriculum"])
+        self._asked = None
+        if state["asked"]:
+            rollout, chosen, answers = state["asked"]
+            reply = RolloutReply([Completion(**one) for one in answers], None, None, 0.0)
+            self._asked = Asked(rollout, chosen, lambda: reply)
 
     def _roll_out(self, rollout: int) -> list[Batch]:
         config, updates = self.config, self.config.updates_per_rollout
         step = self.first_step + rollout * updates
-        chosen = choose(
-            self.seed, "grpo.prompts", rollout * config.prompts, config.prompts, len(self.prompts)
-        )
-        completions = self._sample(step, chosen)
-        owners = [index for index in chosen for _ in range(config.group_size)]
-        rewards_PG = np.array(
-            self.reward(owners, [c.tokens for c in completions]), dtype=np.float64
-        ).reshape(len(chosen), -1)
-        groups = self._contrasting(chosen, completions, rewards_PG)
+        groups, completions, rewards_PG = self._gather(rollout, step)
         tensors = [self._collate(hand) for hand in deal(groups, updates)]
         for each in tensors:
-            if each:
+            if each and updates > 1:
                 each["old_logprobs"] = self.score(each, step, config.temperature)
-        notes = {**_sampling_notes(completions, rewards_PG), **self._mismatch_notes(tensors)}
+        notes = {**_sampling_notes(completions, rewards_PG), **self._mismatch(tensors)}
+        if config.retire_after:
+            notes["retired_prompts"] = float(len(self.curriculum.retired))
+        if config.one_step_off:
+            notes["staleness"] = float(updates if rollout else 0)
+            if step + updates < self.first_step + self.steps:
+                self._asked = self._ask_ahead(rollout + 1)
         return [
             Batch(self.phase, step + turn, each, notes if turn == 0 else {})
             for turn, each in enumerate(tensors)
         ]
 
-    def _sample(self, step: int, chosen: Sequence[int]) -> list[Completion]:
+    def _gather(
+        self, rollout: int, step: int
+    ) -> tuple[list[Group], list[Completion], NDArray[np.float64]]:
+        """Groups with contrast; all completions and rewards (P,G). Asks again while too few groups have contrast, if it may."""
         config = self.config
-        request = RolloutRequest(
+        groups: list[Group] = []
+        completions: list[Completion] = []
+        rewards: list[NDArray[np.float64]] = []
+        for again in range(1 + config.refill_rounds):
+            if again == 0 and self._asked and self._asked.rollout == rollout:
+                chosen, found = self._asked.chosen, self._asked.answer().completions
+                self._asked = None
+            else:
+                chosen = self.curriculum.take(config.prompts - len(groups), self._progress(step))
+                found = self.sampler(self._request(step, chosen, len(completions))).completions
+            _refuse_short(found, len(chosen) * config.group_size)
+            owners = [index for index in chosen for _ in range(config.group_size)]
+            paid = self.reward(owners, [c.tokens for c in found])
+            rewards.append(np.array(paid, dtype=np.float64).reshape(len(chosen), -1))
+            self.curriculum.learn(chosen, rewards[-1])
+            groups += self._contrasting(chosen, found, rewards[-1])
+            completions += found
+            if len(groups) >= config.prompts:
+                break
+        return groups, completions, np.concatenate(rewards)
+
+    def _ask_ahead(self, rollout: int) -> Asked:
+        assert self.ahead is not None
+        step = self.first_step + rollout * self.config.updates_per_rollout
+        chosen = self.curriculum.take(self.config.prompts, self._progress(step))
+        return Asked(rollout, chosen, self.ahead(self._request(step, chosen, 0)))
+
+    def _progress(self, step: int) -> float:
+        return (step - self.first_step) / max(1, self.steps)
+
+    def _request(self, step: int, chosen: Sequence[int], first_index: int) -> RolloutRequest:
+        config = self.config
+        return RolloutRequest(
             step=step,
             prompts=[self.prompts[index] for index in chosen],
             group_size=config.group_size,
@@ -182,13 +253,8 @@ class Grpo:
             temperature=config.temperature,
             seed=self.seed,
             purpose="grpo",
+            first_index=first_index,
         )
-        completions = self.sampler(request).completions
-        if len(completions) != len(chosen) * config.group_size:
-            raise ValueError(
-                f"The sampler was asked for {len(chosen)} x {config.group_size} completions and gave {len(completions)}."
-            )
-        return completions
 
     def _contrasting(
         self, chosen: Sequence[int], completions: list[Completion], rewards_PG: NDArray[np.float64]
@@ -223,19 +289,29 @@ class Grpo:
         )
         return tensors
 
-    def _mismatch_notes(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        """Over all tokens that will be learnt from; nothing when there are none."""
-        scored = [each for each in tensors if each]
+    def _mismatch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Figures over all tokens that were scored; nothing when there are none."""
+        scored = [each for each in tensors if "old_logprobs" in each]
         if not scored:
             return {}
-        trainer_N, rollout_N = (
-            torch.cat([each[name][each["mask"].bool()] for each in scored])
-            for name in ("old_logprobs", "rollout_logprobs")
+        trainer, rollout, weight = [], [], []
+        for each in scored:
+            counted = each["mask"].bool()
+            pair = each["old_logprobs"], each["rollout_logprobs"]
+            weight.append(correction.weights(*pair, each["mask"], self.config)[counted])
+            trainer.append(pair[0][counted])
+            rollout.append(pair[1][counted])
+        found = mismatch(
+            torch.cat(trainer), torch.cat(rollout), torch.cat(weight), self.config.importance_cap
         )
-        return {
-            f"mismatch_{name}": value
-            for name, value in mismatch(trainer_N, rollout_N, self.config.importance_cap).items()
-        }
+        return {f"mismatch_{name}": value for name, value in found.items()}
+
+
+def _refuse_short(completions: Sequence[Completion], wanted: int) -> None:
+    if len(completions) != wanted:
+        raise ValueError(
+            f"The sampler was asked for {wanted} completions and gave {len(completions)}."
+        )
 
 
 def _sampling_notes(

@@ -9,11 +9,14 @@ from torch import Tensor
 from bascule.records import Mismatch
 
 
-def mismatch(trainer_N: Tensor, rollout_N: Tensor, cap: float) -> dict[str, float]:
+def mismatch(
+    trainer_N: Tensor, rollout_N: Tensor, weight_N: Tensor, cap: float
+) -> dict[str, float]:
     """Trainer against rollout engine on the same sampled tokens; keys are those of records.Mismatch, without `step`.
 
     With d = log pi_trainer - log pi_rollout and w = exp(d): K1 = mean(-d) and K3 = mean(w - 1 - d) estimate KL(rollout ||
-    trainer) (Schulman 2020), chi2 = mean(w^2) - 1, effective sample ratio = mean(w)^2 / mean(w^2).
+    trainer) (Schulman 2020), chi2 = mean(w^2) - 1, effective sample ratio = mean(w)^2 / mean(w^2). `weight_N` is what the
+    correction gives each token; `masked_ratio` is the share it gives nothing.
     """
     d = trainer_N.double() - rollout_N.double()
     w = d.exp()
@@ -25,6 +28,7 @@ def mismatch(trainer_N: Tensor, rollout_N: Tensor, cap: float) -> dict[str, floa
         "chi2": float((w * w).mean() - 1.0),
         "effective_sample_ratio": float(w.mean() ** 2 / (w * w).mean()),
         "capped_ratio": float((w > cap).double().mean()),
+        "masked_ratio": float((weight_N == 0).double().mean()),
         "tokens": float(d.numel()),
     }
 

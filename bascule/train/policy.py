@@ -2,7 +2,7 @@
 
 The default is GRPO as practised in late 2026 (training.md 2.6): advantage = reward - group mean, without division by the deviation
 (Dr. GRPO); groups without contrast dropped, truncated answers masked, token-level mean and a higher upper clip (DAPO); no KL in
-any of them. The rollout engine's deviation from the trainer is corrected per token by truncated importance sampling.
+any of them. The rollout engine's deviation from the trainer enters as a weight per token (correction.py).
 Shapes: B samples, T positions, V vocabulary, P prompts, G samples of a prompt. All log-probabilities in nats.
 """
 
@@ -48,11 +48,6 @@ def with_contrast(rewards_PG: Rewards) -> NDArray[np.bool_]:
     """(P,) true for groups whose rewards differ; the others carry no gradient and would only dilute the mean."""
     differs: NDArray[np.bool_] = rewards_PG.max(axis=1) > rewards_PG.min(axis=1)
     return differs
-
-
-def importance(trainer_BT: Tensor, rollout_BT: Tensor, cap: float) -> Tensor:
-    """min(pi_trainer / pi_rollout, cap) per token, from log-probabilities; a constant to autograd."""
-    return (trainer_BT - rollout_BT).exp().clamp(max=cap).detach()
 
 
 def _ratio(new_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -180,3 +182,92 @@ def test_a_reward_that_can_be_earned_is_earned_more_often(tiny, material, algori
         run.stepper.commit(proposal)
         rewards.append(proposal.metrics["reward"])
     assert rewards[0] < 0.4 and rewards[-1] > 0.7, rewards
+
+
+def configured(run, **changes):
+    """The tiny run's GRPO with other settings, from the same prompts and the same engine."""
+    old = run.grpo
+    new = Grpo(
+        old.config.model_copy(update=changes), old.prompts, seed=0, pad_id=0, sampler=old.sampler, score=run.stepper.score,
+        reward=old.reward, first_step=FIRST, ahead=asked_ahead(old.sampler),
+    )  # fmt: skip
+    run.grpo = new
+    return at_grpo(run)
+
+
+def asked_ahead(sampler):
+    """What a thread beside the trainer does, without the thread: the engine answers with the weights of the moment it is asked."""
+
+    def ahead(request):
+        reply = sampler(request)
+        return lambda: reply
+
+    return ahead
+
+
+def test_with_one_update_a_rollout_nothing_is_scored_twice_and_the_gradient_is_the_same(tiny):
+    run = configured(tiny(), updates_per_rollout=1)
+    batch = run.grpo.next_batch(FIRST)
+    assert "old_logprobs" not in batch.tensors and "mismatch_mean_abs" not in batch.notes
+    bare = run.stepper.propose(batch)
+    old = run.stepper.score(batch.tensors, FIRST)
+    scored = run.stepper.propose(replace(batch, tensors={**batch.tensors, "old_logprobs": old}))
+    assert bare.grads.keys() == scored.grads.keys()
+    assert all(torch.equal(grad, scored.grads[name]) for name, grad in bare.grads.items())
+    record = mismatch_record(FIRST, bare.metrics)
+    assert record is not None and record.max_abs < 1e-4
+
+
+def test_one_step_off_samples_with_the_weights_of_the_rollout_before_and_says_so(tiny):
+    run = configured(tiny(), one_step_off=True)
+    for step in (FIRST, FIRST + 1):
+        run.stepper.commit(run.stepper.propose(run.grpo.next_batch(step)))
+    late = run.grpo.next_batch(FIRST + 2)
+    assert late.notes["staleness"] == 2.0 and late.notes["mismatch_mean_abs"] > 1e-4
+    fresh = at_grpo(tiny())
+    for step in (FIRST, FIRST + 1):
+        fresh.stepper.commit(fresh.stepper.propose(fresh.grpo.next_batch(step)))
+    assert fresh.grpo.next_batch(FIRST + 2).notes["mismatch_mean_abs"] < 1e-5
+
+
+def test_answers_that_were_asked_ahead_survive_a_resume_with_equal_bits(tiny):
+    run = configured(tiny(), one_step_off=True)
+    for step in (FIRST, FIRST + 1):
+        run.stepper.commit(run.stepper.propose(run.grpo.next_batch(step)))
+    other = configured(tiny(), one_step_off=True)
+    other.grpo.load_state_dict(run.grpo.state_dict())
+    other.grpo.sampler = None  # asking again, with newer weights, would be another run
+    other.grpo.score = run.stepper.score
+    mine, theirs = run.grpo.next_batch(FIRST + 2), other.grpo.next_batch(FIRST + 2)
+    assert all(torch.equal(t, theirs.tensors[n]) for n, t in mine.tensors.items())
+
+
+def test_groups_without_contrast_are_replaced_by_new_prompts_with_draws_of_their_own(tiny):
+    calls = []
+
+    def reward(owners, completions):
+        calls.append(len(completions))
+        return [
+            float(len(calls) > 1 and i % 2) for i in range(len(completions))
+        ]  # the first: all wrong
+
+    run = configured(tiny(reward=reward), refill_rounds=3)
+    asked = []
+    sampler = run.grpo.sampler
+    run.grpo.sampler = lambda request: asked.append(request) or sampler(request)
+    batch = run.grpo.next_batch(FIRST)
+    assert [request.first_index for request in asked] == [0, 16]
+    assert asked[0].prompts != asked[1].prompts
+    assert batch.notes["dead_group_ratio"] == 0.5 and not batch.empty
+
+
+def test_the_batches_of_this_rollout_and_the_one_before_can_be_had_again_also_after_a_resume(tiny):
+    run = at_grpo(tiny())
+    made = {step: run.grpo.next_batch(step) for step in range(FIRST, FIRST + 4)}
+    other = at_grpo(tiny())
+    other.grpo.load_state_dict(run.grpo.state_dict())
+    for step, batch in made.items():
+        assert other.grpo.remembers(step)
+        again = other.grpo.next_batch(step)
+        assert all(torch.equal(t, again.tensors[n]) for n, t in batch.tensors.items())
+    assert not other.grpo.remembers(FIRST + 4)

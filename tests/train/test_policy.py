@@ -14,7 +14,6 @@ from bascule.train.policy import (
     Clip,
     clip_metrics,
     entropy,
-    importance,
     standardised,
     with_contrast,
 )
@@ -126,13 +125,6 @@ def test_by_default_every_token_of_the_batch_weighs_the_same():
     assert torch.equal(grad, torch.tensor([[-0.25, 0.0, 0.0], [0.25, 0.25, 0.25]]))
 
 
-def test_importance_is_capped_and_carries_no_gradient():
-    trainer = torch.tensor([math.log(0.5), math.log(0.9)], requires_grad=True)
-    got = importance(trainer, torch.tensor([math.log(0.1), math.log(0.6)]), 2.0)
-    torch.testing.assert_close(got, torch.tensor([2.0, 1.5]))
-    assert not got.requires_grad
-
-
 def test_entropy_of_a_uniform_policy_is_log_of_its_size():
     assert float(entropy(torch.zeros(1, 2, 8), torch.tensor([[1.0, 0.0]]))) == pytest.approx(
         math.log(8)
@@ -143,6 +135,7 @@ def test_mismatch_figures_are_the_textbook_ones():
     got = mismatch(
         torch.tensor([math.log(0.5), math.log(0.2)]),
         torch.tensor([math.log(0.25), math.log(0.4)]),
+        torch.tensor([1.5, 0.0]),
         1.5,
     )
     d = [math.log(2.0), -math.log(2.0)]
@@ -153,12 +146,12 @@ def test_mismatch_figures_are_the_textbook_ones():
     assert got["k3_kl"] == pytest.approx(((2 - 1 - d[0]) + (0.5 - 1 - d[1])) / 2)
     assert got["chi2"] == pytest.approx((4 + 0.25) / 2 - 1)
     assert got["effective_sample_ratio"] == pytest.approx(1.25**2 / 2.125)
-    assert got["capped_ratio"] == 0.5 and got["tokens"] == 2
+    assert got["capped_ratio"] == 0.5 and got["masked_ratio"] == 0.5 and got["tokens"] == 2
 
 
 def test_equal_log_probabilities_have_no_mismatch():
     x = torch.tensor([-1.0, -2.0, -0.5])
-    got = mismatch(x, x, 2.0)
+    got = mismatch(x, x, torch.ones(3), 2.0)
     assert got == {
         "mean_abs": 0,
         "max_abs": 0,
@@ -167,6 +160,7 @@ def test_equal_log_probabilities_have_no_mismatch():
         "chi2": 0,
         "effective_sample_ratio": 1,
         "capped_ratio": 0,
+        "masked_ratio": 0,
         "tokens": 3,
     }
 
@@ -174,7 +168,10 @@ def test_equal_log_probabilities_have_no_mismatch():
 def test_the_ledgers_record_is_made_from_the_notes():
     notes = {
         "reward": 0.5,
-        **{f"mismatch_{k}": v for k, v in mismatch(torch.zeros(3), torch.zeros(3), 2.0).items()},
+        **{
+            f"mismatch_{k}": v
+            for k, v in mismatch(torch.zeros(3), torch.zeros(3), torch.ones(3), 2.0).items()
+        },
     }
     record = mismatch_record(7, notes, pool="ascend")
     assert (

@@ -1,0 +1,85 @@
+"""A recipe's phases as objectives, in order, each with the steps it owns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bascule.config import PretrainConfig, Recipe
+from bascule.data.shards import Shards
+from bascule.ledger import Ledger
+from bascule.stages.course import Course
+from bascule.stages.rollouts import Rollouts
+from bascule.train import pretrain, rewards
+from bascule.train.extra import Extended
+from bascule.train.grpo import Grpo
+from bascule.train.objective import Objective
+from bascule.train.sft import Sft
+from bascule.train.step import Stepper
+
+
+def objectives(
+    recipe: Recipe, course: Course, stepper: Stepper, rollouts: Rollouts, ledger: Ledger
+) -> dict[str, Objective]:
+    found: dict[str, Objective] = {}
+    first = 1
+    for phase, steps in recipe.phase_steps().items():
+        if phase == "pretrain":
+            objective: Objective = pretrain.Pretrain(
+                recipe.pretrain,
+                reading(recipe.pretrain, "train"),
+                seed=recipe.seed,
+                first_step=first,
+            )
+        elif phase == "sft":
+            objective = _sft(recipe, course, ledger, first)
+        else:
+            objective = _grpo(recipe, course, stepper, rollouts, first)
+        found[phase] = _extended(recipe, course, objective)
+        first += steps
+    return found
+
+
+def reading(config: PretrainConfig, split: str) -> pretrain.Reading:
+    shards = Shards.open(Path(str(config.data)))
+    return pretrain.Reading(
+        shards.text(split), config.sequence_length, shards.token_bytes(), config.document_mask
+    )
+
+
+def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft:
+    examples = course.examples(recipe.seed)
+    dropped = len(course.train) - len(examples)
+    if dropped and not any(
+        record.kind == "warning" and record.what == "traces dropped" for record in ledger.read()
+    ):
+        ledger.warn(
+            "traces dropped",
+            f"{dropped} of {len(course.train)} training problems have no trace that succeeds; SFT leaves them out",
+        )
+    return Sft(
+        recipe.sft,
+        examples,
+        seed=recipe.seed,
+        pad_id=course.tokenizer.pad_id,
+        first_step=first_step,
+    )
+
+
+def _grpo(
+    recipe: Recipe, course: Course, stepper: Stepper, rollouts: Rollouts, first_step: int
+) -> Grpo:
+    return Grpo(
+        recipe.grpo, course.prompts(course.train), seed=recipe.seed, pad_id=course.tokenizer.pad_id,
+        sampler=rollouts.sample, ahead=rollouts.ahead, score=stepper.score, reward=rewards.verifier(course.train, course.tokenizer),
+        first_step=first_step, difficulties=[problem.difficulty for problem in course.train],
+    )  # fmt: skip
+
+
+def _extended(recipe: Recipe, course: Course, objective: Objective) -> Objective:
+    """With the extra loss terms of the phases that learn from given text; GRPO's loss stays as published."""
+    model, config = course.model, recipe.train
+    ahead = bool(model.num_nextn_predict_layers) and config.mtp_loss_weight > 0
+    balance = model.ffn == "moe" and config.balance_loss_weight > 0
+    if objective.phase == "grpo" or not (ahead or balance):
+        return objective
+    return Extended(objective, config, ahead, balance)
