@@ -14,7 +14,7 @@ import platform
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +54,11 @@ def main(arguments: Namespace) -> Answer:
     return run(recipe, RunFolder(Path(arguments.out) / recipe.name))
 
 
-def run(recipe: Recipe, folder: RunFolder) -> Answer:
-    """Carry the run as far as it goes. Raises the error that ended it, after recording it."""
+def run(
+    recipe: Recipe, folder: RunFolder, *, stop_when: Callable[[], bool] = lambda: False
+) -> Answer:
+    """Carry the run as far as it goes. Raises the error that ended it, after recording it. `stop_when` asks training to stop, as
+    SIGTERM does: a drill looks at the folder half-way."""
     recipe = origin.resolve(recipe)
     with _sole_supervisor(folder), _signals() as stop:
         records = read_ledger(folder.ledger)
@@ -73,7 +76,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Answer:
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
             plan.plan_run(recipe, ledger)
             place.place_roles(recipe, ledger)
-            train.train(recipe, folder, ledger, should_stop=stop.asked)
+            train.train(recipe, folder, ledger, should_stop=lambda: stop.asked() or stop_when())
         except BasculeError as error:
             ledger.append(RunStopped(reason=str(error), exit_code=stop.exit_code(error)))
             report.write(folder)
