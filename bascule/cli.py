@@ -193,6 +193,17 @@ def _serve(parser: Parser) -> None:
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)"
     )
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="serve with your own engine instead, vllm or sglang, once it has proved to compute this model",
+    )
+    parser.add_argument(
+        "--python", metavar="PATH", help="with --engine: the interpreter of the engine's environment"
+    )
+    parser.add_argument(
+        "--engine-args", metavar="WORDS", help="with --engine: further words for its command line"
+    )
 
 
 def _export(parser: Parser) -> None:

@@ -47,6 +47,13 @@ class Reference:
         coarse = _opinion(self.rounded(dtype), text).logprobs_TV
         return float((fine - coarse).abs().max())
 
+    @torch.no_grad()
+    def unturned(self, text: Sequence[int]) -> Tensor:
+        """Log-probabilities (T-1, V) if every token stood at position 0: what a rotation left out would say."""
+        tokens_1T = torch.tensor([list(text)])
+        output = self.model(tokens_1T, positions_BT=torch.zeros_like(tokens_1T))
+        return torch.log_softmax(output.logits_BTV[0, :-1].double(), dim=-1)
+
     def rounded(self, dtype: torch.dtype) -> Transformer:
         """The fp32 model as a chip that computes in `dtype` sees it: weights rounded to it and moved by one of its units."""
         if dtype == torch.float32:

@@ -13,9 +13,9 @@ from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.infer.engine import Engine
-from bascule.ledger import Ledger, last, read_ledger
+from bascule.ledger import Ledger
 from bascule.model.weights import load_hf
-from bascule.records import Placement
+from bascule.stages.placed import infer_choice
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,6 @@ class Finished:
     accelerator: Accelerator
     engine: Engine
     pool: str | None
-
-
-def infer_choice(folder: RunFolder, recipe: Recipe, on: str | None) -> tuple[str, str | None]:
-    """(accelerator's name, pool): `on` if given, else the pool the run placed for `infer`."""
-    if on:
-        return on, None
-    placement = last(read_ledger(folder.ledger), Placement)
-    pool = placement.infer if placement else recipe.order[0]
-    return recipe.pools[pool].accelerator, pool
 
 
 def open_finished(run: str, on: str | None) -> Finished:

@@ -10,7 +10,7 @@ from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.serve.server import run as run_server
 from bascule.stages.answer import Answer
-from bascule.stages.finished import infer_choice
+from bascule.stages.placed import infer_choice
 
 
 def main(arguments: Namespace) -> Answer:
@@ -20,14 +20,16 @@ def main(arguments: Namespace) -> Answer:
         raise UsageError(
             f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe."
         )
-    accelerator, _ = infer_choice(folder, recipe, arguments.on)
-    run_server(
-        folder,
-        accelerator,
-        host=arguments.host or recipe.serve.host,
-        port=recipe.serve.port if arguments.port is None else arguments.port,
-        api_key=_api_key(arguments.api_key_file),
-    )
+    host = arguments.host or recipe.serve.host
+    port = recipe.serve.port if arguments.port is None else arguments.port
+    api_key = _api_key(arguments.api_key_file)
+    if arguments.engine:
+        from bascule.stages import engine  # with torch, which our own server's process does without
+
+        engine.run(folder, recipe, arguments, host=host, port=port, api_key=api_key)
+    else:
+        accelerator, _ = infer_choice(folder, recipe, arguments.on)
+        run_server(folder, accelerator, host=host, port=port, api_key=api_key)
     return Answer(text="The server has ended.", data={"ended": True})
 
 

@@ -12,7 +12,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from existing import make_llama
-from serve.conftest import make_run
 
 from bascule.data import gguf_tokenizer
 from bascule.data.text_tokenizer import open_tokenizer
@@ -24,6 +23,7 @@ from bascule.model.weights import fingerprint, load_hf
 from bascule.records import Incident, Migration, StepStats
 from bascule.report.card import spans
 from bascule.stages import export
+from tests.serve.conftest import make_run
 
 
 def exported(folder: RunFolder, **words: Any) -> Any:
