@@ -118,6 +118,9 @@ def _verify(path: Path) -> None:
             raise Damaged(
                 f"{path.name}: {file.name} has hash {found[:12]}, recorded was {wanted[:12]}"
             )
+    holds = _json(path / "state.json").get("step")
+    if holds != _step(path):
+        raise Damaged(f"{path.name} is stale: its files are whole and hold step {holds}")
 
 
 def _json(path: Path) -> dict[str, Any]:

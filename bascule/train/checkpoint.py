@@ -154,6 +154,11 @@ def verify(path: Path) -> None:
                 f"The snapshot '{path}' is damaged: {name} has hash {found[:12]}…, its manifest says {str(entry['sha256'])[:12]}…. "
                 "Use an older snapshot."
             )
+    holds = read_json(path / "state.json").get("step")
+    if holds != step_of(path):
+        raise SnapshotError(
+            f"The snapshot '{path}' is stale: its files are whole and hold step {holds}. Use an older snapshot."
+        )
 
 
 def load(path: Path) -> Snapshot:

@@ -33,7 +33,9 @@ from bascule.records import Migration, RunFinished, Warned
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("supervisor", "trainer", "rollout", "snapshot write", "migration")
 KILLS_A_RUN = 4
-LINES = 90  # what an undisturbed run writes, roughly; later moments than its end fall back to its end
+LINES = (
+    90  # what an undisturbed run writes, roughly; later moments than its end fall back to its end
+)
 FAULTY = "sim:ascend-r2?onset_step=9@cpu"
 PATIENCE_S = 600.0
 SHORT = [
@@ -167,9 +169,7 @@ def finish(run: Run, struck: list[tuple[int, str]]) -> dict[str, Any]:
 def report(right: str, results: list[dict[str, Any]]) -> None:
     hits = [target for one in results for _, target in one["struck"]]
     lost = [
-        one
-        for one in results
-        if one["exit_code"] != 0 or one["weights"] != right or one["skipped"]
+        one for one in results if one["exit_code"] != 0 or one["weights"] != right or one["skipped"]
     ]
     counted = ", ".join(f"{count} {target}" for target, count in Counter(hits).most_common())
     recomputed = [steps for one in results for steps in one["recomputed"]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from bascule.errors import SnapshotError
 from bascule.fallback import migrate
 from bascule.ledger import Ledger, of_kind
 from bascule.records import SnapshotEvent, Warned
@@ -95,3 +97,16 @@ def test_without_a_certified_snapshot_the_run_goes_back_to_its_start(tmp_path: P
     choice = migrate.choose(folder, ledger)
     assert choice.step == 0 and choice.rejected == (5,)
     assert [warning.what for warning in of_kind(ledger.read(), Warned)] == ["no certified snapshot"]
+
+
+def test_an_old_snapshot_under_a_newer_name_is_stale_and_passed_over(
+    snapshots: Path, tmp_path: Path
+) -> None:
+    newest = checkpoint.path_of(snapshots, 10)
+    shutil.rmtree(newest)
+    shutil.copytree(checkpoint.path_of(snapshots, 5), newest)
+    with pytest.raises(SnapshotError, match="stale"):
+        checkpoint.verify(newest)
+    choice = migrate.choose(snapshots, Ledger(tmp_path / "ledger.jsonl"))
+    assert choice.step == 5
+    assert any("stale" in told for told in choice.passed_over)
