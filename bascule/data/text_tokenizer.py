@@ -16,10 +16,11 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from bascule.config import ModelConfig
 from bascule.data import chat
-from bascule.data.tokenizer import Tokenizer
+from bascule.data.tokenizer import TAGS, Speller, Tokenizer
 from bascule.errors import UsageError
 from bascule.folder import write_atomic, write_json_atomic
 
@@ -31,6 +32,54 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 """For base models, which have no chat template: words that any text model has seen."""
+
+
+REPLACEMENT = "\ufffd"
+LONGEST = (
+    4  # bytes of a character in UTF-8, and so the tokens that one character may be parted into
+)
+
+
+def _byte_signs() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on (openai/gpt-2, encoder.py)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + at): byte for at, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_signs()
+
+
+class TextSpeller(Speller):
+    """A character may be parted over several tokens: they are held back until it is whole. What never becomes one is shown as U+FFFD.
+
+    Tokens are decoded together with those shown last, because some vocabularies drop a space in front of the first token of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._shown: list[int] = []
+        self._held: list[int] = []
+
+    def feed(self, token: int) -> str:
+        self._held.append(token)
+        text = self._text()
+        if text.endswith(REPLACEMENT) and len(self._held) < LONGEST:
+            return ""
+        return self._release(text)
+
+    def close(self) -> str:
+        return self._release(self._text()) if self._held else ""
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode([*self._shown, *self._held])[len(before) :]
+
+    def _release(self, text: str) -> str:
+        self._shown, self._held = self._held, []
+        return text
 
 
 class TextTokenizer(Tokenizer):
@@ -100,6 +149,26 @@ class TextTokenizer(Tokenizer):
     @property
     def controls(self) -> tuple[str, ...]:
         return self._control_symbols
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(
+            at for at, token in added.items() if token.special or token.content in TAGS
+        )
+
+    def speller(self) -> Speller:
+        return TextSpeller(self)
+
+    def bytes_of(self, token: int) -> bytes:
+        name = self.backend.id_to_token(token)
+        if not self._byte_level or name is None or token in self.backend.get_added_tokens_decoder():
+            return self.symbols[token].encode()
+        return bytes(_BYTES[sign] for sign in name)
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def encode(self, text: str, *, replace_unknown: bool = False) -> list[int]:
         del replace_unknown  # byte-level vocabularies know every text

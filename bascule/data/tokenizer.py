@@ -42,6 +42,20 @@ OWN_SETTINGS: Final[dict[str, object]] = {
 _SILENT: Final = frozenset({PAD, chat.BOS, chat.EOS})
 
 
+class Speller:
+    """Spells one text token by token: `feed` each, `close` at the end; the pieces joined are the text. Nothing is ever held back here:
+    in a closed vocabulary every token is a whole character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def feed(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+    def close(self) -> str:
+        return ""
+
+
 class Tokenizer:
     """Text to ids and back. `Tokenizer()` is bascule's own vocabulary; `Tokenizer.load(folder)` reads one that was saved."""
 
@@ -107,6 +121,19 @@ class Tokenizer:
         """Text of `ids`. `<pad>`, `<bos>` and `<eos>` are silent; every other special token is written out."""
         text_of = self._text_of
         return "".join([text_of[i] for i in ids])
+
+    def speller(self) -> Speller:
+        """Text of tokens as they come, one at a time."""
+        return Speller(self)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for in UTF-8; part of a character where vocabularies know such tokens."""
+        return self.symbols[token].encode()
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no plain text is made of: controls, and the thought's tags."""
+        return frozenset(at for at, symbol in enumerate(self.symbols) if len(symbol) > 1)
 
     def render(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True

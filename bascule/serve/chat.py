@@ -136,7 +136,11 @@ class ChatRoute:
 
     def _mark(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.service.tokenizer.symbols[token]
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        return {
+            "token": text,
+            "logprob": max(logprob, -9999.0),
+            "bytes": list(self.service.tokenizer.bytes_of(token)),
+        }
 
 
 def _form(body: ChatBody) -> dict[str, Any] | None:

@@ -79,32 +79,37 @@ def call_form(tools: Sequence[dict[str, Any]], *, free: bool) -> dict[str, Any]:
 
 
 class Grammars:
-    """Makes constraints for one vocabulary. Building the vocabulary's trie costs a moment, so it is done once, when first needed."""
+    """Makes constraints for one vocabulary; `rows` of the embedding may exceed its tokens. Building the vocabulary's trie costs a moment, so it is done once, when first needed."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
         self._tokenizer = tokenizer
+        self._rows = rows
         self._vocabulary: Any = None
 
-    def constraint(self, grammar: str, *, may_think: bool) -> Bound:
+    def constraint(self, grammar: str, *, may_think: bool, thinking: bool) -> Bound:
+        """`may_think`: the answer may open with a thought; `thinking`: the prompt has opened one."""
         if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
-                llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer))
+                llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._rows))
             )
-        return Bound(
-            llguidance.LLMatcher(self._vocabulary, grammar), self._tokenizer, may_think=may_think
-        )
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar)
+        return Bound(matcher, self._tokenizer, self._rows, may_think=may_think, thinking=thinking)
 
 
 class Bound:
     """One answer under a grammar; see infer.batch.Constraint."""
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer, *, may_think: bool) -> None:
+    def __init__(
+        self, matcher: Any, tokenizer: Tokenizer, rows: int, *, may_think: bool, thinking: bool
+    ) -> None:
         self._matcher = matcher
         self._open, self._close = tokenizer.think_open_id, tokenizer.think_close_id
         self._eos = tokenizer.eos_id
-        self._thinking = False
-        self._may_open = may_think
-        self._plain = np.array([len(symbol) == 1 for symbol in tokenizer.symbols])
+        tags = self._open >= 0 and self._close >= 0  # not every vocabulary has them as tokens
+        self._thinking = thinking and tags
+        self._may_open = may_think and tags
+        self._plain = np.arange(rows) < tokenizer.vocab_size
+        self._plain[list(tokenizer.control_ids)] = False
 
     def allowed(self) -> NDArray[np.bool_]:
         if self._thinking:
@@ -128,24 +133,22 @@ class Bound:
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer. Control tokens are marked by the byte it reserves for them: no text spells them."""
+    """What llguidance asks of a tokenizer. Tokens that no text is made of are marked by the byte it reserves for them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_id
         self.bos_token_id = tokenizer.bos_id
-        self.tokens = [
-            symbol.encode() if len(symbol) == 1 else b"\xff" + symbol.encode()
-            for symbol in tokenizer.symbols
-        ]
         self.special_token_ids = [
-            at for at, symbol in enumerate(tokenizer.symbols) if len(symbol) > 1
+            *sorted(tokenizer.control_ids),
+            *range(tokenizer.vocab_size, rows),
+        ]
+        special = set(self.special_token_ids)
+        self.tokens = [
+            f"\xff<{at}>".encode("latin-1") if at in special else tokenizer.bytes_of(at)
+            for at in range(rows)
         ]
 
     def __call__(self, text: bytes | str) -> list[int]:
-        plain = text.decode() if isinstance(text, bytes) else text
-        return [
-            token
-            for character in plain
-            for token in self._tokenizer.encode(character, replace_unknown=True)
-        ]
+        plain = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode(plain, replace_unknown=True)

@@ -20,7 +20,7 @@ from bascule.serve.errors import ApiError
 from bascule.serve.events import EventStream, as_lines, gone
 from bascule.serve.grammar import compile_form
 from bascule.serve.metrics import Metrics
-from bascule.serve.text import Piece, Reader
+from bascule.serve.text import Piece, Reader, left_open
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,10 @@ class Service:
                 seed=secrets.randbits(62),
                 vocab_size=self.tokenizer.vocab_size,
             )
-            bound = {"grammar": compile_form(form), "may_think": split} if form else None
+            bound = None
+            if form:
+                opened = split and left_open(prompt, self.tokenizer)
+                bound = {"grammar": compile_form(form), "may_think": split, "thinking": opened}
             ticket = self.broker.submit(prompt, sampling, choices=body.choices, top=top, form=bound)
         except Refused as error:
             raise ApiError(
@@ -252,6 +255,3 @@ def usage(asks: Sequence[Ask]) -> dict[str, Any]:
             "reasoning_tokens": sum(reader.thought_tokens for reader in readers)
         },
     }
-
-
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"

@@ -54,9 +54,9 @@ class Reader:
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], *, split: bool
     ) -> None:
-        self._tokenizer = tokenizer
         self._stops = StopFinder(stops)
-        opened = split and _left_open(prompt, tokenizer)
+        self._speller = tokenizer.speller()
+        opened = split and left_open(prompt, tokenizer)
         self._splitter = chat.ReasoningSplitter(opened=opened) if split else None
         self.tokens = 0
         self.thought_tokens = 0
@@ -68,7 +68,8 @@ class Reader:
         self.tokens += 1
         if self._splitter is not None and self._splitter.thinking:
             self.thought_tokens += 1
-        text, stopped = self._stops.feed(self._tokenizer.decode([token]))
+        spelled = self._speller.feed(token) + (self._speller.close() if last else "")
+        text, stopped = self._stops.feed(spelled)
         if last and not stopped:
             text += self._stops.close()
         thought, answer = self._splitter.feed(text) if self._splitter else ("", text)
@@ -103,7 +104,7 @@ def _refuse_control(at: int, role: str, content: str, tokenizer: Tokenizer) -> N
             )
 
 
-def _left_open(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
+def left_open(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Does the prompt end inside a thought?"""
     for token in reversed(prompt):
         if token in (tokenizer.think_open_id, tokenizer.think_close_id):

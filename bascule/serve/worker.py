@@ -74,7 +74,7 @@ class Desk:
         self.waiting: deque[list[Seat]] = deque()
         self.reading: tuple[list[Seat], Prefill] | None = None
         self.jobs = 0
-        self._grammars = Grammars(tokenizer)
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self.to_score: deque[dict[str, Any]] = deque()
         self._scored: list[list[Any]] = []
         self._said: list[list[Any]] = []

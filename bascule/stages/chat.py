@@ -64,18 +64,21 @@ def _ask(
             f"The conversation has {len(prompt)} tokens, the model's context holds {run.engine.model.config.max_position_embeddings}. Begin a new chat."
         )
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    speller = run.tokenizer.speller()
     splitter, thought, answer = chat.ReasoningSplitter(opened=run.tokenizer.opens_thought), "", ""
     sampling = Sampling(
         temperature=arguments.temperature, max_tokens=room, seed=arguments.seed, purpose="chat"
     )
     for token, _ in run.engine.stream(prompt, sampling):
-        more_thought, more_answer = splitter.feed(run.tokenizer.decode([token]))
+        more_thought, more_answer = splitter.feed(speller.feed(token))
         if show and more_answer and thought and not answer:
             print(f"{plain}")
         thought, answer = thought + more_thought, answer + more_answer
         if show:
             print(f"{dim}{more_thought}{plain}{more_answer}", end="", flush=True)
+    last_thought, last_answer = splitter.feed(speller.close())
     more_thought, more_answer = splitter.close()
+    more_thought, more_answer = last_thought + more_thought, last_answer + more_answer
     if show:
         print(f"{dim}{more_thought}{plain}{more_answer}")
     return thought + more_thought, answer + more_answer

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bascule.data import chat, documents
 from bascule.data.text_tokenizer import NO_TOKEN, TextTokenizer, open_or_own, open_tokenizer
@@ -19,6 +21,7 @@ def made(**settings: object) -> TextTokenizer:
     return TextTokenizer(base.backend, {**base.settings, **settings}, source="test")
 
 
+BYTES = made()
 R1 = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{{ '<assistant><think>\n' }}"
 
 
@@ -82,3 +85,37 @@ def test_our_own_vocabulary_opens_as_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match="damaged"):
         open_tokenizer(tmp_path)
+
+
+@given(st.text(max_size=40))
+def test_pieces_joined_are_the_text_and_no_half_character_is_ever_shown(text: str) -> None:
+    tokenizer = BYTES
+    speller = tokenizer.speller()
+    ids = tokenizer.encode(text)
+    pieces = [*map(speller.feed, ids), speller.close()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_bytes_that_never_become_a_character_are_shown_and_not_kept_for_ever() -> None:
+    tokenizer = BYTES
+    (half,) = {
+        token for token in range(tokenizer.vocab_size) if tokenizer.bytes_of(token) == b"\xe4"
+    }
+    (plain,) = tokenizer.encode("a")
+    speller = tokenizer.speller()
+    assert [speller.feed(half), speller.feed(plain), speller.feed(half), speller.close()] == [
+        "",
+        "\ufffda",
+        "",
+        "\ufffd",
+    ]
+
+
+@given(st.text(max_size=20))
+def test_bytes_of_tokens_joined_are_the_utf8_of_the_text(text: str) -> None:
+    tokenizer = BYTES
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text))).decode(
+        errors="replace"
+    ) == tokenizer.decode(tokenizer.encode(text))

@@ -38,9 +38,10 @@ def start(run: RunFolder, tmp_path: Path, words: str, port: int = 0) -> subproce
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "words", ["", f"{CURE} --round-to bfloat16"], ids=["wrong rotation", "rounded weights"]
-)
+ROUNDED = pytest.param(f"{CURE} --round-to bfloat16", marks=pytest.mark.slow, id="rounded weights")
+
+
+@pytest.mark.parametrize("words", [pytest.param("", id="wrong rotation"), ROUNDED])
 def test_an_engine_that_computes_something_else_is_refused_with_figures_and_the_cure(
     words: str, run: RunFolder, tmp_path: Path
 ) -> None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from existing import make_llama
+
+from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.serve.grammar import Grammars, call_form, compile_form
@@ -140,7 +150,9 @@ def test_forms_that_make_no_sense_are_refused(server: Server, body: dict[str, ob
 
 def test_the_thought_is_free_and_the_answer_is_bound() -> None:
     tokenizer = Tokenizer()
-    bound = Grammars(tokenizer).constraint(compile_form({"choice": ["yes"]}), may_think=True)
+    bound = Grammars(tokenizer, tokenizer.vocab_size).constraint(
+        compile_form({"choice": ["yes"]}), may_think=True, thinking=False
+    )
     for token in tokenizer.encode("<think>anything {at} all</think>"):
         assert bound.allowed()[token]
         bound.take(token)
@@ -152,10 +164,40 @@ def test_the_thought_is_free_and_the_answer_is_bound() -> None:
 
 def test_without_a_tool_in_mind_plain_text_may_come() -> None:
     tokenizer = Tokenizer()
-    bound = Grammars(tokenizer).constraint(
-        compile_form(call_form([{"name": "f"}], free=True)), may_think=False
+    bound = Grammars(tokenizer, tokenizer.vocab_size).constraint(
+        compile_form(call_form([{"name": "f"}], free=True)), may_think=False, thinking=False
     )
     allowed = bound.allowed()
     assert allowed[tokenizer.encode("x")[0]] and allowed[tokenizer.encode("{")[0]]
     with pytest.raises(UsageError, match="not understood"):
         compile_form({"lark": "start: nothing"})
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [({"regex": "[äöü€]{2,4}"}, "[äöü€]{2,4}"), ({"json": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}}, r'\{"n":-?\d+\}')],
+    ids=["characters of several tokens", "schema"],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", range(3))
+def test_a_form_binds_a_vocabulary_of_byte_pairs(
+    form: dict[str, Any], pattern: str, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any token that the form allows may come; with more rows than tokens, as models of others have them."""
+    folder = tmp_path_factory.mktemp("bpe")
+    make_llama(folder)
+    tokenizer = open_tokenizer(folder)
+    rows = tokenizer.vocab_size + 2
+    bound = Grammars(tokenizer, rows).constraint(compile_form(form), may_think=True, thinking=False)
+    choose, said = random.Random(seed), []
+    while len(said) < 60:
+        allowed = np.flatnonzero(bound.allowed()).tolist()
+        assert max(allowed) < tokenizer.vocab_size
+        ends = tokenizer.eos_id in allowed and len(said) > 8
+        said.append(tokenizer.eos_id if ends else choose.choice(allowed))
+        if said[-1] == tokenizer.eos_id:
+            break
+        bound.take(said[-1])
+    if said[-1] == tokenizer.eos_id:
+        assert re.fullmatch(pattern, tokenizer.decode(said))
+    else:
+        assert tokenizer.decode(said).startswith('{"n":')
