@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from bascule.config import ModelConfig
 from bascule.errors import UsageError
 from bascule.folder import write_json_atomic
 from bascule.qualify import kept
-from bascule.qualify.check import BOTH, Ask, asks
+from bascule.qualify.check import BOTH, Ask, asks, command
 from bascule.qualify.judge import Examined, verdicts
 from bascule.records import Evidence, Role, Verdict
 
@@ -39,7 +38,7 @@ DEATHS_ALLOWED = 2
 _POLL_S = 0.02
 
 OnEvidence = Callable[[Evidence], None]
-OnProgress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, float, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,9 @@ def run_battery(
     *,
     time_limit_s: float,
     quick: bool = True,
+    wide: bool = False,
     seed: int = 0,
+    dtype: str = "fp32",
     threads: int = 1,
     only: Sequence[str] = (),
     roles: Sequence[Role] = BOTH,
@@ -73,10 +74,11 @@ def run_battery(
 ) -> BatteryResult:
     """Examine one pool's accelerator in child processes and judge it. Evidence and reproducers go to `folder`.
 
-    `chips` of the pool: links are asked about where there are several. `resume` keeps the answers of an earlier battery of the same
-    question in `folder`; without it they are asked again, findings first. `ask_limit_s` overrides how long one question may take
-    before it counts as a hang. `on_progress(question, done, total)` is called when a question begins. Raises UsageError when the accelerator's name is not one; a chip that is not there is
-    evidence (nothing can be proven about it).
+    `dtype` of the model: fp32, bf16 or fp16. `chips` of the pool: links are asked about where there are several. `resume` keeps the
+    answers of an earlier battery of the same question in `folder`; without it they are asked again, findings first. `ask_limit_s`
+    overrides how long the chip may be silent in one question before that counts as a hang. `on_progress(question, done, total)` is
+    called when a question begins and, with a fraction of it in `done`, when a long one says how far it is. Raises UsageError when the
+    accelerator's name is not one; a chip that is not there is evidence (nothing can be proven about it).
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(
@@ -88,15 +90,17 @@ def run_battery(
         time_limit_s=time_limit_s,
         quick=quick,
         seed=seed,
+        dtype=dtype,
         threads=threads,
+        resume=resume,
         ask_limit_s=ask_limit_s,
         on_evidence=on_evidence,
         on_progress=on_progress,
-        left=list(asks(quick=quick, only=only, roles=roles, chips=chips)),
+        left=list(asks(quick=quick, wide=wide, only=only, roles=roles, chips=chips)),
     )
     started_s = time.monotonic()
     run.total = len(run.left)
-    run.remember(resume)
+    run.remember()
     while run.left:
         run.one_child()
         run.drop_lost_roles()
@@ -122,7 +126,9 @@ class _Run:
     time_limit_s: float
     quick: bool
     seed: int
+    dtype: str
     threads: int
+    resume: bool
     ask_limit_s: float | None
     on_evidence: OnEvidence | None
     on_progress: OnProgress | None
@@ -140,15 +146,18 @@ class _Run:
     def __post_init__(self) -> None:
         self.examined = Examined(accelerator=self.accelerator)
 
-    def remember(self, resume: bool) -> None:
+    def remember(self) -> None:
         """Look at what is in the folder already; with `resume` take it as answered."""
         self.launches = kept.launches(self.folder)
-        self.known = kept.answers(self.folder, self._request())
+        self.known = kept.answers(self.folder, self._request(), lost=True)
         self.left = kept.findings_first(self.left, self.known)
-        if resume and (said := kept.opened(self.folder, self._request())):
+        if not self.resume:
+            return
+        if said := kept.opened(self.folder, self._request()):
             self.examined = Examined(**said)
-        for ask in [ask for ask in self.left if resume and ask.name in self.known]:
-            for item in self.known[ask.name]:
+        answered = kept.answers(self.folder, self._request(), lost=False)
+        for ask in [ask for ask in self.left if ask.name in answered]:
+            for item in answered[ask.name]:
                 self._add(item)
             self.left.remove(ask)
 
@@ -158,6 +167,8 @@ class _Run:
             "model": self.model.model_dump(mode="json"),
             "quick": self.quick,
             "seed": self.seed,
+            "dtype": self.dtype,
+            "resume": self.resume,
             "threads": self.threads,
             "workdir": str(self.folder),
         }
@@ -214,14 +225,20 @@ class _Run:
             self._refused(line)
         elif "begin" in line:
             self.at = next(ask for ask in self.left if ask.name == line["begin"])
-            if self.on_progress:
-                self.on_progress(self.at.name, self.total - len(self.left), self.total)
+            self._progress(0.0)
+        elif "progress" in line:
+            done, total = line["progress"]
+            self._progress(min(done / max(total, 1), 1.0))
         elif "evidence" in line:
             item = Evidence.model_validate(line["evidence"])
             self._add(kept.not_again(item, self.at.name, self.known) if self.at else item)
         elif "end" in line and self.at:
             self.left.remove(self.at)
             self.at = None
+
+    def _progress(self, share: float) -> None:
+        if self.on_progress and self.at:
+            self.on_progress(self.at.name, self.total - len(self.left) + (share or 0), self.total)
 
     def _refused(self, line: dict[str, Any]) -> None:
         if line["usage"]:
@@ -273,7 +290,9 @@ class _Run:
             self._skip_all("the chip could not be kept open")
             return
         ask = self.at
-        self._add(self._against(ask, "error", f"{detail} while it was asked {ask.name}; see {log}"))
+        found = self._against(ask, "error", f"{detail} while it was asked {ask.name}; see {log}")
+        kept.write_lost(self.folder / f"answers-{self.launches}.jsonl", ask.name, found)
+        self._add(found)
         self.left.remove(ask)
         self.deaths[ask.role] = self.deaths.get(ask.role, 0) + weight
 
@@ -299,11 +318,15 @@ class _Run:
             outcome,
             detail,
             ask.check.bound,
-            reproduce=self._command(ask),
+            reproduce=command(
+                self.accelerator,
+                self.model,
+                ask,
+                seed=self.seed,
+                dtype=self.dtype,
+                quick=self.quick,
+            ),
         )
-
-    def _command(self, ask: Ask) -> str:
-        return f"bascule qualify {shlex.quote(self.accelerator)} --preset {self.model.preset} --check {ask.check.name} --seed {self.seed}"
 
     def _add(self, item: Evidence) -> None:
         stamped = item.model_copy(update={"pool": self.pool})

@@ -8,21 +8,28 @@ fails in training only stays fit for inference. `entry` names the function in `c
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from bascule.config import ModelConfig
 from bascule.errors import UsageError, nearest
 from bascule.records import Evidence, Role
 
 BOTH: tuple[Role, ...] = ("train", "infer")
+Depth = Literal["quick", "full", "wide"]
+# Types a model may be examined in: our short names, torch's long ones.
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Check:
     """One question. `decides` is False where the answer is a figure to read, not a reason to refuse the chip.
 
-    `limit_s`: how long one answer may take in quick mode before it counts as a hang; the full battery allows ten times that.
+    `must_answer` is False where not every kind of chip can be asked: silence is written down, and only a wrong answer counts.
+    `depth`: the shortest battery that asks it. `limit_s`: how long the chip may be silent in quick mode before it counts as a hang;
+    the full battery allows ten times that.
     """
 
     name: str
@@ -32,8 +39,9 @@ class Check:
     entry: str
     catches: tuple[str, ...] = ()
     limit_s: float = 60.0
-    quick: bool = True
+    depth: Depth = "quick"
     decides: bool = True
+    must_answer: bool = True
 
     @property
     def family(self) -> str:
@@ -56,6 +64,14 @@ class Ask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", f"{self.check.name}[{self.role}]")
+
+
+def command(
+    accelerator: str, model: ModelConfig, ask: Ask, *, seed: int, dtype: str, quick: bool
+) -> str:
+    """The words that put one question again."""
+    words = f"bascule qualify {shlex.quote(accelerator)} --preset {model.preset} --check {ask.check.name} --seed {seed}"
+    return words + (f" --dtype {dtype}" if dtype != "fp32" else "") + ("" if quick else " --full")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -93,7 +109,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "numerics.half", BOTH,
         "Is each operator of this model, forward and for training backward, as precise in bf16 and fp16 as these types allow?",
-        "as numerics.forward, with the bars of the half types", "numerics:half", quick=False,
+        "as numerics.forward, with the bars of the half types", "numerics:half", depth="full",
     ),
     Check(
         "numerics.backward", ("train",),
@@ -173,6 +189,16 @@ CHECKS: tuple[Check, ...] = (
         catches=("infer-bad",),
     ),
     Check(
+        "generation.weights", ("infer",),
+        "After new weights were loaded into the running engine, does it answer with them, or with the old ones?",
+        "mean gap to the new weights' log-probabilities within the response to a one-ulp perturbation", "generation:weights",
+    ),
+    Check(
+        "generation.accuracy", ("infer",),
+        "Are sampled answers as often right, by an exact verifier, as the reference's with the same draws?",
+        "two-sided exact test on discordant answers, alpha 0.001", "generation:accuracy",
+    ),
+    Check(
         "links.collectives", ("train",),
         "Do collectives of two processes return exact sums, odd sizes and tails included?",
         "every element equal; tolerance zero", "links:collectives", limit_s=120.0,
@@ -187,7 +213,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "conformity.opinfo", ("train",),
         "Which of PyTorch's own operator samples does the chip get wrong, beyond this model's operators?",
-        "as numerics.forward; reported, no bar", "conformity:opinfo", limit_s=60.0, quick=False, decides=False,
+        "as numerics.forward; reported, no bar", "conformity:opinfo", limit_s=60.0, depth="wide", decides=False,
     ),
     Check(
         "soak.training", ("train",),
@@ -205,12 +231,18 @@ CHECKS: tuple[Check, ...] = (
 
 
 def asks(
-    *, quick: bool, only: Sequence[str] = (), roles: Sequence[Role] = BOTH, chips: int = 2
+    *,
+    quick: bool,
+    wide: bool = False,
+    only: Sequence[str] = (),
+    roles: Sequence[Role] = BOTH,
+    chips: int = 2,
 ) -> tuple[Ask, ...]:
     """The battery in order. `only` keeps named checks or families; an unknown name raises UsageError.
 
-    A pool of one chip has no links: it is asked about them only by name.
+    A check that is named is asked at any depth. A pool of one chip has no links: it is asked about them only by name.
     """
+    depths = {"quick"} | ({"full"} if not quick else set()) | ({"wide"} if wide else set())
     known = {check.name for check in CHECKS} | {check.family for check in CHECKS}
     for name in only:
         if name not in known:
@@ -220,7 +252,7 @@ def asks(
     wanted = [
         check
         for check in CHECKS
-        if (check.quick or not quick)
+        if (check.depth in depths or check.name in only)
         and (not only or check.name in only or check.family in only)
         and (chips > 1 or check.family != "links" or only)
     ]
@@ -232,5 +264,5 @@ def required(role: Role, *, quick: bool, chips: int = 2) -> tuple[str, ...]:
     return tuple(
         ask.check.name
         for ask in asks(quick=quick, chips=chips)
-        if ask.role == role and ask.check.decides
+        if ask.role == role and ask.check.decides and ask.check.must_answer
     )

@@ -1,7 +1,8 @@
 """The child's side of the battery: open the chip, ask, and write each answer as a JSON line the moment it is known.
 
 Lines: {"opened": {...}} once; {"begin": "exact.matmul[train]"} before each question, so that a crash or a hang names the
-question that brought it about; {"evidence": {...}} for each answer; {"end": name} after it. Every line is flushed.
+question that brought it about; {"progress": [done, total]} now and then from a long one; {"evidence": {...}} for each answer;
+{"end": name} after it. Every line is flushed.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import dataclasses
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bascule.accelerators.registry import open_accelerator
 from bascule.config import ModelConfig
 from bascule.errors import DeviceFault, UsageError
-from bascule.qualify.check import Ask, asks
+from bascule.qualify.check import CHECKS, DTYPES, Ask
 from bascule.qualify.examine import examined, open_context, put
 
 
 def main(request: dict[str, Any]) -> int:
-    """Answer the questions listed in `request` (see battery._Request). Returns the exit code."""
+    """Answer the questions listed in `request` (see battery._Run). Returns the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
     with open(request["answers"], "a", encoding="utf-8") as out:
 
@@ -40,15 +44,19 @@ def _answer(request: dict[str, Any], write: Any) -> int:
         return error.exit_code
     accelerator.prepare(request["threads"])
     model = ModelConfig.model_validate(request["model"])
-    opened = dataclasses.asdict(examined(accelerator, model))
+    dtype = getattr(torch, DTYPES[request["dtype"]])
+    opened = dataclasses.asdict(examined(accelerator, model, dtype))
     write({"opened": opened, "note": accelerator.fallback_note})
     context = open_context(
         accelerator,
         model,
         quick=request["quick"],
         seed=request["seed"],
+        dtype=dtype,
         workdir=Path(request["workdir"]),
     )
+    context.resume = request["resume"]
+    context.progress = _Beat(write)
     for ask in _listed(request):
         write({"begin": ask.name})
         for item in put(context, ask):
@@ -57,8 +65,21 @@ def _answer(request: dict[str, Any], write: Any) -> int:
     return 0
 
 
+class _Beat:
+    """Writes a progress line, at most one in half a second."""
+
+    def __init__(self, write: Any) -> None:
+        self.write = write
+        self.said_s = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.said_s > 0.5:
+            self.said_s = time.monotonic()
+            self.write({"progress": [done, total]})
+
+
 def _listed(request: dict[str, Any]) -> list[Ask]:
-    every = {ask.name: ask for ask in asks(quick=request["quick"])}
+    every = {ask.name: ask for check in CHECKS for role in check.roles if (ask := Ask(check, role))}
     return [every[name] for name in request["asks"]]
 
 

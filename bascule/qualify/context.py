@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.config import ModelConfig
 from bascule.errors import DeviceFault
-from bascule.qualify.check import Ask
+from bascule.folder import write_json_atomic
+from bascule.qualify.check import DTYPES, Ask, command
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence, Role
 
 Measured = dict[str, float | int | str | None]
+Progress = Callable[[int, int], None]
 
 
 class ChipFailed(DeviceFault):
@@ -26,7 +31,8 @@ class ChipFailed(DeviceFault):
 class CheckContext:
     """One chip under examination. `referee` is the CPU; `workdir/evidence/` takes reproducers and their inputs.
 
-    `workload` (this model, its batch, its trace and its fp64 twin) is made once and shared by all checks.
+    `workload` (this model, its batch, its trace and its fp64 twin) is made once and shared by all checks. `resume`: a long check may
+    go on from what it left in `workdir`. `progress(done, total)`: a long check says that it lives, and how far it is.
     """
 
     accelerator: Accelerator
@@ -37,6 +43,8 @@ class CheckContext:
     workdir: Path
     workload: Workload
     ask: Ask | None = None
+    resume: bool = False
+    progress: Progress = lambda done, total: None
 
     @property
     def role(self) -> Role:
@@ -67,10 +75,20 @@ class CheckContext:
             raise ChipFailed(describe(error)) from error
 
     def command(self) -> str:
-        return (
-            f"bascule qualify {shlex.quote(self.accelerator.name)} --preset {self.model_config.preset} "
-            f"--check {self._asked.check.name} --seed {self.seed}{'' if self.quick else ' --full'}"
+        return command(
+            self.accelerator.name,
+            self.model_config,
+            self._asked,
+            seed=self.seed,
+            dtype=dtype_name(self.workload.dtype),
+            quick=self.quick,
         )
+
+    def draw(self, what: dict[str, Any]) -> None:
+        """Keep what a page draws of this answer beyond its figures: `figures/<check>-<role>.json`."""
+        folder = self.workdir / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(folder / f"{self._asked.check.name}-{self.role}.json", what)
 
     def passed(self, detail: str = "", measured: Measured | None = None) -> Evidence:
         return self._evidence("pass", detail, measured, "")
@@ -108,6 +126,10 @@ class CheckContext:
             detail=detail,
             reproduce=reproduce,
         )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, spelled in DTYPES.items() if getattr(torch, spelled) is dtype)
 
 
 def describe(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.config import ModelConfig
 from bascule.errors import OperatorMissing
 from bascule.qualify.check import BOTH, Ask, asks
-from bascule.qualify.context import CheckContext, ChipFailed, describe
+from bascule.qualify.context import CheckContext, ChipFailed, describe, dtype_name
 from bascule.qualify.judge import Examined, model_sha256, verdicts
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence, Role, Verdict
@@ -26,6 +26,7 @@ def qualify(
     *,
     quick: bool = True,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     only: Sequence[str] = (),
     roles: Sequence[Role] = BOTH,
     workdir: Path | None = None,
@@ -36,18 +37,25 @@ def qualify(
     Verdicts of a partial battery (`only`, `roles`) are at best `unproven`.
     """
     folder = workdir or Path(tempfile.mkdtemp(prefix="bascule-qualify-"))
-    context = open_context(accelerator, model, quick=quick, seed=seed, workdir=folder)
+    context = open_context(accelerator, model, quick=quick, seed=seed, dtype=dtype, workdir=folder)
     evidence: list[Evidence] = []
     for ask in asks(quick=quick, only=only, roles=roles):
         for item in put(context, ask):
             evidence.append(item)
             if on_evidence:
                 on_evidence(item)
-    return evidence, verdicts(evidence, examined(accelerator, model), quick=quick, roles=roles)
+    known = examined(accelerator, model, dtype)
+    return evidence, verdicts(evidence, known, quick=quick, roles=roles)
 
 
 def open_context(
-    accelerator: Accelerator, model: ModelConfig, *, quick: bool, seed: int, workdir: Path
+    accelerator: Accelerator,
+    model: ModelConfig,
+    *,
+    quick: bool,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    workdir: Path,
 ) -> CheckContext:
     referee = open_accelerator("cpu")
     return CheckContext(
@@ -57,7 +65,7 @@ def open_context(
         quick=quick,
         seed=seed,
         workdir=workdir,
-        workload=Workload(model, seed),
+        workload=Workload(model, seed, dtype),
     )
 
 
@@ -75,14 +83,16 @@ def put(context: CheckContext, ask: Ask) -> list[Evidence]:
     return [item.model_copy(update={"seconds": seconds}) for item in found]
 
 
-def examined(accelerator: Accelerator, model: ModelConfig) -> Examined:
+def examined(
+    accelerator: Accelerator, model: ModelConfig, dtype: torch.dtype = torch.float32
+) -> Examined:
     info = accelerator.info()
     return Examined(
         accelerator=accelerator.name,
         chip=info.name,
         driver=info.driver,
         simulated=info.simulated,
-        model_sha256=model_sha256(model),
+        model_sha256=model_sha256(model, dtype_name(dtype)),
     )
 
 

@@ -57,7 +57,7 @@ def markdown() -> str:
 
 def _row(check: Check) -> str:
     roles = " and ".join(check.roles) if check.decides else "nothing (reported)"
-    full = "" if check.quick else " (full battery only)"
+    full = {"quick": "", "full": " (`--full`)", "wide": " (`--wide`)"}[check.depth]
     caught = ", ".join(f"`{name}`" for name in check.catches)
     return f"| `{check.name}`{full} | {roles} | {check.question} | {check.bound} | {caught} |"
 

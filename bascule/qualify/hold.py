@@ -25,13 +25,15 @@ _UNORDERED = ("topk",)
 
 @dataclass(frozen=True)
 class Miss:
-    """One output that is not what a right chip gives. `found` is None where the answer must be exact (integers, booleans)."""
+    """One output that is not what a right chip gives. `found` is None where the answer must be exact (integers, booleans).
+    `differentiated`: the output is a gradient of the call, not a value of it."""
 
     call: Call
     output: int
     why: str
     found: Comparison | None
     floor: Comparison | None
+    differentiated: bool = False
 
     def measured(self) -> Measured:
         result: Measured = {
@@ -79,6 +81,10 @@ def hold_call(
     ):
         if call.base_name in _UNORDERED:
             got, exact, plain, nudged = (_in_order(value) for value in (got, exact, plain, nudged))
+        if got.shape != plain.shape:
+            shapes = f"shape {tuple(got.shape)}, expected {tuple(plain.shape)}"
+            misses.append(Miss(call, place, shapes, None, None))
+            continue
         if not plain.is_floating_point():
             if not torch.equal(got.to(CPU), plain):
                 wrong = int((got.to(CPU) != plain).sum())
@@ -127,3 +133,14 @@ def nudge(seed: int, call: Call) -> Moved:
 
 def _in_order(values: Tensor) -> Tensor:
     return values.sort(dim=-1).values if values.dim() else values
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bytes: NaN equals the same NaN, 0 is not -0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(
+        torch.equal(
+            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+        )
+    )

@@ -1,7 +1,8 @@
 """Evidence in, one verdict per role out. Pure and free of torch.
 
     unfit      a check that decides for this role failed, or the chip crashed, hung or raised while it was asked
-    unproven   nothing failed, but a check that must answer did not: skipped, cut off by the time limit, or never asked
+    unproven   nothing failed, but a check that must answer did not: skipped, cut off by the time limit, or never asked; or a finding
+               of the last battery did not happen again (what stays away twice is cleared)
     fit        every check that decides for this role was asked and passed
 
 Evidence carries the role it was measured in, so a fault that acts only in training leaves `infer` fit.
@@ -55,9 +56,9 @@ def libraries() -> str:
     return f"torch {version('torch')}"
 
 
-def model_sha256(model: ModelConfig) -> str:
-    """Names the architecture: its operators and shapes are what was examined, not its weights."""
-    return hashlib.sha256(model.model_dump_json().encode()).hexdigest()
+def model_sha256(model: ModelConfig, dtype: str = "fp32") -> str:
+    """Names architecture and type: operators and shapes are what was examined, not weights."""
+    return hashlib.sha256(f"{dtype} {model.model_dump_json()}".encode()).hexdigest()
 
 
 def outdated(
@@ -132,7 +133,9 @@ def _names(checks: list[str]) -> str:
 
 
 def _why_open(open_questions: list[str], evidence: list[Evidence]) -> list[str]:
-    said = {item.check: item.detail for item in evidence if item.outcome == "skipped"}
+    said = {
+        item.check: item.detail for item in evidence if item.outcome in ("skipped", "not again")
+    }
     return [f"{name}: {said.get(name, 'was not asked')}" for name in open_questions]
 
 

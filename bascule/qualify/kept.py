@@ -1,7 +1,7 @@
 """What earlier batteries in the same folder found: answers to keep when one was cut off, findings to ask again first. No torch.
 
-Only batteries of the same question count: same accelerator, model, seed and depth. A finding that is asked again and does not show
-is not forgotten: its new answer says that it did not happen again.
+Only batteries of the same question count: same accelerator, model, type, seed and depth. A finding that is asked again and does not
+show is not forgotten: the outcome is `not again`, and only what stays away the next time too is a pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from bascule.qualify.check import Ask
 from bascule.records import Evidence
 
-SAME = ("accelerator", "model", "quick", "seed")
+SAME = ("accelerator", "model", "dtype", "quick", "seed")
 Answers = dict[str, list[Evidence]]
 
 
@@ -25,12 +25,12 @@ def launches(folder: Path) -> int:
     )
 
 
-def answers(folder: Path, request: Mapping[str, Any]) -> Answers:
-    """Question -> its newest complete answer. A question that was begun and not ended (a crash, a hang) has none."""
+def answers(folder: Path, request: Mapping[str, Any], *, lost: bool) -> Answers:
+    """Question -> its newest answer. Crashes and hangs, which the supervisor wrote down, count with `lost` only."""
     found: Answers = {}
     for number in range(1, launches(folder) + 1):
         if _same(folder / f"request-{number}.json", request):
-            found |= _complete(folder / f"answers-{number}.jsonl")
+            found |= _answered(folder / f"answers-{number}.jsonl", lost)
     return found
 
 
@@ -50,11 +50,12 @@ def findings_first(questions: Sequence[Ask], known: Answers) -> list[Ask]:
 
 
 def not_again(item: Evidence, name: str, known: Answers) -> Evidence:
-    """A pass after a finding keeps the finding's memory."""
+    """A pass after a finding is no pass yet."""
     if item.outcome != "pass" or not _bad(known.get(name, [])):
         return item
     was = next(old.detail for old in known[name] if old.outcome in ("fail", "error"))
-    return item.model_copy(update={"detail": f"did not happen again: {was} | now: {item.detail}"})
+    words = f"did not happen again: {was} | now: {item.detail} | a second clean battery clears it"
+    return item.model_copy(update={"outcome": "not again", "detail": words})
 
 
 def _bad(evidence: Sequence[Evidence]) -> bool:
@@ -68,12 +69,21 @@ def _same(path: Path, request: Mapping[str, Any]) -> bool:
     return all(stored.get(name) == request[name] for name in SAME)
 
 
-def _complete(path: Path) -> Answers:
+def write_lost(path: Path, name: str, item: Evidence) -> None:
+    """Add to a dead child's answers that its question `name` ended it."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"lost": name, "evidence": item.model_dump(mode="json")}) + "\n")
+
+
+def _answered(path: Path, lost: bool) -> Answers:
     done: Answers = {}
     open_now: list[Evidence] = []
     for entry in _lines(path):
         if "begin" in entry:
             open_now = []
+        elif "lost" in entry:
+            if lost:
+                done[entry["lost"]] = [Evidence.model_validate(entry["evidence"])]
         elif "evidence" in entry:
             open_now.append(Evidence.model_validate(entry["evidence"]))
         elif "end" in entry:

@@ -33,9 +33,6 @@ def operator_script(context: CheckContext, miss: Miss) -> Path:
     inputs: dict[str, Tensor] = {}
     args, kwargs = tree_map(lambda leaf: _literal(leaf, inputs), (miss.call.args, miss.call.kwargs))
     save_tensors(inputs, folder / "inputs.safetensors")
-    gradients = (
-        ask is not None and ask.check.name == "numerics.backward" and miss.call.phase == "forward"
-    )
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         finding=f"{miss.call.name}: {miss.why}",
         command=context.command(),
@@ -44,7 +41,7 @@ def operator_script(context: CheckContext, miss: Miss) -> Path:
         args=_source(args),
         kwargs=_source(kwargs),
         output=miss.output,
-        gradients=gradients,
+        gradients=miss.differentiated,
     )
     return _write(folder, text)
 

@@ -169,7 +169,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if bare == _ATTENTION:
             func, args, kwargs = _neutral_attention(args, kwargs)
-        signature = _signature(func, args, kwargs)
+        signature = signature_of(func, args, kwargs)
         known = self.trace.calls.get((self.phase, signature))
         if known:
             known.count += 1
@@ -199,7 +199,7 @@ def _keep(leaf: Any) -> Any:
     return transplant(leaf, torch.device("cpu")) if isinstance(leaf, Tensor) else leaf
 
 
-def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def signature_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Operator, shapes, strides, types and plain arguments: what decides which kernel runs."""
     words = []
     for leaf in tree_flatten((args, kwargs))[0]:

@@ -7,6 +7,7 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,8 +23,10 @@ from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.qualify.trace import Trace
 from bascule.train.optimizer import SplitOptimizer
+from bascule.train.state import StateDict
 
 SUCCESSORS = 4
+TRAINED_STEPS = 24
 PROBE_VOCABULARY_LIMIT = (
     512  # tokens the chain uses; a larger vocabulary's other rows stay untouched
 )
@@ -37,31 +40,83 @@ class StepResult:
     grads: dict[str, Tensor]
 
 
-class Workload:
-    """One model configuration with one seed. `rows` x `tokens` is a batch; small, so that a check takes seconds."""
+class MasterOptimizer(SplitOptimizer):
+    """Steps fp32 copies of half-precision weights and rounds them back, as mixed-precision training does.
 
-    def __init__(self, config: ModelConfig, seed: int, *, rows: int = 8, tokens: int = 48) -> None:
+    Without them an update below half a unit in the last place is lost, and AdamW's eps of 1e-8 is 0 in fp16.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], **settings: float) -> None:
+        self.rounded = dict(parameters)
+        masters = {name: value.detach().float().clone() for name, value in parameters.items()}
+        super().__init__(masters, **settings)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def step(self, grads: Mapping[str, Tensor], *, factor: float, grad_scale: float = 1.0) -> None:
+        wide = {name: grad.float() for name, grad in grads.items()}
+        super().step(wide, factor=factor, grad_scale=grad_scale)
+        self._round()
+
+    def state_dict(self) -> StateDict:
+        masters = {f"master/{name}": value.clone() for name, value in self.parameters.items()}
+        return super().state_dict() | masters
+
+    @torch.no_grad()
+    def load_state_dict(self, state: StateDict) -> None:
+        super().load_state_dict(state)
+        for name, value in self.parameters.items():
+            value.copy_(state[f"master/{name}"])
+        self._round()
+
+    def _round(self) -> None:
+        for name, value in self.rounded.items():
+            value.copy_(self.parameters[name])
+
+
+class Workload:
+    """One model configuration with one seed and one type. `rows` x `tokens` is a batch; small, so that a check takes seconds."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rows: int = 8,
+        tokens: int = 48,
+    ) -> None:
         self.config = config
         self.seed = seed
+        self.dtype = dtype
         self.rows = rows
         self.tokens = min(tokens, config.max_position_embeddings - 1)
 
-    def new_model(
-        self, *, seed: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> Transformer:
-        """A freshly initialised model on the CPU; the same weights on every call."""
+    def new_model(self, *, seed: int | None = None) -> Transformer:
+        """A freshly initialised model of `dtype` on the CPU; the same weights on every call."""
         model = Transformer(self.config)
         weights.initialise(model, self.seed if seed is None else seed)
-        return model.to(dtype)
+        return model.to(self.dtype)
+
+    def new_twin(self) -> Transformer:
+        """The same weights, rounded to `dtype`, held in fp64. (Its router and rotary tables stay fp32, as in the model.)"""
+        return self.new_model().to(torch.float64)
+
+    @cached_property
+    def trained(self) -> Transformer:
+        """A model trained a little on the CPU, so that its choices are choices and not ties. Nobody may change its weights."""
+        model = self.new_model()
+        optimizer = self.optimizer(model)
+        for step in range(1, TRAINED_STEPS + 1):
+            train_step(model, optimizer, self.batch(step))
+        return model
 
     def model_on(self, accelerator: Accelerator, *, seed: int | None = None) -> Transformer:
         return accelerator.move(self.new_model(seed=seed))
 
     def optimizer(self, model: Transformer) -> SplitOptimizer:
         """The optimizer of a run's SFT phase (Muon and AdamW), so that its operators are examined too."""
-        return SplitOptimizer(
-            dict(model.named_parameters()), learning_rate=3e-3, muon_learning_rate=0.02
-        )
+        kind = SplitOptimizer if self.dtype == torch.float32 else MasterOptimizer
+        return kind(dict(model.named_parameters()), learning_rate=3e-3, muon_learning_rate=0.02)
 
     def batch(self, step: int, *, seed: int | None = None) -> dict[str, Tensor]:
         """`tokens` and `targets` (B,T) int64 of one step, on the CPU."""
@@ -79,6 +134,14 @@ class Workload:
             "tokens": torch.from_numpy(sequence_BT[:, :-1].copy()),
             "targets": torch.from_numpy(sequence_BT[:, 1:].copy()),
         }
+
+    def follows(self, tokens: Sequence[int]) -> bool:
+        """Is every token one of the chain's successors of the token before it? An exact verifier of what the model generates."""
+        size = len(self._chain)
+        return all(
+            before < size and after in self._chain[before]
+            for before, after in zip(tokens, tokens[1:], strict=False)
+        )
 
     @cached_property
     def _chain(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
@@ -116,8 +179,8 @@ class Workload:
 
     @cached_property
     def twin(self) -> Transformer:
-        """The same weights in fp64 on the CPU: the reference. (Its router and rotary tables stay fp32, as in the model.)"""
-        return self.new_model(dtype=torch.float64)
+        """The reference of all checks: nobody may change its weights."""
+        return self.new_twin()
 
 
 _TRIANGLE = np.cumsum(
@@ -148,7 +211,7 @@ def train_step(
 ) -> StepResult:
     """One whole step with clipping, as a run takes it (linear decay left out: short runs)."""
     result = forward_backward(model, batch)
-    norm = float(torch.stack([grad.norm() for grad in result.grads.values()]).norm())
+    norm = float(torch.stack([grad.float().norm() for grad in result.grads.values()]).norm())
     scale = min(1.0, clip / (norm + 1e-6))
     optimizer.step(result.grads, factor=1.0, grad_scale=scale)
     return result

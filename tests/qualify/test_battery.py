@@ -196,9 +196,12 @@ def test_findings_are_asked_first_and_one_that_is_gone_says_so(tmp_path: Path) -
         on_progress=lambda name, done, total: begun.append(name),
     )
     assert begun[0] == "exact.reduction[infer]"
-    assert again.evidence[0].outcome == "pass" and again.evidence[0].detail.startswith(
-        "did not happen again: "
-    )
+    assert again.evidence[0].outcome == "not again"
+    assert again.evidence[0].detail.startswith("did not happen again: ")
+    open_question = next(verdict for verdict in again.verdicts if verdict.role == "infer")
+    assert any("did not happen again" in reason for reason in open_question.reasons)
+    cleared = run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact.reduction"])
+    assert {item.outcome for item in cleared.evidence} == {"pass"}
 
 
 def test_answers_for_another_seed_are_not_kept(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bascule import numerics
-from bascule.qualify import workload
+from bascule.qualify import pinpoint, workload
 from bascule.qualify.context import CheckContext, Measured
+from bascule.qualify.hold import same_bits
 from bascule.records import Evidence
 
 REPEATS = 3
@@ -28,7 +29,8 @@ def training(context: CheckContext) -> list[Evidence]:
             grads = {f"gradient of {name}": grad.cpu() for name, grad in results[-1].grads.items()}
             return grads | {name: p.detach().cpu() for name, p in model.named_parameters()}
 
-    return _repeat(context, two_steps, {})
+    model = work.model_on(context.accelerator)
+    return _repeat(context, two_steps, {}, lambda: workload.forward_backward(model, batches[0]))
 
 
 def inference(context: CheckContext) -> list[Evidence]:
@@ -48,12 +50,17 @@ def inference(context: CheckContext) -> list[Evidence]:
         context,
         lambda: {"logits": decode(tokens_BT)},
         {"batch_gap": gap, "batch_invariant": int(gap == 0.0)},
+        lambda: work.prefill_and_decode(model, tokens_BT, steps=4),
     )
 
 
 def _repeat(
-    context: CheckContext, run: Callable[[], dict[str, Tensor]], extra: Measured
+    context: CheckContext,
+    run: Callable[[], dict[str, Tensor]],
+    extra: Measured,
+    part: pinpoint.Run,
 ) -> list[Evidence]:
+    """`part` of the run, without a session of its own, is looked through for the operator that is not steady."""
     first = run()
     for repeat in range(1, REPEATS):
         again = run()
@@ -68,12 +75,9 @@ def _repeat(
                 "error": error,
                 **extra,
             }
-            return [
-                context.failed(
-                    f"{name} differs between equal runs (relative {error:.1e}; {len(differing)} of {len(first)} tensors differ, repeat {repeat})",
-                    measured,
-                )
-            ]
+            words, script = pinpoint.hand_over(context, pinpoint.unsteady_call(context, part))
+            detail = f"{name} differs between equal runs (relative {error:.1e}; {len(differing)} of {len(first)} tensors differ, repeat {repeat}){words}"
+            return [context.failed(detail, measured, script=script)]
     words = f"{len(first)} tensors bit-equal in {REPEATS} runs"
     if extra:
         words += (
@@ -82,14 +86,3 @@ def _repeat(
             else f"; a row alone differs from itself in a batch by {extra['batch_gap']:.1e}"
         )
     return [context.passed(words, {"tensors": len(first), **extra})]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bytes: NaN equals the same NaN, 0 is not -0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return bool(
-        torch.equal(
-            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
-        )
-    )

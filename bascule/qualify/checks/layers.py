@@ -16,9 +16,9 @@ from torch import Tensor
 from bascule import draws, numerics
 from bascule.model.transformer import Transformer
 from bascule.numerics import Comparison
-from bascule.qualify import workload
+from bascule.qualify import pinpoint, workload
 from bascule.qualify.context import CheckContext, Measured
-from bascule.qualify.hold import widest
+from bascule.qualify.hold import Miss, widest
 from bascule.records import Evidence
 
 # numerics.verdict allows 8 times the floor; two right chips may each lie one response off, on either side.
@@ -86,7 +86,8 @@ def _judge(context: CheckContext, look: Look, what: str) -> list[Evidence]:
         if floor.rms and found.rms / floor.rms > worst:
             worst, where = found.rms / floor.rms, name
     if findings:
-        return [_finding(context, what, findings, len(exact))]
+        carried = pinpoint.wrong_call(context, lambda: look(on_chip, batch_on_chip))
+        return [_finding(context, what, findings, len(exact), carried)]
     detail = f"{what} all {len(exact)} right; largest error {worst:.2f} times the response to one ulp ({where})"
     return [context.passed(detail, {"tensors": len(exact), "worst_ratio": worst})]
 
@@ -115,6 +116,7 @@ def _finding(
     what: str,
     findings: list[tuple[str, str, Comparison, Comparison]],
     total: int,
+    carried: Miss | None,
 ) -> Evidence:
     """The first wrong tensor in the model's order is nearest to the cause of a forward error, the last to a backward one."""
     name, why, found, floor = findings[0] if what.startswith("output") else findings[-1]
@@ -129,4 +131,6 @@ def _finding(
         "nonfinite": found.nonfinite,
         "floor_rms": floor.rms,
     }
-    return context.failed(f"{what} {name}: {why} ({len(findings)} of {total} wrong)", measured)
+    words, script = pinpoint.hand_over(context, carried)
+    detail = f"{what} {name}: {why} ({len(findings)} of {total} wrong){words}"
+    return context.failed(detail, measured, script=script)

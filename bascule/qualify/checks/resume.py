@@ -12,16 +12,16 @@ from torch import Tensor
 from bascule import numerics
 from bascule.accelerators.base import Accelerator
 from bascule.model.transformer import Transformer
-from bascule.qualify import workload
-from bascule.qualify.checks.determinism import same_bits
+from bascule.qualify import pinpoint, workload
 from bascule.qualify.checks.layers import nudged
 from bascule.qualify.context import CheckContext, Measured
+from bascule.qualify.hold import same_bits
 from bascule.records import Evidence
 from bascule.train import checkpoint
 from bascule.train.optimizer import SplitOptimizer
 
 STEPS_BEFORE = 2
-MARGIN = 16.0  # times the response to one ulp, as for gradients
+RESPONSE_MARGIN = 2.0  # times the type's own margin, as for gradients
 
 
 def roundtrip(context: CheckContext) -> list[Evidence]:
@@ -64,10 +64,11 @@ def _next_step(
     reference = _gradients(there, batch)
     moved = _gradients(nudged(there, context.seed), batch)
     differing = [name for name in first if not same_bits(first[name], again[name])]
-    unit = numerics.tolerance(torch.float32).unit
+    allowed = numerics.tolerance(context.workload.dtype)
+    margin = RESPONSE_MARGIN * allowed.margin
     ratios = {
         name: numerics.scale_free_error(first[name], reference[name])
-        / max(numerics.scale_free_error(moved[name], reference[name]), unit)
+        / max(numerics.scale_free_error(moved[name], reference[name]), allowed.unit)
         for name in first
     }
     worst = max(ratios, key=lambda name: ratios[name])
@@ -77,15 +78,23 @@ def _next_step(
         "worst_ratio": ratios[worst],
         "worst_tensor": worst,
     }
+
+    def again_here() -> object:
+        return workload.forward_backward(stayed, batch_chip)
+
     if differing:
+        words, script = pinpoint.hand_over(context, pinpoint.unsteady_call(context, again_here))
         return context.failed(
-            f"the step after a snapshot and a restore is another step: the gradient of {differing[0]} differs ({len(differing)} differ)",
+            f"the step after a snapshot and a restore is another step: the gradient of {differing[0]} differs ({len(differing)} differ){words}",
             measured,
+            script=script,
         )
-    if not ratios[worst] <= MARGIN:
+    if not ratios[worst] <= margin:
+        words, script = pinpoint.hand_over(context, pinpoint.wrong_call(context, again_here))
         return context.failed(
-            f"the reference continues otherwise: gradient of {worst} differs by {ratios[worst]:.1f} times the response to one ulp, allowed {MARGIN:g}",
+            f"the reference continues otherwise: gradient of {worst} differs by {ratios[worst]:.1f} times the response to one ulp, allowed {margin:g}{words}",
             measured,
+            script=script,
         )
     return context.passed(
         f"{tensors} tensors bit-equal through both restores; the next step is the same here and {ratios[worst]:.2f} times the response to one ulp off there",

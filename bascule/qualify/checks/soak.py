@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from bascule.qualify import workload
+from bascule.qualify import pinpoint, workload
 from bascule.qualify.context import CheckContext, Measured
 from bascule.records import Evidence
 
@@ -34,7 +34,10 @@ def training(context: CheckContext) -> list[Evidence]:
             result = workload.forward_backward(model, batches[place])
             return digest(value.cpu() for value in result.grads.values())
 
-    return _soak(context, once, "gradient computations")
+    def part(place: int) -> object:
+        return workload.forward_backward(model, batches[place])
+
+    return _soak(context, once, part, "gradient computations")
 
 
 def inference(context: CheckContext) -> list[Evidence]:
@@ -48,14 +51,27 @@ def inference(context: CheckContext) -> list[Evidence]:
         with context.chip(step=step), torch.no_grad():
             return digest([work.prefill_and_decode(model, batches[place], steps=4).cpu()])
 
-    return _soak(context, once, "prefill-and-decode passes")
+    def part(place: int) -> object:
+        with torch.no_grad():
+            return work.prefill_and_decode(model, batches[place], steps=4)
+
+    return _soak(context, once, part, "prefill-and-decode passes")
 
 
-def _soak(context: CheckContext, once: Callable[[int, int], str], what: str) -> list[Evidence]:
+def _soak(
+    context: CheckContext,
+    once: Callable[[int, int], str],
+    part: Callable[[int], object],
+    what: str,
+) -> list[Evidence]:
+    """`once(step, place)` works input `place` through under a step number; `part(place)` is the same without a session."""
     seen: list[list[str]] = [[] for _ in range(INPUTS)]
     steps = 0
     ends_s = time.monotonic() + FULL_SECONDS
     while steps < QUICK_REPEATS or (not context.quick and time.monotonic() < ends_s):
+        if not context.quick:
+            spent_s = FULL_SECONDS - max(0.0, ends_s - time.monotonic())
+            context.progress(round(spent_s), round(FULL_SECONDS))
         place = steps % INPUTS
         steps += 1
         seen[place].append(once(steps, place))
@@ -75,12 +91,16 @@ def _soak(context: CheckContext, once: Callable[[int, int], str], what: str) -> 
             for turn, answer in enumerate(answers)
             if answer != usual[place]
         )
-        return [
-            context.failed(
-                f"{wrong} of {steps} repeated {what} gave other bits than their equals, first at repetition {first}",
-                measured,
-            )
-        ]
+        place = (first - 1) % INPUTS
+        right = next(
+            turn * INPUTS + place + 1
+            for turn, answer in enumerate(seen[place])
+            if answer == usual[place]
+        )
+        miss = pinpoint.unsteady_call(context, lambda: part(place), (right, first))
+        words, script = pinpoint.hand_over(context, miss)
+        detail = f"{wrong} of {steps} repeated {what} gave other bits than their equals, first at repetition {first}{words}"
+        return [context.failed(detail, measured, script=script)]
     words = f"{steps} {what} on {INPUTS} inputs, all bit-equal when repeated: a corruption of more than {3.0 / steps:.1%} of them would have shown with 95 % confidence"
     return [context.passed(words, measured)]
 
