@@ -211,8 +211,17 @@ class DataConfig(Section):
 
 
 class SftConfig(Section):
+    data: str | None = Field(
+        None,
+        description="JSON lines with `messages` to learn from; without it, the tasks' worked solutions",
+    )
     steps: int = Field(800, ge=0)
     batch_sequences: int = Field(64, ge=1)
+    pack_tokens: int = Field(
+        0,
+        ge=0,
+        description="lay a batch's sequences end to end in rows of this length, masked from each other; 0 = one a row, padded",
+    )
     learning_rate: float = Field(3e-3, gt=0, description="AdamW: embeddings, head, norms, router")
     muon_learning_rate: float = Field(
         0.02, ge=0, description="Muon: matrices, experts included; 0 = AdamW for all"

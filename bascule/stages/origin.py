@@ -28,6 +28,9 @@ def resolve(recipe: Recipe) -> Recipe:
     """
     if "pretrain" in recipe.train.phases:
         recipe = _with_text(recipe)
+    if recipe.sft.data:  # a resume may be typed in another folder
+        absolute = {"data": str(Path(recipe.sft.data).absolute())}
+        recipe = recipe.model_copy(update={"sft": recipe.sft.model_copy(update=absolute)})
     if recipe.model.depth:
         recipe, lines = dial.turn(recipe)
         for line in lines:

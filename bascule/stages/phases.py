@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bascule.config import PretrainConfig, Recipe
+from bascule.data import conversations
 from bascule.data.shards import Shards
+from bascule.errors import RecipeError
 from bascule.ledger import Ledger
 from bascule.stages.course import Course
 from bascule.stages.rollouts import Rollouts
@@ -47,15 +49,23 @@ def reading(config: PretrainConfig, split: str) -> pretrain.Reading:
 
 
 def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft:
-    examples = course.examples(recipe.seed)
-    dropped = len(course.train) - len(examples)
-    if dropped and not any(
-        record.kind == "warning" and record.what == "traces dropped" for record in ledger.read()
-    ):
-        ledger.warn(
-            "traces dropped",
-            f"{dropped} of {len(course.train)} training problems have no trace that succeeds; SFT leaves them out",
+    longest = course.model.max_position_embeddings
+    if recipe.sft.pack_tokens > longest:
+        raise RecipeError(
+            f"sft.pack_tokens = {recipe.sft.pack_tokens} exceeds model.max_position_embeddings = {longest}. Lower it, or raise the "
+            "model's length."
         )
+    if recipe.sft.data:
+        examples, dropped = conversations.examples(Path(recipe.sft.data), course.tokenizer, longest)
+        what = f"{dropped} responses of '{recipe.sft.data}' exceed model.max_position_embeddings = {longest}; SFT leaves them out"
+    else:
+        examples = course.examples(recipe.seed)
+        dropped = len(course.train) - len(examples)
+        what = f"{dropped} of {len(course.train)} training problems have no trace that succeeds; SFT leaves them out"
+    if dropped and not any(
+        record.kind == "warning" and record.what == "examples dropped" for record in ledger.read()
+    ):
+        ledger.warn("examples dropped", what)
     return Sft(
         recipe.sft,
         examples,

@@ -58,7 +58,8 @@ class Curriculum:
 
     def learn(self, asked: Sequence[int], rewards_PG: NDArray[np.float64]) -> None:
         """Count how often running each prompt's whole group was right."""
-        for prompt, solved in zip(asked, (rewards_PG >= 1.0).all(axis=1), strict=True):
+        all_right: NDArray[np.bool_] = (rewards_PG >= 1.0).min(axis=1)
+        for prompt, solved in zip(asked, all_right.tolist(), strict=True):
             self._solved[prompt] = self._solved.get(prompt, 0) + 1 if solved else 0
 
     def _limit(self, progress: float) -> int:

@@ -96,6 +96,40 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[st
     }
 
 
+def packed(rows: Sequence[tuple[list[int], list[int]]], length: int, pad_id: int) -> dict[str, Tensor]:  # fmt: skip
+    """`collate` with several rows in each window of at most `length` tokens, and `documents`, which numbers them: no row sees
+    another. The longest come first and fill what room is left (first fit). The counted tokens are the same, so is the loss."""
+    windows: list[list[tuple[list[int], list[int]]]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row[0]) - len(row[1])):
+        size = len(row[0]) + len(row[1]) - 1  # the last token is only a target
+        at = next((i for i, left in enumerate(room) if left >= size), len(room))
+        if at == len(room):
+            windows.append([])
+            room.append(max(length, size))
+        windows[at].append(row)
+        room[at] -= size
+    width = max(sum(len(p) + len(c) - 1 for p, c in window) for window in windows)
+    tensors = {
+        "tokens": np.full((len(windows), width), pad_id, np.int64),
+        "real": np.zeros((len(windows), width), np.bool_),
+        "targets": np.full((len(windows), width), pad_id, np.int64),
+        "mask": np.zeros((len(windows), width), np.float32),
+        "documents": np.full((len(windows), width), -1, np.int64),
+    }
+    for w, window in enumerate(windows):
+        start = 0
+        for number, (prompt, completion) in enumerate(window):
+            ids = prompt + completion
+            end = start + len(ids) - 1
+            tensors["tokens"][w, start:end], tensors["targets"][w, start:end] = ids[:-1], ids[1:]
+            tensors["real"][w, start:end] = True
+            tensors["mask"][w, end - len(completion) : end] = 1.0
+            tensors["documents"][w, start:end] = number
+            start = end
+    return {name: torch.from_numpy(values) for name, values in tensors.items()}
+
+
 def spread(rows: Sequence[Sequence[float]], mask_BT: Tensor) -> Tensor:
     """Per-completion-token numbers, laid out where `mask_BT` is 1 and 0 elsewhere; fp32."""
     flat = torch.tensor([value for row in rows for value in row], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on worked solutions: mean cross-entropy of the completion's tokens, prompts not counted."""
+"""Supervised fine-tuning on worked solutions or conversations: mean cross-entropy of the completion's tokens, prompts not counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bascule.config import SftConfig
 from bascule.errors import UsageError
 from bascule.model.transformer import Output
 from bascule.train import schedule
-from bascule.train.objective import Batch, choose, collate
+from bascule.train.objective import Batch, choose, collate, packed
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
 
@@ -32,7 +32,7 @@ class Sft:
     ) -> None:
         if not examples:
             raise UsageError(
-                "SFT was asked to train on no examples. Add a task that has solver traces, or drop the sft phase."
+                "SFT was asked to train on no examples. Add a task that has solver traces, name conversations (sft.data), or drop the sft phase."
             )
         self.config = config
         self.examples = examples
@@ -69,6 +69,8 @@ class Sft:
             self.examples[i]
             for i in choose(self.seed, "sft.order", start, size, len(self.examples))
         ]
+        if self.config.pack_tokens:
+            return Batch(self.phase, step, packed(rows, self.config.pack_tokens, self.pad_id))
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         return Batch(self.phase, step, collate(rows, self.pad_id))
 

@@ -100,3 +100,19 @@ name = "{gsm8k}"
             [str(bascule), *command], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_free_form_mathematics_is_judged_by_math_verify(tmp_path: Path) -> None:
+    pytest.importorskip("math_verify")
+    path = tmp_path / "maths.jsonl"
+    path.write_text('{"question": "Half of one?", "answer": "\\\\frac{1}{2}"}\n')
+    [problem] = registry.get(f"jsonl:{path}").problems(0, 1, {"verify": "math"})
+    [plain] = registry.get(f"jsonl:{path}").problems(0, 1, {})
+    for said, right in (("0.5", 1.0), ("1/2", 1.0), ("2/4", 1.0), ("0.6", 0.0)):
+        assert registry.verify(problem, f"<think>so</think>{said}") == right
+    assert registry.verify(plain, "<think>so</think>0.5") == 0.0
+
+
+def test_an_unknown_rule_of_verification_is_refused(gsm8k: str) -> None:
+    with pytest.raises(RecipeError, match="allowed: plain, math"):
+        registry.get(gsm8k).problems(0, 1, {"verify": "maths"})

@@ -5,7 +5,7 @@ import torch
 
 from bascule.config import SftConfig
 from bascule.errors import UsageError
-from bascule.train.objective import choose, collate, token_logprobs
+from bascule.train.objective import choose, collate, packed, token_logprobs
 from bascule.train.sft import Sft
 
 
@@ -71,3 +71,25 @@ def test_a_few_steps_learn(tiny):
 def test_no_examples_is_refused_with_the_way_out():
     with pytest.raises(UsageError, match="solver traces"):
         Sft(SftConfig(), [], seed=0, pad_id=0)
+
+
+def test_packing_changes_neither_loss_nor_gradients_and_saves_the_padding(tiny):
+    run = tiny()
+    run.stepper.begin(run.sft)
+    plain = run.sft.next_batch(1)
+    run.sft.config = run.sft.config.model_copy(update={"pack_tokens": 128})
+    tight = run.sft.next_batch(1)
+    assert tight.tensors["tokens"].numel() < plain.tensors["tokens"].numel()
+    assert int(tight.tensors["mask"].sum()) == int(plain.tensors["mask"].sum())
+    one, two = run.stepper.propose(plain), run.stepper.propose(tight)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    for name, grad in one.grads.items():
+        torch.testing.assert_close(two.grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_packed_rows_are_laid_end_to_end_longest_first():
+    got = packed([([5], [6]), ([1, 2], [3, 4]), ([7], [8, 9])], 4, pad_id=0)
+    assert got["tokens"].tolist() == [[1, 2, 3, 5], [7, 8, 0, 0]]
+    assert got["targets"].tolist() == [[2, 3, 4, 6], [8, 9, 0, 0]]
+    assert got["mask"].tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
+    assert got["documents"].tolist() == [[0, 0, 0, 1], [0, 0, -1, -1]]

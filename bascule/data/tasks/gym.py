@@ -63,11 +63,12 @@ def _scorer(name: str) -> Any:
 
 def score(name: str, answer: str, problem: Problem) -> float:
     """reasoning-gym's own score of `answer`: 1.0 only when it is right (partial credit below 1 exists)."""
-    return float(
-        _scorer(name).score_answer(
-            answer, {"answer": problem.answer, "metadata": dict(problem.metadata)}
-        )
-    )
+    entry = {
+        "question": problem.question,
+        "answer": problem.answer,
+        "metadata": dict(problem.metadata),
+    }
+    return float(_scorer(name).score_answer(answer, entry))
 
 
 def verify(name: str, problem: Problem, completion_text: str) -> float:

@@ -1,4 +1,5 @@
-"""Tasks by name: the built-in ones, a user's own as `package.module:object`, or a file of questions as `jsonl:PATH`."""
+"""Tasks by name: the built-in ones, any of reasoning-gym's families as `gym:NAME`, a user's own as `package.module:object`, or a
+file of questions as `jsonl:PATH`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from bascule.data.tasks import jsonl
+from bascule.data.tasks import family, jsonl
 from bascule.data.tasks.base import Problem, Task
 from bascule.errors import RecipeError, nearest
 
@@ -19,11 +20,13 @@ def get(name: str) -> Task:
     module_name, colon, attribute = name.partition(":")
     if module_name == jsonl.PREFIX and attribute:
         return jsonl.JsonLines(attribute)
+    if module_name == family.PREFIX and attribute:
+        return family.Family(attribute)
     if not colon:
         if name not in BUILT_IN:
             raise RecipeError(
-                f"There is no task '{name}'; built in: {', '.join(BUILT_IN)}; your own is written package.module:task, "
-                f"a file of questions jsonl:PATH."
+                f"There is no task '{name}'; built in: {', '.join(BUILT_IN)}; reasoning-gym's families gym:NAME, your own "
+                f"package.module:task, a file of questions jsonl:PATH."
                 f"{nearest(name, BUILT_IN)}"
             )
         module_name, attribute = f"bascule.data.tasks.{name}", "task"

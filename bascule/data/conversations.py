@@ -1,0 +1,81 @@
+"""Chat data for SFT in the `messages` convention: one JSON object a line, {"messages": [{"role": .., "content": ..}, ..]}.
+
+Every assistant turn is an example of its own: the conversation up to it, as the model would read it, then the turn. So loss falls
+on responses only, earlier thoughts are left out of the history as they are when the model is used, and a turn may be a whole
+`<think>..</think>answer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bascule.data import chat
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import RecipeError, UsageError
+
+Example = tuple[list[int], list[int]]
+"""(ids of what is read, ids of what is learnt)."""
+
+
+def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Example], int]:
+    """Examples of a file in its order, and how many were left out because they exceed `longest` tokens.
+
+    Raises RecipeError for a line that is no conversation, naming it.
+    """
+    found: list[Example] = []
+    too_long = 0
+    for number, messages in _lines(path):
+        try:
+            for example in _turns(messages, tokenizer):
+                if sum(map(len, example)) > longest:
+                    too_long += 1
+                else:
+                    found.append(example)
+        except UsageError as error:
+            raise RecipeError(f"sft.data = '{path}', line {number}: {error}") from None
+    return found, too_long
+
+
+def _turns(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Iterator[Example]:
+    opened = chat.THINK_OPEN if tokenizer.opens_thought else ""
+    for at, message in enumerate(messages):
+        if message["role"] == "assistant" and at:
+            read = tokenizer.render(messages[:at], add_generation_prompt=True)
+            said = tokenizer.encode(message["content"].strip().removeprefix(opened))
+            yield tokenizer.encode(read), [*said, tokenizer.eos_id]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[dict[str, str]]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"sft.data = '{path}' cannot be read ({error}). Give the path of a JSON-lines file with `messages`."
+        ) from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield number, _messages(path, number, line)
+
+
+def _messages(path: Path, number: int, line: str) -> list[dict[str, str]]:
+    try:
+        messages: Any = json.loads(line)["messages"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        messages = None
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise RecipeError(
+            f'sft.data = \'{path}\', line {number} is no {{"messages": [{{"role": .., "content": ..}}, ..]}} with text in every '
+            "role and content. Mend the line."
+        )
+    return messages
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str)
+    )

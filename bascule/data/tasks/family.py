@@ -1,0 +1,58 @@
+"""Any of reasoning-gym's families by its own name: `gym:spell_backward`. Its words, its scorer; no solver, so GRPO alone trains on it.
+
+The four families with a module of their own (chain_sum, countdown, ...) ask the same problems in a short form and can solve them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reasoning_gym.factory import DATASETS
+
+from bascule.data.tasks import gym
+from bascule.data.tasks.base import Options, Problem
+from bascule.errors import RecipeError, nearest
+
+PREFIX = "gym"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Options: reasoning-gym's own settings of that family."""
+
+    family: str
+
+    def __post_init__(self) -> None:
+        if self.family not in DATASETS:
+            raise RecipeError(
+                f"reasoning-gym has no family '{self.family}'; it has {len(DATASETS)}, among them chain_sum, gcd, maze, sudoku."
+                f"{nearest(self.family, DATASETS)}"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{PREFIX}:{self.family}"
+
+    def problems(self, seed: int, count: int, options: Options) -> list[Problem]:
+        settings, _ = gym.settings(self.family, options, {}, {})
+
+        def convert(entry: gym.Entry) -> Problem | None:
+            if entry["answer"] is None:
+                return None  # some families make riddles that they cannot answer
+            return Problem(
+                task=self.name, question=entry["question"], answer=str(entry["answer"]), key=entry["question"],
+                difficulty=_difficulty(entry), metadata=entry["metadata"],
+            )  # fmt: skip
+
+        return gym.distinct(self.family, seed, count, settings, convert)
+
+    def verify(self, problem: Problem, completion_text: str) -> float:
+        return gym.verify(self.family, problem, completion_text)
+
+    def trace(self, problem: Problem, key: int) -> str | None:
+        return None
+
+
+def _difficulty(entry: gym.Entry) -> int:
+    """Words of the question: families count their difficulty in units of their own, and many of them several."""
+    return len(entry["question"].split())
