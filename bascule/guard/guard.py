@@ -42,21 +42,18 @@ from bascule.guard.replay import (
 )
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
-from bascule.records import SnapshotState, StepStats
+from bascule.records import StepStats
 
 REMEMBERED_BATCHES = 2
 
 
 class Snapshots(Protocol):
-    """What the guard needs of snapshots; train/checkpoint fits as it is (a module can be a Protocol's implementation)."""
+    """What the guard needs of snapshots: train/writer, which does it once the snapshot is on disk, or train/checkpoint, which
+    does it at once (a module can be a Protocol's implementation)."""
 
-    def set_trust(
-        self, path: Path, state: SnapshotState, reason: str = "", *, witness: Path | None = None
-    ) -> Any: ...
-
-    def write_witness(self, path: Path, proposal: Any) -> Path: ...
-
-    def sha256(self, path: Path) -> str: ...
+    def certify(
+        self, path: Path, proposal: Any, reason: str, done: Callable[[str], None]
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -389,11 +386,14 @@ class Guard:
                     proposal.step, "certification", found.error, found.detail, found.bound
                 )
             ]
-        witness = self.snapshots.write_witness(self._pending.path / "witness.safetensors", proposal)
+        step, path = self._pending.step, self._pending.path
         reason = f"{_sequences(proposal.batch)} sequences of step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
-        self.snapshots.set_trust(self._pending.path, "certified", reason, witness=witness)
-        sha256 = self.snapshots.sha256(self._pending.path)
-        self.book.certified(self._pending.step, self._pending.path.name, sha256, reason)
+        self.snapshots.certify(
+            path,
+            proposal,
+            reason,
+            lambda sha256: self.book.certified(step, path.name, sha256, reason),
+        )
         if self._probation_until is not None and self._pending.step >= self._probation_until:
             self._probation_until = None
         self._pending = None

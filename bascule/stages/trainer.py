@@ -55,6 +55,7 @@ from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, NoJudge, Stepper
+from bascule.train.writer import SnapshotWriter
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -146,6 +147,9 @@ class Trainer:
         self.plan = loop.Plan(
             self.recipe.phase_steps(), folder.snapshots, self.recipe.train.snapshot_every_steps
         )
+        self.writer = SnapshotWriter(
+            self._on_saved, on_wait=lambda: self._beat(self.stepper.step, "snapshot")
+        )
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
         self.measure.refuse_too_long()
         self._said: set[str] = set()
@@ -166,9 +170,10 @@ class Trainer:
             extra=lambda: {"pool": self.pool},
         )
         judge: Judge = self.guard or NoJudge()
-        state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks)
+        state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks, self.writer)
         if self.guard:
             self._certify_last(state.step)
+        self.writer.wait()
         if state.phase:
             self.measure.if_due(state.phase, state.step)
         self._export(state.step)
@@ -247,17 +252,22 @@ class Trainer:
 
     def _on_snapshot(self, step: int, path: Path) -> None:
         self._beat(step, "snapshot")
-        name = f"snapshots/{path.name}"
+        if self.guard:
+            self.guard.after_snapshot(step, path)
+
+    def _on_saved(self, step: int, path: Path) -> None:
+        """In the writer's thread: read the snapshot back, record it, and make room."""
         if checkpoint.trust(path).state == "saved":
             checkpoint.verify(path)
             checkpoint.set_trust(path, "verified", "read back, hashes equal")
             self.ledger.append(
                 SnapshotEvent(
-                    step=step, state="verified", path=name, sha256=checkpoint.sha256(path)
+                    step=step,
+                    state="verified",
+                    path=f"snapshots/{path.name}",
+                    sha256=checkpoint.sha256(path),
                 )
             )
-        if self.guard:
-            self.guard.after_snapshot(step, path)
         checkpoint.prune(
             self.folder.snapshots, self.recipe.train.keep_snapshots, at_least=self._trusted()
         )
@@ -301,7 +311,7 @@ class Trainer:
         referee = open_accelerator("cpu")
         return Guard(
             self.recipe.guard, self.ledger, self.folder, self.pool, accelerator=self.accelerator, referee=referee,
-            snapshots=checkpoint, experts_per_token=self.course.model.num_experts_per_tok,
+            snapshots=self.writer, experts_per_token=self.course.model.num_experts_per_tok,
         )  # fmt: skip
 
     def _certify_last(self, step: int) -> None:

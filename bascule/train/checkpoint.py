@@ -12,10 +12,11 @@ damaged later; `verify` tells. No pickle anywhere: a snapshot from a suspect mac
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,46 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A snapshot's content, copied to the CPU: whoever goes on training cannot change it any more."""
+
+    step: int
+    phase: str
+    states: dict[str, StateDict]
+    extra: dict[str, Any]
+    circumstances: dict[str, Any]
+
+
+def freeze(
+    step: int,
+    model: StateDict,
+    optimizer: StateDict,
+    objective: StateDict,
+    extra: Mapping[str, Any],
+    *,
+    phase: str = "",
+) -> Frozen:
+    """`model`, `optimizer` and `objective` are flat states (see state.StateDict); `extra` is JSON."""
+    states = {"model": model, "optimizer": optimizer, "objective": objective}
+    return Frozen(
+        step,
+        phase,
+        {
+            part: {name: _copied(value) for name, value in state.items()}
+            for part, state in states.items()
+        },
+        copy.deepcopy(dict(extra)),
+        Circumstances.now().to_json(),
+    )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return copy.deepcopy(value)
+
+
 def save_snapshot(
     folder: Path,
     step: int,
@@ -95,26 +136,27 @@ def save_snapshot(
     *,
     phase: str = "",
 ) -> Path:
-    """Write one snapshot durably into `folder` and return its path; a snapshot of the same step is replaced.
+    """Freeze and write at once, for whoever can wait. A run's loop cannot: train/writer does it in a thread."""
+    return write(folder, freeze(step, model, optimizer, objective, extra, phase=phase))
 
-    `model`, `optimizer` and `objective` are flat states (see state.StateDict); `extra` is JSON.
-    """
+
+def write(folder: Path, frozen: Frozen) -> Path:
+    """Write one snapshot durably into `folder` and return its path; a snapshot of the same step is replaced. Raises OSError."""
     recover_folders(folder, sole_writer=True)
-    final = path_of(folder, step)
+    final = path_of(folder, frozen.step)
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    states: dict[str, StateDict] = {"model": model, "optimizer": optimizer, "objective": objective}
     values = {
-        name: write_tensors(temporary / f"{name}.safetensors", state)
-        for name, state in states.items()
+        part: write_tensors(temporary / f"{part}.safetensors", state)
+        for part, state in frozen.states.items()
     }
     state = {
-        "step": step,
-        "phase": phase,
-        "circumstances": Circumstances.now().to_json(),
+        "step": frozen.step,
+        "phase": frozen.phase,
+        "circumstances": frozen.circumstances,
         "values": values,
-        "extra": dict(extra),
+        "extra": frozen.extra,
     }
     write_json_atomic(temporary / "state.json", state)
     names = [*(f"{part}.safetensors" for part in _PARTS), "state.json"]
@@ -220,6 +262,13 @@ def set_trust(
         )
     _write_trust(path, after)
     return after
+
+
+def certify(path: Path, proposal: Proposal, reason: str, done: Callable[[str], None]) -> None:
+    """Record the good step after the snapshot as its witness, call it certified, and then `done` with its hash."""
+    witness = write_witness(path / "witness.safetensors", proposal)
+    set_trust(path, "certified", reason, witness=witness)
+    done(sha256(path))
 
 
 def all_snapshots(snapshots: Path) -> list[Path]:

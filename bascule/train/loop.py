@@ -20,6 +20,7 @@ from bascule.train.extra import load_metrics
 from bascule.train.objective import Objective
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, Proposal, Stepper
+from bascule.train.writer import SnapshotWriter
 
 MAX_REFUSALS = 3
 """Refusals of one step before its batch is skipped: the judge has replayed it each time and does not blame the chip."""
@@ -31,7 +32,8 @@ def _nothing(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller does when something happened. `extra` gives JSON to store in each snapshot (the caller's own state)."""
+    """What the caller does when something happened. `on_snapshot` comes when the state is frozen; with a writer, nothing lies at
+    the path yet (the writer's `on_saved` comes when it does). `extra` gives JSON to store in each snapshot (the caller's own state)."""
 
     on_step: Callable[[StepStats], None] = _nothing
     on_snapshot: Callable[[int, Path], None] = _nothing
@@ -79,8 +81,9 @@ def run(
     state: TrainState,
     plan: Plan,
     hooks: Hooks | None = None,
+    writer: SnapshotWriter | None = None,
 ) -> TrainState:
-    """Train from `state` to the end of the plan and return the last state.
+    """Train from `state` to the end of the plan and return the last state. Without a `writer` the loop waits for the disk.
 
     Saves a snapshot before the first step of a new run, so that there is always one to go back to. Raises Preempted after a
     snapshot when asked to stop, GuardStopped for a loss that is not a number and that no judge refused, and whatever the
@@ -90,7 +93,7 @@ def run(
     stepper.judge = judge
     if state.step == 0 and plan.total:
         stepper.begin(objectives[plan.phase_of(1)])
-        save(stepper, state, plan, hooks)
+        save(stepper, state, plan, hooks, writer)
     saved = state.step
     while state.step < plan.total:
         step = state.step + 1
@@ -100,9 +103,13 @@ def run(
         _one_step(stepper, objectives[phase], step, hooks)
         state = replace(state, step=step, phase=phase)
         stopping = hooks.should_stop()
+        if writer:
+            writer.check()
         if plan.saves(step) or stopping:
-            save(stepper, state, plan, hooks)
+            save(stepper, state, plan, hooks, writer)
             saved = step
+        if writer and (stopping or step == plan.total):
+            writer.wait()
         if stopping and step < plan.total:
             raise Preempted(
                 f"Stopped on request after step {step}; snapshot of step {saved} is saved. Run the same command again."
@@ -129,11 +136,17 @@ def resume(
     return replace(state, step=found.step, phase=phase), found.warnings
 
 
-def save(stepper: Stepper, state: TrainState, plan: Plan, hooks: Hooks) -> Path:
+def save(
+    stepper: Stepper,
+    state: TrainState,
+    plan: Plan,
+    hooks: Hooks,
+    writer: SnapshotWriter | None = None,
+) -> Path:
     """Snapshot of the stepper as it is now."""
     if stepper.objective is None or stepper.optimizer is None:
         raise ValueError("A snapshot was asked before the first phase began.")
-    path = checkpoint.save_snapshot(
+    path = (writer.save if writer else checkpoint.save_snapshot)(
         plan.snapshots,
         state.step,
         stepper.model_state(),
