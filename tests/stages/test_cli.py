@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,13 +26,15 @@ def bascule(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_answers_in_under_half_a_second_without_torch() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = bascule("--help")
-        times.append(time.perf_counter() - start)
+    before = os.times()
+    done = bascule("--help")
+    after = os.times()
     assert done.returncode == 0 and "qualify" in done.stdout
-    assert min(times) < 0.5
+    # the child's processor time: what the wall clock says depends on the neighbours
+    used_s = (
+        after.children_user - before.children_user + after.children_system - before.children_system
+    )
+    assert used_s < 0.5
     code = "import sys, bascule.cli; bascule.cli.build_parser(); sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
