@@ -2,8 +2,8 @@
 
     python benchmarks/plan_score.py [--runs FILE.csv] [--inference FILE.csv] [--verified-only]
 
-Each training row is predicted (a) with its family left out, (b) with its whole paper or vendor table left out, (c) with only
-the row itself left out, (d) with its family left out but for one anchor run. Baselines see the same rows under the same rule:
+Each row is predicted with its family, its paper or table, its chip, its model, its vendor, or only itself left out, and each
+training row with its family left out but for one anchor run. Baselines see the same rows under the same rule:
 fixed 40 % of the bf16 peak, and the median share of peak by (chip, precision, dense or sparse) of the other families. The
 peers' own figures come from their papers or from running them (docs/plan.md says which).
 """
@@ -17,21 +17,28 @@ from pathlib import Path
 
 import numpy as np
 
-from bascule.plan.fit import DATA, fit_memory, memory_rows, usable
+from bascule.plan.fit import (
+    DATA,
+    fit_memory,
+    fit_serving,
+    measured_tokens,
+    memory_rows,
+    usable,
+)
 from bascule.plan.fit import fit as fit_training
-from bascule.plan.forecast import model_from, shipped
+from bascule.plan.forecast import model_from
 from bascule.plan.memory import GIB
 from bascule.plan.score import (
     Scored,
     as_text,
-    left_out,
-    left_out_serving,
+    by_family,
     report,
     score_memory,
+    score_serving,
     score_training,
     training_rows,
 )
-from bascule.plan.serving import shipped_serving
+from bascule.plan.serving import serving_from
 from bascule.plan.table import Row, job_of, read_rows
 
 
@@ -99,8 +106,6 @@ def _fact(job: object, key: str) -> object:
 
 
 def published(row: Row) -> float:
-    from bascule.plan.fit import measured_tokens
-
     return measured_tokens(row) or 1.0
 
 
@@ -109,12 +114,19 @@ def one_anchor(rows: Sequence[Row]) -> list[Scored]:
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(row["family"], row["id"])
-    found = left_out(
-        shipped(),
-        rows,
-        by=lambda row: row["id"] if first[row["family"]] == row["id"] else row["family"],
-    )
+    known = set(first.values())
+    found = score_training(rows, by=lambda p: p.name if p.name in known else p.family)
     return [one for one in found if first[one.family] != one.name]
+
+
+LEFT_OUT = {
+    "family": by_family,
+    "only the row": lambda p: p.name,
+    "whole paper or table": lambda p: p.family.split("|")[0],
+    "chip": lambda p: p.words["chip"],
+    "model": lambda p: p.words["model"],
+    "vendor": lambda p: p.words["vendor"],
+}
 
 
 def refitted(rows: Sequence[Row], folds: int = 8) -> list[Scored]:
@@ -125,6 +137,16 @@ def refitted(rows: Sequence[Row], folds: int = 8) -> list[Scored]:
         held = set(families[fold::folds])
         model = model_from(fit_training([row for row in rows if row["family"] not in held]))
         result += score_training([row for row in rows if row["family"] in held], model)
+    return result
+
+
+def refitted_serving(rows: Sequence[Row], folds: int = 8) -> list[Scored]:
+    families = sorted({row["family"] for row in rows})
+    result: list[Scored] = []
+    for fold in range(folds):
+        held = set(families[fold::folds])
+        model = serving_from(fit_serving([row for row in rows if row["family"] not in held]))
+        result += score_serving([row for row in rows if row["family"] in held], model)
     return result
 
 
@@ -148,13 +170,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = read_rows(options.runs)
     anchors = [row for row in rows if usable(row)]
-    scored = left_out(shipped(), rows)
-    show("training, family left out", scored)
-    show(
-        "training, whole paper or table left out",
-        left_out(shipped(), rows, by=lambda row: row["family"].split("|")[0]),
-    )
-    show("training, only the row left out", left_out(shipped(), rows, by=lambda row: row["id"]))
+    scored = score_training(anchors)
+    for name, by in LEFT_OUT.items():
+        show(f"training, {name} left out", score_training(anchors, by=by))
     show("training, family left out but for one anchor run", one_anchor(anchors))
     show("  baseline: 40 % of the bf16 peak", baseline(rows, scored, fixed))
     show(
@@ -178,11 +196,10 @@ def main() -> None:
     ]
     print(f"false 'fits': {len(wrong)} {wrong}\n")
     serving = read_rows(options.inference)
-    show("inference, family left out", left_out_serving(shipped_serving(), serving))
-    show(
-        "inference, only the row left out",
-        left_out_serving(shipped_serving(), serving, by=lambda row: row["id"]),
-    )
+    for name, by in LEFT_OUT.items():
+        show(f"inference, {name} left out", score_serving(serving, by=by))
+    if options.refit:
+        show("inference, refitted in eight folds", refitted_serving(serving))
 
 
 def show(title: str, scored: Sequence[Scored]) -> None:

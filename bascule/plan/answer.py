@@ -173,7 +173,7 @@ def train_answer(shape: Shape, ask: TrainAsk, model: Model | None = None) -> Tra
         choice = Choice(given, used.predict(given), memory_of(given), 1, 1, ())
         basis = "given"
     else:
-        choice = search(job, used)
+        choice = search(job, used, ask.schedule)
         basis = f"fastest of {choice.considered:,} layouts that fits"
     return _assemble(ask, choice, basis)
 

@@ -13,6 +13,7 @@ from bascule.errors import RecipeError, nearest
 from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.goodput import Recovery
 from bascule.plan.job import Layout, precision_class
+from bascule.plan.schedule import SCHEDULES
 
 MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "fp4", "nvfp4", "int8")
@@ -42,6 +43,7 @@ class TrainAsk:
     pue: float | None = None
     failures: float | None = None
     layout: Layout | None = None
+    schedule: str | None = None
     recovery: Recovery | None = None
 
 
@@ -97,6 +99,8 @@ def parse_train(
     ask = TrainAsk(text=text, chip=chip, chips=int(count), tokens=tokens or 0.0, software=SOFTWARE.get(chip.vendor, "unknown"), price_usd_h=chip.price_usd_h, precision="fp8" if chip.fp8_tflops and chip.vendor in ("NVIDIA", "AMD") and (chip.year or 0) >= 2022 else "bf16")  # fmt: skip
     for part in rest:
         ask = _train_part(ask, part)
+    if ask.layout and ask.schedule:
+        ask = replace(ask, layout=_scheduled(ask.layout, ask.schedule))
     if ask.tokens <= 0:
         raise RecipeError(
             f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'."
@@ -129,6 +133,8 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
         return replace(ask, failures=float(found.group(1)))
     if re.fullmatch(r"(?:(?:tp|pp|cp|ep|vpp|mb|zero-?)\d+\s*)+", word):
         return replace(ask, layout=parse_layout(word, ask.chips))
+    if word in SCHEDULES:
+        return replace(ask, schedule=word)
     if found := re.fullmatch(r"(save|detect|restart)\s*([\d.]+)\s*s", word):
         return replace(
             ask,
@@ -149,6 +155,7 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
             "pue 1.2",
             "6.5 failures (per 1000 node-days)",
             "TP4 PP8 EP32",
+            *SCHEDULES,
             "save 30 s",
             "detect 60 s",
             "restart 540 s",
@@ -192,6 +199,17 @@ def parse_layout(text: str, chips: int) -> Layout:
         tp_overlap=True,
         schedule="interleaved" if vpp > 1 else "1f1b",
     )
+
+
+def _scheduled(layout: Layout, schedule: str) -> Layout:
+    """A given layout with a given pipeline schedule. Refuses pairs that no pipeline can run."""
+    if (schedule == "interleaved") != (layout.vpp > 1):
+        raise RecipeError(
+            f"'{schedule}' with VPP{layout.vpp}: interleaved needs VPP2 or more, the other schedules need VPP1."
+        )
+    if schedule == "dualpipe" and layout.pp % 2:
+        raise RecipeError(f"'dualpipe' needs an even number of stages; PP{layout.pp} was given.")
+    return replace(layout, schedule=schedule)
 
 
 def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:

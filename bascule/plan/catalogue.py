@@ -1,7 +1,8 @@
 """Chips: what a datasheet or a paper says of each, with its source. Peaks are dense; bandwidths are one direction per chip.
 
 The file `data/chips.csv` holds only figures for which a source was read; an empty cell means nobody printed it. `basis` is
-`datasheet`, or `assumed` where a figure was taken over from a sibling (the note says which). A user's own chips come from TOML
+`datasheet`, `assumed` where a figure was taken over from a sibling (the note says which), or `stand-in` where a table's chip
+is not in the file and a sibling answers for it. A user's own chips come from TOML
 tables with the same names, and figures that `qualify` measured replace the datasheet's (`with_measured`).
 """
 
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from bascule.errors import RecipeError, nearest
 
-Basis = Literal["datasheet", "measured on this machine", "assumed"]
+Basis = Literal["datasheet", "measured on this machine", "assumed", "stand-in"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,10 @@ MAKERS = {
     "Intel": r"gaudi|^(intel|habana)",
     "Moore Threads": r"^(mtt|moore|s\d000)",
 }
-LIKENESS = 0.5
+LIKENESS = {
+    True: 0.4,
+    False: 0.6,
+}  # by whether the name itself tells the maker, or only the table does
 
 
 def chip_like(name: str, vendor: str = "") -> Chip:
@@ -152,17 +156,18 @@ def chip_like(name: str, vendor: str = "") -> Chip:
     inside = [key for key in keys if key in word and len(key) >= 3]
     if inside:
         return chips()[keys[max(inside, key=len)]]
-    maker = next((one for one, form in MAKERS.items() if re.search(form, name.strip().lower())), "")
+    told = next((one for one, form in MAKERS.items() if re.search(form, name.strip().lower())), "")
+    maker = told or vendor
     scored = [
         (difflib.SequenceMatcher(None, _key(alias), word).ratio(), target)
         for alias, target in keys.items()
         if chips()[target].vendor == maker
     ]
-    if not scored or max(scored)[0] < LIKENESS:
+    if not scored or max(scored)[0] < LIKENESS[bool(told)]:
         raise refusal
     nearest_one = chips()[max(scored)[1]]
     note = f"'{name}' is not in the catalogue; {nearest_one.name} stands in for it"
-    return replace(nearest_one, basis="assumed", note=note)
+    return replace(nearest_one, basis="stand-in", note=note)
 
 
 def chips_from_toml(path: Path) -> dict[str, Chip]:

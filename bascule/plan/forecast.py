@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -42,10 +42,12 @@ class Model:
     process: Process
     interval_width: float
 
-    def correction(self, jobs: Sequence[Job]) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of log(actual / physics) for each job."""
+    def correction(
+        self, jobs: Sequence[Job], without: Container[str] = ()
+    ) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of log(actual / physics) for each job, published runs named `without` unlearnt."""
         points = [point(job, self.constants) for job in jobs]
-        mean, sd = self.process.predict(points)
+        mean, sd = self.process.predict(points, without)
         back = constants_vector(Constants()) - constants_vector(self.constants)
         shift = np.array([np.array(p.gradient) @ back for p in points])
         return (mean + shift).tolist(), sd.tolist()

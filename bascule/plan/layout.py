@@ -6,6 +6,7 @@ published runs' correction, and the fastest wins. Nothing that does not fit is o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,11 @@ from bascule.plan.job import Job, Layout, Recompute
 from bascule.plan.memory import Memory, memory_of
 
 FINALISTS = 12
+# Pipeline schedules that a stack ships beside 1F1B and interleaved; one that nobody described may have them all.
+SHIPPED_SCHEDULES = {
+    "megatron-bridge": (), "megatron-lm": (), "maxtext": (), "primus": ("zb",), "habana": (), "neuronx": (),
+    "mindspeed": ("dualpipe",), "torchtitan": ("zb", "dualpipe"), "deepseek": ("dualpipe",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,9 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def candidates(job: Job) -> Iterator[Job]:
-    """All layouts worth costing for the job's model, chips and batch; the batch is moved by up to 5 % to divide evenly."""
+def candidates(job: Job, schedule: str | None = None) -> Iterator[Job]:
+    """All layouts worth costing for the job's model, chips and batch; the batch is moved by up to 5 % to divide evenly.
+    `schedule`: the only one considered for pipelines (None: what the stack ships)."""
     s, chip = job.shape, job.chip
     domain = min(chip.scaleup_chips or 8, 64)
     for tp in _powers(min(domain, s.heads, 16)):
@@ -44,24 +51,48 @@ def candidates(job: Job) -> Iterator[Job]:
                     continue
                 dp = job.chips // (tp * pp * cp)
                 for ep in _expert_splits(s, dp * cp * tp):
-                    yield from _batches(job, tp, pp, cp, dp, ep)
+                    yield from _batches(job, tp, pp, cp, dp, ep, schedule)
 
 
-def _batches(job: Job, tp: int, pp: int, cp: int, dp: int, ep: int) -> Iterator[Job]:
+def _batches(
+    job: Job, tp: int, pp: int, cp: int, dp: int, ep: int, schedule: str | None
+) -> Iterator[Job]:
     recomputes: tuple[Recompute, ...] = ("none", "full")
     for micro in (1, 2, 4):
         unit = dp * micro
         batch = max(1, round(job.global_batch / unit)) * unit
         if abs(batch / job.global_batch - 1) > 0.05:
             continue
-        for recompute in recomputes:
-            for virtual in _virtuals(job.shape, pp, batch // unit):
-                for zero in (1,) if pp > 1 or job.shape.moe else (1, 3):
-                    layout = Layout(
-                        tp=tp, pp=pp, vpp=virtual, cp=cp, ep=ep, dp=dp, zero=zero, micro_batch=micro, recompute=recompute,
-                        tp_overlap=True, schedule="interleaved" if virtual > 1 else "1f1b",
-                    )  # fmt: skip
-                    yield replace(job, layout=layout, global_batch=batch)
+        schedules = list(_schedules(job, pp, batch // unit, schedule))
+        zeros = (1,) if pp > 1 or job.shape.moe else (1, 3)
+        for recompute, (name, virtual), zero in itertools.product(recomputes, schedules, zeros):
+            layout = Layout(
+                tp=tp, pp=pp, vpp=virtual, cp=cp, ep=ep, dp=dp, zero=zero, micro_batch=micro, recompute=recompute,
+                tp_overlap=True, schedule=name,
+            )  # fmt: skip
+            yield replace(job, layout=layout, global_batch=batch)
+
+
+def _schedules(
+    job: Job, pp: int, micro_batches: int, only: str | None
+) -> Iterator[tuple[str, int]]:
+    """(schedule, virtual stages) that a pipeline of this depth can run; one that was asked for means a pipeline."""
+    if pp == 1:
+        yield from () if only else (("1f1b", 1),)
+        return
+    allowed = (
+        (only,)
+        if only
+        else ("1f1b", "interleaved", *SHIPPED_SCHEDULES.get(job.software, ("zb", "dualpipe")))
+    )
+    if "1f1b" in allowed:
+        yield "1f1b", 1
+    if "zb" in allowed:
+        yield "zb", 1
+    if "dualpipe" in allowed and pp % 2 == 0 and micro_batches % 2 == 0 and micro_batches >= 2 * pp:
+        yield "dualpipe", 1
+    if "interleaved" in allowed and micro_batches % pp == 0:
+        yield from (("interleaved", v) for v in (2, 4) if v <= math.ceil(job.shape.layers / pp))
 
 
 def _powers(limit: int) -> list[int]:
@@ -83,16 +114,9 @@ def _expert_splits(s: Shape, room: int) -> list[int]:
     ]
 
 
-def _virtuals(s: Shape, pp: int, micro_batches: int) -> list[int]:
-    if pp == 1:
-        return [1]
-    most = max(1, math.ceil(s.layers / pp))
-    return [1] + [v for v in (2, 4) if v <= most and micro_batches % pp == 0]
-
-
-def search(job: Job, model: Model) -> Choice:
+def search(job: Job, model: Model, schedule: str | None = None) -> Choice:
     """The fastest layout that fits. Raises RecipeError when no split of the chips is possible at all."""
-    costed = [(step_seconds(one, model.constants), one) for one in candidates(job)]
+    costed = [(step_seconds(one, model.constants), one) for one in candidates(job, schedule)]
     if not costed:
         raise RecipeError(
             f"No layout: {job.chips} chips and a global batch of {job.global_batch} sequences cannot be split evenly. "

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from bascule.plan.architecture import Shape
-from bascule.plan.job import Job
+from bascule.plan.job import Job, Layout
 
 GIB = 2.0**30
 
@@ -84,10 +84,12 @@ def stage_parts(job: Job, stage: int, c: MemoryConstants) -> dict[str, float]:
     """Bytes of one pipeline stage (0 is the first), with fragmentation spread over the parts."""
     s, lay = job.shape, job.layout
     dense, experts = stage_parameters(s, lay.pp, stage)
+    if lay.schedule == "dualpipe":  # a device also holds the stage that mirrors its own
+        mirrored = stage_parameters(s, lay.pp, lay.pp - 1 - stage)
+        dense, experts = dense + mirrored[0], experts + mirrored[1]
     dense, experts = dense / lay.tp, experts / max(lay.ep, 1)
     replicas = max(1, lay.dp * lay.cp)
     expert_replicas = max(1.0, job.chips / lay.pp / max(lay.ep, 1))
-    both = dense + experts
     split = dense / replicas + experts / expert_replicas
     both = dense + experts
     # Sharded weights stay gathered, and gradients whole, through a pipeline's micro-batches; else one layer at a time is there.
@@ -125,9 +127,11 @@ def stage_parameters(s: Shape, pp: int, stage: int) -> tuple[float, float]:
     return float(plain), float(experts)
 
 
-def in_flight(pp: int, vpp: int, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at the peak of 1F1B, in units of the whole stage (planner.md 7.6)."""
-    held = float(min(micro_batches, pp - stage))
+def in_flight(lay: Layout, micro_batches: int, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at its peak, in units of the whole stage (planner.md 7.5 and 7.6): 1F1B and
+    zero-bubble as many as stages follow, DualPipe one more than the pipeline is deep."""
+    pp, vpp = lay.pp, lay.vpp
+    held = float(pp + 1 if lay.schedule == "dualpipe" else min(micro_batches, pp - stage))
     if vpp > 1 and pp > 1:
         held *= 1 + (pp - 1) / (pp * vpp)
     return min(held, float(micro_batches))
@@ -160,7 +164,7 @@ def _activations(job: Job, stage: int, c: MemoryConstants) -> float:
         "full": 1.0,
     }[lay.recompute]
     kept = share * layer_activation_bytes(s, lay.tp, recompute=lay.recompute)
-    flying = in_flight(lay.pp, lay.vpp, job.micro_batches, stage)
+    flying = in_flight(lay, job.micro_batches, stage)
     total = job.micro_tokens * kept * s.layers / lay.pp * flying
     if lay.recompute == "full":  # one layer is rebuilt at a time
         total += job.micro_tokens * layer_activation_bytes(s, lay.tp, recompute="none") * c.kept
@@ -168,7 +172,8 @@ def _activations(job: Job, stage: int, c: MemoryConstants) -> float:
 
 
 def _logits(job: Job, stage: int, c: MemoryConstants) -> float:
-    if stage != job.layout.pp - 1:
+    last = job.layout.pp - 1
+    if stage != last and not (job.layout.schedule == "dualpipe" and stage == 0):
         return 0.0
     return (
         job.micro_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -95,7 +96,11 @@ def _from_row(row: Mapping[str, str]) -> Shape:
         name=row["name"],
         tied=row["tied"] == "1",
         latent=Latent(**latent) if latent else None,
-        node_limit=3 if row["name"] == "deepseek-v2" else 4 if row["name"] == "deepseek-v3.2" else 0,
+        node_limit=3
+        if row["name"] == "deepseek-v2"
+        else 4
+        if row["name"] == "deepseek-v3.2"
+        else 0,
         **sizes,  # type: ignore[arg-type]
     )
 
@@ -124,8 +129,9 @@ def plain_name(text: str) -> str:
     owner, _, model = text.strip().lower().partition("/")
     word = model if model and not model.startswith(("r1", "v3")) else owner
     word = DECORATION.sub("", word).strip().replace("_", "-")
-    return re.sub(r"\s+", "-", re.sub(r"^(llama|qwen|glm|kimi|gpt|mixtral)(?=\d)", r"\1-", word)).replace("qwen-", "qwen")
-
+    return re.sub(
+        r"\s+", "-", re.sub(r"^(llama|qwen|glm|kimi|gpt|mixtral)(?=\d)", r"\1-", word)
+    ).replace("qwen-", "qwen")
 
 
 def model_named(name: str) -> Shape:
@@ -175,3 +181,40 @@ def _read(path: Path) -> Shape:
     except (OSError, json.JSONDecodeError) as error:
         raise RecipeError(f"The model configuration '{path}' cannot be read ({error}).") from None
     return from_hugging_face(raw, name=path.parent.name or path.stem)
+
+
+def shape_like(name: str, total_b: float | None, active_b: float | None) -> Shape | None:
+    """The model that a table's own words mean: by name where we have its shape and its count agrees within a fifth, else a
+    stand-in with its published counts (in billions); None when there are none."""
+    word = plain_name(name)
+    known = sorted((one for one in named() if word.startswith(one)), key=len, reverse=True)
+    v3 = word.startswith(("deepseek-v3", "deepseek-r1")) and "deepseek-v3.2" not in known
+    for one in ["v3"] if v3 else [word, *known]:
+        try:
+            shape = model_named(one)
+        except RecipeError:
+            continue
+        if not total_b or abs(math.log(shape.parameters / (abs(total_b) * 1e9))) < 0.2:
+            return shape
+    if not total_b or total_b < 0 or (active_b or 0) < 0:
+        return None
+    return stand_in(name, total_b * 1e9, (active_b or 0.0) * 1e9)
+
+
+def stand_in(name: str, total: float, active: float) -> Shape:
+    """A plausible shape with these counts (`active` 0: not printed). Where it is sparse the cache is latent for the houses that
+    use one, eight heads' keys and values elsewhere."""
+    sparse = re.search(r"moe|a\d+b|flash|deepseek|kimi|maverick|mixtral", name.lower())
+    active = active or (0.07 * total if sparse else total)
+    if active > 0.6 * total:
+        layers = 80 if total > 5e10 else 32
+        hidden = max(512, round(math.sqrt(total / layers / 13.3) / 128) * 128)
+        return Shape(name=name, hidden=hidden, layers=layers, heads=hidden // 128, kv_heads=8, head_dim=128, ffn=round(3.5 * hidden), vocab=32000, dense_layers=layers)  # fmt: skip
+    layers = 60
+    hidden = max(1024, round(math.sqrt(active / layers / 12.0) / 256) * 256)
+    experts, topk = 256, 8
+    wide = max(128, round((total - 0.4 * active) / (layers * experts * 3 * hidden)))
+    house = re.search(r"deepseek|kimi|pangu-?2|glm-5|mistral-large-3", name.lower())
+    latent = Latent(q_lora=1536, kv_lora=512, nope=128, rope=64, v=128) if house else None
+    selected = 2048 if re.search(r"v3\.2|v4|pangu-?2|glm-5", name.lower()) else 0
+    return Shape(name=name, hidden=hidden, layers=layers, heads=max(16, hidden // 64), kv_heads=8, head_dim=128, ffn=4 * hidden, vocab=129280, latent=latent, experts=experts, topk=topk, moe_ffn=wide, shared_ffn=wide, selected=selected)  # fmt: skip

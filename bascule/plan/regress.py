@@ -8,7 +8,7 @@ also unlearns what that family taught about the constants, exactly to first orde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -109,28 +109,31 @@ class Process:
         return Parts.between(self.points, self.points, self.terms, self.prior_sd)
 
     @cached_property
+    def system(self) -> Array:
+        """The points' covariance with noise."""
+        shared = self.parts.covariance(self.sizes, self.lengths)
+        return np.asarray(shared + np.diag(self.noise_variance(self.points)))
+
+    @cached_property
     def inverse(self) -> Array:
-        """Inverse of the points' covariance with noise."""
-        system = self.parts.covariance(self.sizes, self.lengths) + np.diag(
-            self.noise_variance(self.points)
-        )
-        return np.asarray(np.linalg.inv(system))
+        return np.asarray(np.linalg.inv(self.system))
 
     def cross(self, new: Sequence[Point]) -> Array:
         return Parts.between(new, self.points, self.terms, self.prior_sd).covariance(
             self.sizes, self.lengths
         )
 
-    def predict(self, new: Sequence[Point]) -> tuple[Array, Array]:
-        """Mean and standard deviation (noise included) of the log error at new points."""
-        cross = self.cross(new)
+    def predict(self, new: Sequence[Point], without: Container[str] = ()) -> tuple[Array, Array]:
+        """Mean and standard deviation (noise included) of the log error at new points, those named `without` unlearnt."""
+        keep = [i for i, p in enumerate(self.points) if p.name not in without]
+        whole = len(keep) == len(self.points)
+        inverse = self.inverse if whole else np.linalg.inv(self.system[np.ix_(keep, keep)])
+        cross = self.cross(new)[:, keep]
         own = np.diag(
             Parts.between(new, new, self.terms, self.prior_sd).covariance(self.sizes, self.lengths)
         )
-        spread = (
-            own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross) + self.noise_variance(new)
-        )
-        return cross @ self.inverse @ self.targets, np.sqrt(np.maximum(spread, 1e-8))
+        spread = own - np.einsum("ij,jk,ik->i", cross, inverse, cross) + self.noise_variance(new)
+        return cross @ inverse @ self.targets[keep], np.sqrt(np.maximum(spread, 1e-8))
 
     def left_out(self, groups: Sequence[str] | None = None) -> tuple[Array, Array]:
         """Predictions at each point when its whole group (default: family) is left out; closed form from one inverse."""
@@ -146,6 +149,18 @@ class Process:
             mean[block] = self.targets[block] - inner @ weighted[block]
             sd[block] = np.sqrt(np.maximum(np.diag(inner), 1e-8))
         return mean, sd
+
+    def same(self, new: Point) -> Point | None:
+        """The point that is this very run: told by its inputs, whatever it is called, or by its name, chip and model."""
+        for one in self.points:
+            named = one.name == new.name and all(
+                one.words[word] == new.words[word] for word in ("chip", "model")
+            )
+            if named or (
+                one.words == new.words and np.allclose(one.numbers, new.numbers, atol=1e-3)
+            ):
+                return one
+        return None
 
     def nearest(self, new: Point, count: int = 3) -> list[str]:
         """Names of the published runs that are most alike in what makes a run miss the physics."""

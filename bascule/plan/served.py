@@ -11,10 +11,10 @@ import re
 from dataclasses import replace
 
 from bascule.errors import RecipeError
-from bascule.plan.architecture import Latent, Shape
+from bascule.plan.architecture import Shape
 from bascule.plan.catalogue import Chip, chip_like
 from bascule.plan.job import precision_class
-from bascule.plan.models import model_named, named, plain_name
+from bascule.plan.models import plain_name, shape_like
 from bascule.plan.serving import WEIGHT_BYTES, ServeConstants, Serving, rate
 from bascule.plan.table import Row, number, tokens
 
@@ -84,7 +84,9 @@ def serving_of(row: Row) -> Serving:
     )
     if known and (front or phase == "prefill" or NAMED_SIZE.search(row["deployment"])):
         return point
-    return best_replica(point, fewest, known, None if known else number(row, "batch_or_concurrency"))
+    return best_replica(
+        point, fewest, known, None if known else number(row, "batch_or_concurrency")
+    )
 
 
 def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | None) -> Serving:
@@ -198,38 +200,10 @@ def _lengths(row: Row) -> tuple[float, float]:
 
 
 def served_shape(row: Row) -> Shape:
-    """The row's model: by name where we have its shape (and its parameters agree), else a stand-in with its published counts."""
-    word = plain_name(row["model"])
-    total = number(row, "params_total_B")
-    known = [name for name in named() if word.startswith(name)]
-    for name in [word, *sorted(known, key=len, reverse=True)]:
-        try:
-            shape = model_named("v3" if name.startswith(("deepseek-v3", "deepseek-r1")) and name != "deepseek-v3.2" else name)
-        except RecipeError:
-            continue
-        if total is None or abs(math.log(shape.parameters / (total * 1e9))) < 0.2:
-            return shape
-    if total is None or total <= 0 or (number(row, "params_active_B") or 1) <= 0:
+    """The row's model, by its name or its published parameter counts."""
+    shape = shape_like(row["model"], number(row, "params_total_B"), number(row, "params_active_B"))
+    if shape is None:
         raise RecipeError(
             f"Row {row['id']}: the model '{row['model']}' is not known and its parameter count is missing or not above 0."
         )
-    return stand_in(row["model"], total * 1e9, 1e9 * (number(row, "params_active_B") or 0.0))
-
-
-def stand_in(name: str, total: float, active: float) -> Shape:
-    """A plausible shape with these counts (`active` 0: not printed). Where it is sparse the cache is latent for the houses that
-    use one, eight heads' keys and values elsewhere."""
-    sparse = re.search(r"moe|a\d+b|flash|deepseek|kimi|maverick|mixtral", name.lower())
-    active = active or (0.07 * total if sparse else total)
-    if active > 0.6 * total:
-        layers = 80 if total > 5e10 else 32
-        hidden = max(512, round(math.sqrt(total / layers / 13.3) / 128) * 128)
-        return Shape(name=name, hidden=hidden, layers=layers, heads=hidden // 128, kv_heads=8, head_dim=128, ffn=round(3.5 * hidden), vocab=32000, dense_layers=layers)  # fmt: skip
-    layers = 60
-    hidden = max(1024, round(math.sqrt(active / layers / 12.0) / 256) * 256)
-    experts, topk = 256, 8
-    wide = max(128, round((total - 0.4 * active) / (layers * experts * 3 * hidden)))
-    house = re.search(r"deepseek|kimi|pangu-?2|glm-5|mistral-large-3", name.lower())
-    latent = Latent(q_lora=1536, kv_lora=512, nope=128, rope=64, v=128) if house else None
-    selected = 2048 if re.search(r"v3\.2|v4|pangu-?2|glm-5", name.lower()) else 0
-    return Shape(name=name, hidden=hidden, layers=layers, heads=max(16, hidden // 64), kv_heads=8, head_dim=128, ffn=4 * hidden, vocab=129280, latent=latent, experts=experts, topk=topk, moe_ffn=wide, shared_ffn=wide, selected=selected)  # fmt: skip
+    return shape

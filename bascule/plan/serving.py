@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,9 @@ class ServeConstants:
     memory: float = math.log(0.70)  # share of memory bandwidth reached
     compute: float = math.log(0.55)  # share of the matrix peak in decoding
     prefill: float = math.log(0.45)  # the same in prefill
-    experts: float = math.log(1.4)  # experts' weights cost more to read: few rows each, uneven loads
+    experts: float = math.log(
+        1.4
+    )  # experts' weights cost more to read: few rows each, uneven loads
     attention: float = math.log(0.45)
     layer: float = math.log(75e-6)  # launch and synchronisation floor of a layer
     layer_moe: float = math.log(1.5)  # further factor where the layer routes tokens to experts
@@ -315,15 +319,18 @@ class ServeModel:
     process: Process
     interval_width: float
 
-    def predict(self, p: Serving, target: str = "rate") -> tuple[float, float, float]:
-        """Value, low and high of `serve_value`. The regression learns rates; a latency errs the other way."""
+    def predict(
+        self, p: Serving, target: str = "rate", without: Container[str] = ()
+    ) -> tuple[float, float, float]:
+        """Value, low and high of `serve_value`, published points named `without` unlearnt. The regression learns rates; a
+        latency errs the other way."""
         point = serve_point(p, self.constants, target=target)
         back = np.array(
             [getattr(ServeConstants(), n) - getattr(self.constants, n) for n in SERVE_NAMES]
         )
         sign = -1.0 if target == "tpot" else 1.0
         mirrored = replace(point, gradient=tuple(sign * g for g in point.gradient))
-        mean, sd = self.process.predict([mirrored])
+        mean, sd = self.process.predict([mirrored], without)
         value = serve_value(p, self.constants, target) * math.exp(
             sign * (float(mean[0]) + float(np.array(mirrored.gradient) @ back))
         )
@@ -334,29 +341,24 @@ class ServeModel:
         return self.process.nearest(serve_point(p, self.constants))
 
 
+def serving_from(raw: Mapping[str, Any]) -> ServeModel:
+    """Rebuild what fit.py wrote."""
+    names = ("words", "numbers", "gradient", "family", "name", "noise")
+    process = Process(
+        points=tuple(Point(*[one[name] for name in names]) for one in raw["anchors"]),
+        targets=np.array([one["target"] for one in raw["anchors"]]),
+        terms=SERVE_TERMS,
+        sizes=np.array(raw["sizes"]),
+        lengths=np.array([raw["lengths"][name] for name in SERVE_NUMBERS]),
+        prior_sd=np.array([getattr(SERVE_PRIOR_SD, name) for name in SERVE_NAMES]),
+        noise=raw["noise"],
+    )
+    constants = ServeConstants(*[raw["constants"][name] for name in SERVE_NAMES])
+    return ServeModel(constants, process, raw["interval_width"])
+
+
 @functools.cache
 def shipped_serving() -> ServeModel:
-    with (
-        resources.files("bascule.plan")
-        .joinpath("data/serving.json")
-        .open(encoding="utf-8") as handle
-    ):
-        raw = json.load(handle)
-    points = tuple(
-        Point(
-            a["words"],
-            tuple(a["numbers"]),
-            tuple(a["gradient"]),
-            a["family"],
-            a["name"],
-            a["noise"],
-        )
-        for a in raw["anchors"]
-    )
-    process = Process(
-        points, np.array([a["target"] for a in raw["anchors"]]), SERVE_TERMS, np.array(raw["sizes"]), np.array([raw["lengths"][n] for n in SERVE_NUMBERS]),
-        np.array([getattr(SERVE_PRIOR_SD, n) for n in SERVE_NAMES]), raw["noise"],
-    )  # fmt: skip
-    return ServeModel(
-        ServeConstants(*[raw["constants"][n] for n in SERVE_NAMES]), process, raw["interval_width"]
-    )
+    path = resources.files("bascule.plan").joinpath("data/serving.json")
+    with path.open(encoding="utf-8") as handle:
+        return serving_from(json.load(handle))

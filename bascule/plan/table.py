@@ -20,6 +20,7 @@ from bascule.errors import RecipeError
 from bascule.plan.architecture import Latent, Shape
 from bascule.plan.catalogue import chip_like
 from bascule.plan.job import Job, Layout, Recompute, precision_class
+from bascule.plan.models import shape_like
 
 Row = Mapping[str, str]
 
@@ -62,7 +63,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     blank = dict.fromkeys(COLUMNS, "") | ({} if "tier" in header else {"tier": "A"})
     rows = []
     for index, cells in enumerate(raw, 1):
-        row = blank | {str(key).strip(): str(cell or "").strip() for key, cell in cells.items() if key is not None}
+        row = blank | {
+            str(key).strip(): str(cell or "").strip()
+            for key, cell in cells.items()
+            if key is not None
+        }
         row["id"] = row["id"] or f"row {index}"
         row["family"] = row["family"] or f"{row['chip']}|{row['model']}"
         rows.append(row)
@@ -120,20 +125,23 @@ def shape_of(row: Row) -> Shape:
     """The model of a row. Raises RecipeError when the sizes that fix the FLOPs are not in it."""
     extra = _extra(row)
     missing = [key for key in ("layers", "hidden", "heads", "vocab") if number(row, key) is None]
-    if missing:
-        raise RecipeError(f"Row {row.get('id')}: the model's {', '.join(missing)} is missing.")
     negative = [key for key in SIZES if (number(row, key) or 0) < 0]
     if negative:
         raise RecipeError(
             f"Row {row.get('id')}: {', '.join(negative)} is negative; sizes are 0 or more."
         )
+    if number(row, "experts") and not (number(row, "topk") and _expert_width(row)):
+        missing.append("topk or moe_ffn")
+    if missing:
+        named = shape_like(
+            row["model"], number(row, "params_total_B"), number(row, "params_active_B")
+        )
+        if named is not None:
+            return named
+        raise RecipeError(f"Row {row.get('id')}: the model's {', '.join(missing)} is missing.")
     layers, hidden, heads = whole(row, "layers", 1), whole(row, "hidden", 1), whole(row, "heads", 1)
     experts = int(number(row, "experts") or 0)
-    moe_ffn = int(number(row, "moe_ffn") or (number(row, "ffn_hidden") or 0 if experts else 0))
-    if experts and not (moe_ffn and number(row, "topk")):
-        raise RecipeError(
-            f"Row {row.get('id')}: the experts' width or the number chosen (moe_ffn, topk) is missing."
-        )
+    moe_ffn = _expert_width(row) if experts else 0
     dense = int(number(row, "dense_layers_first") or 0) if experts else layers
     if extra.get("moe_every", 1) == 2:
         dense = layers // 2
@@ -175,6 +183,10 @@ def shape_of(row: Row) -> Shape:
         if row["model"] == "DeepSeek-V2"
         else 0,
     )
+
+
+def _expert_width(row: Row) -> int:
+    return int(number(row, "moe_ffn") or number(row, "ffn_hidden") or 0)
 
 
 def _extra(row: Row) -> dict[str, Any]:

@@ -52,3 +52,38 @@ def test_long_steps_are_extended_exactly() -> None:
 def test_an_unknown_schedule_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="dualpipe"):
         play(equal(4), 4, 8, "dualpip")
+
+
+def test_the_search_takes_the_schedules_that_the_stack_ships_and_the_one_that_is_asked_for() -> (
+    None
+):
+    from bascule.plan.answer import answer
+
+    words = "2048 x H800, 1T tokens, fp8"
+    asked = {
+        one: answer("deepseek-v3", train=[f"{words}, {one}"]).trainings[0]
+        for one in ("1f1b", "zb", "dualpipe")
+    }
+    for name, found in asked.items():
+        assert found.job.layout.schedule == name and found.job.layout.pp > 1
+        assert found.memory.verdict == "fits"
+    assert asked["zb"].played.bubble < asked["1f1b"].played.bubble
+    usual = answer("deepseek-v3", train=[words]).trainings[0]
+    assert usual.job.layout.schedule in ("1f1b", "interleaved")
+
+
+def test_dualpipe_holds_the_mirrored_stage_too() -> None:
+    from dataclasses import replace
+
+    from bascule.plan.answer import answer
+    from bascule.plan.memory import memory_of
+
+    job = (
+        answer("deepseek-v3", train=["2048 x H800, 1T tokens, fp8, TP4 PP8 EP64"]).trainings[0].job
+    )
+    plain, both = (
+        memory_of(replace(job, layout=replace(job.layout, schedule=name))).parts
+        for name in ("1f1b", "dualpipe")
+    )
+    assert 1.8 < both["weights"] / plain["weights"] < 2.5  # multi-token prediction sits on the last stage
+    assert both["activations"] > plain["activations"]
