@@ -156,6 +156,11 @@ def _qualify(parser: Parser) -> None:
         help="exit 3 unless every accelerator is fit for this role (repeatable); without it, exit 3 when one is unfit for any",
     )
     parser.add_argument(
+        "--readmit",
+        metavar="RUN",
+        help="POOL is one that this run condemned: examine it again, and let it back if it is fit now; exit 3 if not",
+    )
+    parser.add_argument(
         "--time-limit",
         type=float,
         default=None,

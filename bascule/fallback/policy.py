@@ -117,7 +117,8 @@ def next_move(
 def bad_launches(records: Sequence[AnyRecord]) -> list[str]:
     """Pools of the launches that ended badly since the last new certified snapshot, oldest first.
 
-    A snapshot certified again after a rollback is not progress: only a step beyond every earlier certified one is.
+    A snapshot certified again after a rollback is not progress: only a step beyond every earlier certified one is. A pool that
+    was readmitted starts with a clean record.
     """
     pools: list[str] = []
     furthest = -1
@@ -131,6 +132,8 @@ def bad_launches(records: Sequence[AnyRecord]) -> list[str]:
             pools.clear()
         elif isinstance(record, Migration):
             pools.append(record.from_pool)
+        elif isinstance(record, PoolReadmitted):
+            pools = [pool for pool in pools if pool != record.pool]
     return pools
 
 

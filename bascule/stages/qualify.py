@@ -15,6 +15,7 @@ from bascule.ledger import Ledger, of_kind
 from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.qualify.judge import outdated
 from bascule.records import Evidence, Verdict
+from bascule.stages import reexamine
 from bascule.stages.answer import Answer, say
 
 QUICK_LIMIT_S, FULL_LIMIT_S = 180.0, 3600.0
@@ -23,6 +24,8 @@ MARK = {"pass": "ok  ", "fail": "FAIL", "error": "FAIL", "skipped": "skip"}
 
 def main(arguments: Namespace) -> Answer:
     """Exit 3 when any examined accelerator is unfit for any role."""
+    if arguments.readmit:
+        return reexamine.readmit(arguments)
     model = ModelConfig(preset=arguments.preset)
     results = [
         run_battery(

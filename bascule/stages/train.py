@@ -50,6 +50,7 @@ from bascule.stages import workers
 from bascule.stages.answer import say
 from bascule.stages.place import place_roles
 from bascule.stages.progress import LedgerTail, ProgressLine
+from bascule.stages.reexamine import Reexamination
 
 POLL_S = 0.1
 ENGINE_DEATHS_ALLOWED = 2  # on one pool without a new certified snapshot in between
@@ -75,12 +76,12 @@ def train(
     """Train to the end, over as many launches and pools as it takes. Raises the error that ends the run."""
     supervisor = Supervisor(recipe, folder, ledger, should_stop)
     supervisor.settle_unfinished()
-    while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
-        supervisor.react(ending)
-        if should_stop():
-            raise Preempted(
-                "Stopped on request, after what had just happened was settled. Run the same command again to go on."
-            )
+    try:
+        while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
+            supervisor.react(ending)
+            supervisor.check_stop()
+    finally:
+        supervisor.reexamination.close()
 
 
 class Supervisor:
@@ -97,6 +98,13 @@ class Supervisor:
         self.tail = LedgerTail(folder.ledger)
         self.placement: Placement | None = None
         self.stacks = ""
+        self.reexamination = Reexamination(recipe, folder, ledger, self.check_stop)
+
+    def check_stop(self) -> None:
+        if self.should_stop():
+            raise Preempted(
+                "Stopped on request, after what had just happened was settled. Run the same command again to go on."
+            )
 
     def launch(self, placement: Placement) -> Ending:
         """Run one trainer to its end, keeping a rollout engine alive beside it."""
@@ -105,7 +113,7 @@ class Supervisor:
         room = Path(tempfile.mkdtemp(prefix="bascule-"))
         trainer = self._start_trainer(placement.train, room / "s")
         self.from_certified = False
-        engine = self._start_engine(placement.infer, room / "s")
+        engine: workers.Worker | None = None
         try:
             while True:
                 ending = self._trainer_ending(trainer)
@@ -116,7 +124,8 @@ class Supervisor:
                 time.sleep(POLL_S)
         finally:
             trainer.kill()
-            engine.kill()
+            if engine is not None:
+                engine.kill()
             self._follow()
             shutil.rmtree(room, ignore_errors=True)
 
@@ -253,8 +262,11 @@ class Supervisor:
                 return replace(ending, message=words)
         return ending
 
-    def _keep_engine(self, engine: workers.Worker, socket: Path) -> workers.Worker:
-        """Restart a dead or silent engine; after repeated deaths its pool loses the role and the next one takes over."""
+    def _keep_engine(self, engine: workers.Worker | None, socket: Path) -> workers.Worker | None:
+        """Restart a dead or silent engine; after repeated deaths its pool loses the role and the next one takes over. None while
+        a pool that failed in training is examined again: it may turn out unfit to infer."""
+        if engine is None:
+            return None if self.reexamination.pending() else self._place_engine(socket)
         health = engine.health
         if engine.returncode is None and not health.must_end:
             return engine
@@ -271,9 +283,14 @@ class Supervisor:
             self._condemn(
                 engine.pool, "infer", Ending("RolloutFailed", f"the rollout engine {why}", 1)
             )
-            self.placement = place_roles(self.recipe, self.ledger)
+        return self._place_engine(socket)
+
+    def _place_engine(self, socket: Path) -> workers.Worker:
+        """Inference may move while the trainer stays where it is."""
         assert self.placement is not None
-        return self._start_engine(self.placement.infer, socket)
+        infer = place_roles(self.recipe, self.ledger).infer
+        self.placement = self.placement.model_copy(update={"infer": infer})
+        return self._start_engine(infer, socket)
 
     def _follow(self) -> None:
         for record in self.tail.new():
