@@ -24,6 +24,22 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class RopeScaling(Section):
+    """Rotary frequencies stretched for a longer context, in Hugging Face's words (model/rope.py computes them)."""
+
+    rope_type: Literal["yarn", "llama3"]
+    factor: float = Field(..., ge=1)
+    original_max_position_embeddings: int = Field(..., ge=1)
+    beta_fast: float = Field(32.0, gt=0, description="yarn")
+    beta_slow: float = Field(1.0, gt=0, description="yarn")
+    mscale: float | None = Field(None, description="yarn; DeepSeek's temperature of the tables")
+    mscale_all_dim: float | None = Field(None, description="yarn; and of the scores")
+    attention_factor: float | None = Field(None, gt=0, description="yarn; overrides mscale")
+    truncate: bool = Field(True, description="yarn: the ramp begins and ends at whole indices")
+    low_freq_factor: float = Field(1.0, gt=0, description="llama3")
+    high_freq_factor: float = Field(4.0, gt=0, description="llama3")
+
+
 class ModelConfig(Section):
     """The architecture, under Hugging Face's own names so that export is a rename (issue part 1, item 4).
 
@@ -77,6 +93,7 @@ class ModelConfig(Section):
         True, description="with attention_bias: also on the output projection; Qwen2 has none there"
     )
     rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = Field(1e-6, gt=0)
     tie_word_embeddings: bool = True
     max_position_embeddings: int = Field(256, ge=8)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from bascule.config import ModelConfig
 from bascule.model.cache import Context
 from bascule.model.layers import RMSNorm, rotate_halves, rotate_neighbours
+from bascule.model.rope import score_gain
 
 LATENT_NORM_EPS = 1e-6
 """transformers fixes this for `q_a_layernorm` and `kv_a_layernorm`, whatever `rms_norm_eps` says."""
@@ -121,7 +122,7 @@ class LatentAttention(nn.Module):
         self.layer, self.heads = layer, config.num_attention_heads
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value, self.latent = config.v_head_dim, config.kv_lora_rank
-        self.scale = (self.nope + self.rope) ** -0.5
+        self.scale = (self.nope + self.rope) ** -0.5 * score_gain(config.rope_scaling)
         hidden, bias = config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)

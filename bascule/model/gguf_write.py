@@ -56,6 +56,11 @@ def write(
             "A GGUF file was asked for, and the package gguf is not installed. Install it: pip install 'bascule[gguf]'."
         ) from None
     family = hf_config.family(config)
+    if config.rope_scaling:
+        raise ModelFolderError(
+            f"A model whose rotary frequencies are scaled ({config.rope_scaling.rope_type}) was to be written as GGUF; bascule writes "
+            "plain ones only. Convert its Hugging Face folder with llama.cpp's convert_hf_to_gguf.py."
+        )
     writer = gguf.GGUFWriter(path, ARCHITECTURES[family])
     writer.add_name(name)
     _add_sizes(writer, config)

@@ -36,6 +36,10 @@ _MLA = (
     "norm_topk_prob", "first_k_dense_replace",
 )  # fmt: skip
 
+_SCALED = {"factor", "original_max_position_embeddings"}
+_YARN = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"}
+_LLAMA3 = {"low_freq_factor", "high_freq_factor"}
+
 # Keys whose other values mean another computation: (key, the only value we compute, what readers assume when it is absent).
 _FIXED: dict[str, tuple[tuple[str, Any, Any], ...]] = {
     "deepseek_v3": (
@@ -76,8 +80,7 @@ def to_hf(config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int]) ->
     written |= {name: getattr(config, name) for name in _EVERY}
     written |= {
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_scaling": None,
+        **_rope_keys(config),
         "dtype": dtype,
         "torch_dtype": dtype,
         "attention_dropout": 0.0,
@@ -95,6 +98,16 @@ def to_hf(config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int]) ->
     if kind in ("qwen2", "qwen3"):
         written |= {"sliding_window": None, "max_window_layers": config.num_hidden_layers}
     return written
+
+
+def _rope_keys(config: ModelConfig) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` beside `rope_theta` (everybody else)."""
+    scaling = config.rope_scaling and config.rope_scaling.model_dump(exclude_none=True)
+    if scaling:
+        foreign = _YARN if scaling["rope_type"] == "llama3" else _LLAMA3
+        scaling = {name: value for name, value in scaling.items() if name not in foreign}
+    parameters = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+    return {"rope_parameters": parameters, "rope_scaling": scaling}
 
 
 def _deepseek_keys(config: ModelConfig) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def from_hf(raw: Mapping[str, Any], *, source: str, mtp_layers: int = 0) -> Mode
         _demand(source, name, raw.get(name, absent), allowed)
     _demand(source, "quantization_config", raw.get("quantization_config"), None)
     fields = {name: raw[name] for name in _EVERY if raw.get(name) is not None}
-    fields["rope_theta"] = _rope_theta(raw, source)
+    fields |= _rope(raw, source)
     names = _MLA if kind == "deepseek_v3" else _GQA
     fields |= {
         name: raw[name]
@@ -209,12 +222,23 @@ def _demand(source: str, name: str, found: Any, allowed: Any) -> None:
         )
 
 
-def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
-    """transformers 5 moved theta into `rope_parameters`; older files have it at the top. Scaled variants are refused."""
-    parameters = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    for holder in (parameters, scaling):
-        _demand(
-            source, "rope type", holder.get("rope_type", holder.get("type", "default")), "default"
+def _rope(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """transformers 5 keeps theta and scaling in `rope_parameters`; older files have theta at the top and `rope_scaling`."""
+    holders = [dict(raw[name]) for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    kinds = {holder.get("rope_type", holder.get("type", "default")) for holder in holders}
+    given = {name: value for holder in holders for name, value in holder.items() if value is not None}  # fmt: skip
+    theta = float(given.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    if kinds <= {"default"}:
+        return {"rope_theta": theta}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    known = _SCALED | {"yarn": _YARN, "llama3": _LLAMA3}.get(str(kind), set())
+    scaling = {n: v for n, v in given.items() if n not in ("rope_theta", "rope_type", "type")}
+    if kind == "yarn" and "factor" not in scaling and "original_max_position_embeddings" in scaling:
+        stretch = raw["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+        scaling["factor"] = stretch
+    if kind not in ("yarn", "llama3") or set(scaling) - known or not set(scaling) >= _SCALED:
+        raise ModelFolderError(
+            f"'{source}' scales its rotary frequencies by {holders}; bascule's decoder computes yarn and llama3, with `factor` and "
+            "`original_max_position_embeddings` and no keys beside transformers' own. Convert the model first."
         )
-    return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **scaling}}

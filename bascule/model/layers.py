@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bascule.config import RopeScaling
+from bascule.model import rope
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned gain (Zhang & Sennrich 2019). Statistics are taken in fp32 by the kernel."""
@@ -37,20 +40,27 @@ class Rotary(nn.Module):
     sin_PR: Tensor
 
     def __init__(
-        self, size: int, positions: int, theta: float, pairing: Literal["neighbours", "halves"]
+        self,
+        size: int,
+        positions: int,
+        theta: float,
+        pairing: Literal["neighbours", "halves"],
+        scaling: RopeScaling | None = None,
     ) -> None:
         super().__init__()
         self.size, self.positions, self.theta, self.pairing = size, positions, theta, pairing
+        self.scaling = scaling
         cos, sin = self._tables()
         self.register_buffer("cos_PR", cos, persistent=False)
         self.register_buffer("sin_PR", sin, persistent=False)
 
     def _tables(self) -> tuple[Tensor, Tensor]:
-        frequency = 1.0 / self.theta ** (
-            torch.arange(0, self.size, 2, dtype=torch.int64).float() / self.size
-        )
+        frequency = rope.frequencies(self.size, self.theta, self.scaling)
         angle = torch.outer(torch.arange(self.positions).float(), frequency)
         cos, sin = angle.cos(), angle.sin()
+        if self.scaling is not None:
+            gain = rope.table_gain(self.scaling)
+            cos, sin = cos * gain, sin * gain
         if self.pairing == "halves":
             return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         mla = config.attention == "mla"
         self.rotary = Rotary(
             config.qk_rope_head_dim if mla else config.head_dim, config.max_position_embeddings, config.rope_theta,
-            "neighbours" if mla else "halves",
+            "neighbours" if mla else "halves", config.rope_scaling,
         )  # fmt: skip
 
 

@@ -35,7 +35,24 @@ QWEN: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=1e6,
 )  # fmt: skip
 
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
 TWINS = {
+    "deepseek_v3_yarn": DeepseekV3Config(
+        **DEEPSEEK, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 8.0}
+    ),
+    "qwen3_yarn": Qwen3Config(**{**QWEN, "rope_theta": None}, rope_parameters=YARN),
+    "qwen2_yarn_own_temperature": Qwen2Config(
+        **{**QWEN, "rope_theta": None},
+        rope_parameters={**YARN, "attention_factor": 1.3, "truncate": False},
+    ),
+    "llama3": LlamaConfig(**{**QWEN, "rope_theta": None}, rope_parameters=LLAMA3),
     "deepseek_v3": DeepseekV3Config(**DEEPSEEK),
     "deepseek_v3_q_lora_two_shared": DeepseekV3Config(
         **{**DEEPSEEK, "q_lora_rank": 20, "routed_scaling_factor": 2.5, "n_shared_experts": 2}
