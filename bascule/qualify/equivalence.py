@@ -52,12 +52,15 @@ class Equivalence:
             f"margin {100 * self.margin:g} %, power {self.power:.0%}, {self.runs[0]} and {self.runs[1]} runs"
         )
         if self.answer == "too few runs":
-            words += (
-                f"; {self.runs_needed} needed"
-                if self.runs_needed
-                else "; no number of runs below 10,000 would do"
-            )
+            words += f"; {self._needed()}"
         return words + ")"
+
+    def _needed(self) -> str:
+        if self.runs_needed:
+            return f"{self.runs_needed} needed"
+        if not math.isfinite(self.spread):
+            return "a single run shows no spread, so nobody can say how many are needed"
+        return f"no number of runs below {MAX_RUNS:,} would do"
 
 
 def compare(

@@ -13,8 +13,10 @@ several percent at single evaluations, and one of those must not decide. No torc
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +39,17 @@ START_BAR = 0.01  # runs of one experiment start from the same loss; a generatio
 SAME_SHARE = 1e-3  # positions this close, relative to the last one, are the same evaluation
 
 _MARK = ":::MLLOG"
-_STEP_NAMES = ("step", "samples", "samples_count", "tokens", "iteration", "epoch", "position")
-_LOSS_NAMES = ("loss", "eval_loss", "validation_loss", "val_loss", "train_loss")
+_STEP_NAMES = ("step", "global_step", "_step", "samples", "samples_count", "step_num", "tokens", "iteration", "iter", "epoch", "epoch_num", "position")  # fmt: skip
+_LOSS_NAMES = ("loss", "eval_loss", "validation_loss", "val_loss", "train_loss", "lm_loss", "lm loss", "eval/loss", "val/loss", "train/loss")  # fmt: skip
+_MLPERF_POSITIONS = ("samples_count", "step_num", "epoch_num", "epoch_count")
+_LOGS = (".txt", ".log", ".out", ".jsonl", ".csv", ".tsv")
 # Declared, but not what is trained: who ran it, on what, with which luck, how the batch was cut up, when it stopped.
 _NOT_SETTINGS = ("seed", "submission_org", "submission_platform", "submission_division", "submission_status", "submission_poc_name",
                  "submission_poc_email", "gradient_accumulation_steps", "train_samples", "target_accuracy", "cache_clear",
                  "eval_accuracy", "tracked_stats", "max_steps", "name", "pools", "prefer", "threads", "strict", "guard", "qualify",
                  "serve", "evaluate", "recipe_sha256")  # fmt: skip
+# Parts of names that say how a run was spread over machines or how fast it was, in submissions' own keys.
+_NOT_TRAINED = ("submission_", "parallel", "node", "world_size", "micro_batch", "minibatch", "throughput", "hostname", "elapsed", "gpus", "devices", "workers")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,14 @@ class RunComparison:
             "answer": found.answer,
             "margin": found.margin,
             "difference": found.difference,
-            "ci90": list(found.ci90),
+            "ci90": [_finite(end) for end in found.ci90],
             "p_lower": found.p_lower,
             "p_upper": found.p_upper,
             "p_different": found.p_different,
             "power": found.power,
             "runs_needed": found.runs_needed,
             "runs": list(found.runs),
-            "spread": found.spread if math.isfinite(found.spread) else None,
+            "spread": _finite(found.spread),
             "window": list(self.window) if self.window else None,
         }
 
@@ -89,6 +95,11 @@ class RunComparison:
             return f"refused: {self.refusal}"
         assert self.window is not None
         return f"{self.result.sentence()}; positions {self.window[0]:g} to {self.window[1]:g}"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: a single run has no spread, so its interval has no ends."""
+    return value if math.isfinite(value) else None
 
 
 def compare_groups(a: Sequence[Run], b: Sequence[Run], *, margin: float = MARGIN) -> RunComparison:
@@ -174,16 +185,16 @@ def _files(path: Path) -> list[Path]:
     found = [
         file
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.suffix in (".txt", ".log", ".jsonl", ".csv", ".tsv")
+        if file.is_file() and file.name.removesuffix(".gz").endswith(_LOGS)
     ]
     if not found:
-        raise UsageError(f"The folder '{path}' holds no .txt, .log, .jsonl or .csv file.")
+        raise UsageError(f"The folder '{path}' holds no {', '.join(_LOGS)} file, plain or .gz.")
     return found
 
 
 def read_run(path: Path) -> Run:
     """Raises UsageError when the file holds no loss series, or losses that are not positive and finite."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = _text(path)
     if _MARK in text:
         points, settings = _from_mlperf(text)
     elif text.lstrip().startswith("{"):
@@ -206,6 +217,16 @@ def read_run(path: Path) -> Run:
     return Run(f"{path.parent.name}/{path.name}", positions, losses, settings)
 
 
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"'{path}' is a damaged gzip file: {error}.") from None
+    return raw.decode("utf-8-sig", errors="replace")
+
+
 Points = list[tuple[float, float]]
 
 
@@ -220,13 +241,15 @@ def _from_mlperf(text: str) -> tuple[Points, dict[str, str]]:
             entry = json.loads(body)
         except json.JSONDecodeError:
             continue  # a torn line of a log that others wrote
-        if entry["key"] in ("eval_accuracy", "eval_loss"):
-            where = entry.get("metadata") or {}
-            position = where.get("samples_count", where.get("step_num", where.get("epoch_num")))
-            if position is not None:
-                points.append((float(position), float(entry["value"])))
+        if not isinstance(entry, dict) or "key" not in entry:
+            continue
+        name, value = entry["key"], entry.get("value")
+        if name in ("eval_accuracy", "eval_loss"):
+            position = _first(entry.get("metadata") or {}, _MLPERF_POSITIONS)
+            if position is not None and value is not None and _is_number(value):
+                points.append((float(position), float(value)))
         elif entry.get("event_type") == "POINT_IN_TIME":
-            _declare(settings, {entry["key"]: entry["value"]})
+            _declare(settings, {name: value})
     return points, settings
 
 
@@ -293,7 +316,7 @@ def _first(entry: Mapping[str, Any], names: Sequence[str]) -> float | None:
 def _declare(settings: dict[str, str], declared: Mapping[str, Any]) -> None:
     """Numbers are compared as numbers: 1 and 1.0 are one setting."""
     for name, value in declared.items():
-        if name in _NOT_SETTINGS or value is None:
+        if name in _NOT_SETTINGS or value is None or any(part in name for part in _NOT_TRAINED):
             continue
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             settings[name] = f"{float(value):g}"
@@ -301,9 +324,9 @@ def _declare(settings: dict[str, str], declared: Mapping[str, Any]) -> None:
             settings[name] = json.dumps(value, sort_keys=True)
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: Any) -> bool:
     try:
         float(text)
-    except ValueError:
+    except (ValueError, TypeError):
         return False
     return True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bascule.draws import generator, key
 from bascule.errors import UsageError
 from bascule.qualify.runs import Run, compare_groups, read_group, read_run
 
@@ -177,4 +180,47 @@ def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         read_group([tmp_path / "nowhere"])
     with pytest.raises(UsageError, match="holds no"):
+        read_group([tmp_path])
+
+
+def mllog(path: Path, *, keep: Callable[[int], bool] = lambda at: True, lift: float = 0.0, seed: int = 0, **declared: object) -> Path:  # fmt: skip
+    """A submission's log: one line an evaluation, some of them missing, keys of its own."""
+    lines = [{"key": name, "value": value, "event_type": "POINT_IN_TIME"} for name, value in {"global_batch_size": 32, **declared}.items()]  # fmt: skip
+    noise = generator(key(seed, "test.mllog")).standard_normal(20)
+    for at in filter(keep, range(1, 21)):
+        loss = float(4.0 * at**-0.1 * np.exp(lift + 0.001 * noise[at - 1]))
+        lines.append({"key": "eval_accuracy", "value": loss, "event_type": "POINT_IN_TIME", "metadata": {"samples_count": 12288 * at}})  # fmt: skip
+    text = "".join(f":::MLLOG {json.dumps(line)}\n" for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def test_logs_with_missing_evaluations_other_machines_and_gzip_are_still_compared(
+    tmp_path: Path,
+) -> None:
+    a = [mllog(tmp_path / f"a/{i}.txt", seed=i, tensor_parallel_size=8) for i in range(6)]
+    b = [mllog(tmp_path / f"b/{i}.log.gz", seed=10 + i, keep=lambda at: at % 5 > 0, tensor_parallel_size=1) for i in range(6)]  # fmt: skip
+    assert answer(read_group([a[0].parent]), read_group([b[0].parent])) == "equal"
+    far = [mllog(tmp_path / f"c/{i}.txt", seed=20 + i, lift=0.02) for i in range(6)]
+    assert answer(read_group(a), read_group(far)) == "different"
+
+
+def test_an_unknown_declared_setting_that_differs_is_refused(tmp_path: Path) -> None:
+    a, b = (read_group([mllog(tmp_path / f"{what}.txt", dropout_rate=what)]) for what in (0.0, 0.1))
+    assert compare_groups(a, b).data()["answer"] == "refused"
+
+
+def test_one_run_a_side_is_too_few_and_the_answer_is_valid_json(tmp_path: Path) -> None:
+    a, b = (read_group([mllog(tmp_path / f"{seed}.txt", seed=seed)]) for seed in (0, 1))
+    found = compare_groups(a, b)
+    data = json.loads(json.dumps(found.data(), allow_nan=False))
+    assert (data["answer"], data["runs_needed"], data["ci90"]) == ("too few runs", None, [None, None])  # fmt: skip
+    assert {"answer", "margin", "difference", "ci90", "power", "runs_needed"} <= data.keys()
+    assert "a single run shows no spread" in found.sentence()
+
+
+def test_a_damaged_gzip_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"1 2\n2 3\n")[:-9])
+    with pytest.raises(UsageError, match="damaged gzip"):
         read_group([tmp_path])
