@@ -8,7 +8,8 @@ import torch
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import UsageError
-from bascule.infer.batch import Batch, Row
+from bascule.infer.batch import Batch
+from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import Completion
 from bascule.model.transformer import Transformer
@@ -17,7 +18,10 @@ BEAT_EVERY_STEPS = 8
 
 
 class Engine:
-    """Samples from one model on one chip. `on_progress(request number)` is called every few steps: proof of life."""
+    """Samples from one model on one chip. `on_progress(request number)` is called every few steps: proof of life.
+
+    `reproducible`: a completion's tokens and log-probabilities are the same bits whatever else is in the batch (runner.py).
+    """
 
     def __init__(
         self,
@@ -27,11 +31,13 @@ class Engine:
         eos_id: int,
         pad_id: int,
         batch_size: int = 1024,
+        reproducible: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.accelerator = accelerator
         self.batch_size = batch_size
+        self.reproducible = reproducible
         self.requests = 0
         self._eos_id = eos_id
         self._pad_id = pad_id
@@ -103,9 +109,11 @@ class Engine:
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         length = max(len(row.prompt) + row.sampling.max_tokens for row in rows)
+        if self.reproducible:  # the longest row alone decides how many slots a call reads, so it is the same for every batch
+            length = self.model.config.max_position_embeddings
         return Batch(
-            self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id
-        )
+            self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id, reproducible=self.reproducible,
+        )  # fmt: skip
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         longest = max(map(len, prompts))

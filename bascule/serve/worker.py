@@ -30,17 +30,16 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, OutOfMemory
-from bascule.infer.batch import Batch, Prefill, Row, score
-from bascule.infer.prefix import PrefixStore
+from bascule.infer.batch import CHUNK, Batch, Prefill
+from bascule.infer.row import Row
+from bascule.infer.score import score
 from bascule.infer.sequence import Sampling
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, load_hf
 from bascule.serve.grammar import Grammars
 
-CHUNK_TOKENS = 256  # read of a long prompt per tick: about what the others wait for it
 TOGETHER_TOKENS = 512  # short prompts that are read in one go per tick
 SHORT_TOKENS = 64
-PREFIX_BYTES = 64 << 20
 CACHE_BYTES = 1 << 30
 ALIVE_S = 1.0
 
@@ -60,15 +59,15 @@ class Desk:
         self, model: Transformer, accelerator: Accelerator, tokenizer: Tokenizer, *, slots: int
     ) -> None:
         length = model.config.max_position_embeddings
-        row_bytes = model.new_cache(1, length).memory_bytes
-        self.prefixes = PrefixStore(PREFIX_BYTES)
+        token_bytes = model.new_cache(1, 1).memory_bytes
         self.batch = Batch(
             model,
-            slots=max(1, min(slots, CACHE_BYTES // row_bytes)),
+            slots=slots,
             length=length,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
-            prefixes=self.prefixes,
+            tokens=CACHE_BYTES // token_bytes,
+            share=True,
         )
         self.accelerator = accelerator
         self.waiting: deque[list[Seat]] = deque()
@@ -122,6 +121,8 @@ class Desk:
         )
         if self.reading is not None:
             left = [seat for seat in self.reading[0] if not meant(seat)]
+            if not left:
+                self.batch.drop(self.reading[1])
             self.reading = (left, self.reading[1]) if left else None
         for row in list(self.batch.rows):
             if meant(row):
@@ -133,6 +134,7 @@ class Desk:
         self._said, self._began, self._scored = [], [], []
         with self.accelerator.session(Work("infer", max(1, self.jobs))):
             self._note(self.batch.step())
+            self._take_back()
             self._read_long()
             self._read_short()
             self._score_one()
@@ -150,6 +152,13 @@ class Desk:
                 [job["id"], score(self.batch.model, job["prompt"], job["top"], job["temperature"])]
             )
 
+    def _take_back(self) -> None:
+        """Rows that had to give their blocks to older ones come first again."""
+        for row in self.batch.preempted:
+            assert isinstance(row, Seat)
+            self.waiting.appendleft([row])
+        self.batch.preempted.clear()
+
     def _read_long(self) -> None:
         if (
             self.reading is None
@@ -163,7 +172,7 @@ class Desk:
             self.reading = (seats, prefill)
         if self.reading is not None:
             seats, prefill = self.reading
-            prefill.advance(CHUNK_TOKENS)
+            prefill.advance(CHUNK)
             if prefill.done:
                 self.reading = None
                 self._note(self.batch.enter(seats, prefill))
@@ -173,9 +182,7 @@ class Desk:
         taken = 0
         while self.waiting and taken < TOGETHER_TOKENS:
             seats = self.waiting[0]
-            if _length(seats) > SHORT_TOKENS or not self._fits(
-                seats, [seat for group in groups for seat in group]
-            ):
+            if _length(seats) > SHORT_TOKENS or not self._fits(*groups, seats):
                 break
             groups.append(self.waiting.popleft())
             self._began.append([seats[0].job, 0])
@@ -183,9 +190,9 @@ class Desk:
         if groups:
             self._note(self.batch.join(groups))
 
-    def _fits(self, seats: Sequence[Seat], besides: Sequence[Seat] = ()) -> bool:
-        reserved = len(self.reading[0]) if self.reading is not None else 0
-        return len(seats) + len(besides) + reserved <= self.batch.free
+    def _fits(self, *groups: list[Seat]) -> bool:
+        reading = len(self.reading[0]) if self.reading is not None else 0
+        return self.batch.fits(groups, reserved=reading)
 
     def _note(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -200,8 +207,9 @@ class Desk:
             "running": len(self.batch.rows),
             "waiting": sum(map(len, self.waiting)) + (len(self.reading[0]) if self.reading else 0),
             "cache_used_ratio": self.batch.used_tokens / self.batch.capacity_tokens,
-            "prefix_queries": self.prefixes.queries,
-            "prefix_hits": self.prefixes.hits,
+            "prefix_queries": self.batch.blocks.queries,
+            "prefix_hits": self.batch.blocks.hits,
+            "preemptions": self.batch.preemptions,
         }
 
 

@@ -8,9 +8,9 @@ import torch
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.config import ModelConfig
 from bascule.errors import NonFiniteLogits, UsageError
-from bascule.infer.batch import Batch, Row
+from bascule.infer.batch import Batch
 from bascule.infer.engine import Engine
-from bascule.infer.prefix import PrefixStore
+from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
 from bascule.model.transformer import Transformer
 from bascule.model.weights import initialise
@@ -142,14 +142,13 @@ def test_rows_that_join_late_say_what_they_say_alone() -> None:
 
 
 @torch.inference_mode()
-def test_chunked_prefill_and_prefix_reuse_change_nothing() -> None:
+def test_chunked_prefill_and_shared_blocks_change_nothing() -> None:
     model = tick()
     prompt = [1, *range(5, 60)]
     expected = engine(model).generate([prompt], Sampling(max_tokens=20))[0]
-    store = PrefixStore(1 << 20)
+    batch = Batch(model, slots=2, length=100, eos_id=EOS, pad_id=PAD, share=True)
     reads = []
     for _ in range(2):
-        batch = Batch(model, slots=2, length=100, eos_id=EOS, pad_id=PAD, prefixes=store)
         row = Row(prompt, Sampling(max_tokens=20))
         prefill = batch.prefill(row)
         reads.append(len(prompt) - prefill.read)
@@ -161,21 +160,6 @@ def test_chunked_prefill_and_prefix_reuse_change_nothing() -> None:
         assert row.said == expected.tokens
         assert max(abs(a - b) for a, b in zip(row.logprobs, expected.logprobs, strict=True)) < 1e-4
     assert reads == [56, 8]
-
-
-def test_the_prefix_store_keeps_its_budget_and_forgets_the_oldest_end_first() -> None:
-    cache = tick().new_cache(1, 64)
-    for buffer in cache.buffers:
-        buffer.normal_()
-    store = PrefixStore(budget_bytes=cache.memory_bytes)
-    first, second = list(range(64)), list(range(100, 132))
-    store.keep(first, cache)
-    store.keep(second, cache)
-    assert store.used_bytes <= store.budget_bytes
-    assert [store.fill([*tokens, 0], tick().new_cache(1, 80)) for tokens in (second, first)] == [
-        32,
-        32,
-    ]
 
 
 @torch.inference_mode()

@@ -1,0 +1,128 @@
+"""How the model is called: whole prompts together, one prompt in chunks, or one token for every row.
+
+`fixed` is the reproducible mode. A product's bits depend on its shape (how many rows share the call), so every step is
+made of calls of one shape: TILE rows, missing ones filled up, and as many slots as the row's own length rounds up to. Then a row's
+bits depend on that row alone. Prompts are read one by one, in chunks counted from their start. Experts that are called with the tokens that chose
+them have no fixed shape; models with such layers run row by row. What it costs: benchmarks/serve/reproducible.py.
+
+Letters: B rows, M blocks of a row, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bascule.infer.blocks import blocks_for
+from bascule.infer.packed import pack
+from bascule.model.pages import PagedCache, Pages
+from bascule.model.transformer import Output, Transformer
+
+TILE = 8
+LEAST_SLOTS = 64
+
+
+class Runner:
+    """One model and its pages. The weights must stay as they are while it lives: a small model is packed once, here."""
+
+    def __init__(
+        self, model: Transformer, blocks: int, *, length: int, pad_id: int, fixed: bool
+    ) -> None:
+        weight = model.lm_head.weight
+        self.device = weight.device
+        self.pages = Pages(model.config, blocks, self.device, weight.dtype)
+        self.fixed = fixed
+        self._model, self._length, self._pad_id = model, length, pad_id
+        self._packed = pack(model)
+        self._tile = 1 if self._packed is None and model.moe_layers() else TILE
+
+    def read_together(
+        self, texts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Whole texts into their blocks; the logits after each, (B, V)."""
+        longest = max(map(len, texts))
+        tokens = [[*text, *[self._pad_id] * (longest - len(text))] for text in texts]
+        lengths_B = torch.tensor([len(text) for text in texts], device=self.device)
+        table = np.zeros((len(texts), blocks_for(longest)), dtype=np.int64)
+        for line, blocks in zip(table, tables, strict=True):
+            line[: len(blocks)] = blocks
+        cache = self._view(table, np.zeros(len(texts), dtype=np.int64), ragged=False)
+        ragged = len(set(map(len, texts))) > 1
+        mask_BT = torch.arange(longest, device=self.device) < lengths_B[:, None] if ragged else None
+        output: Output = self._model(
+            torch.tensor(tokens, device=self.device), mask=mask_BT, cache=cache, at_B=lengths_B - 1
+        )
+        return output.logits_BTV[:, 0]
+
+    def read_on(self, chunk: Sequence[int], blocks: Sequence[int], known: int) -> Tensor:
+        """One row's next tokens after its first `known`; the logits after the last, (1, V)."""
+        cache = self._view(np.array([blocks]), np.array([known]), ragged=False)
+        tokens_1T = torch.tensor([list(chunk)], device=self.device)
+        last_1 = torch.tensor([len(chunk) - 1], device=self.device)
+        output: Output = self._model(tokens_1T, cache=cache, at_B=last_1)
+        return output.logits_BTV[:, 0]
+
+    def step(
+        self, tokens_B: Sequence[int], tables_BM: NDArray[np.int64], read_B: NDArray[np.int64]
+    ) -> Tensor:
+        """One more token for every row, which has `read_B` tokens in its blocks; the logits after it, (B, V)."""
+        if not self.fixed:
+            return self._step(tokens_B, tables_BM, read_B)
+        logits_BV: Tensor | None = None
+        for rows, width in self._tiles(read_B):
+            filled = [*rows, *[rows[0]] * (self._tile - len(rows))]
+            tables = tables_BM[filled]
+            tables[len(rows) :] = (
+                0  # what fills the tile up writes to the block that belongs to nobody
+            )
+            part_BV = self._step([tokens_B[row] for row in filled], tables, read_B[filled], width)
+            if logits_BV is None:
+                logits_BV = part_BV.new_empty(len(read_B), part_BV.shape[1])
+            logits_BV[rows] = part_BV[: len(rows)]
+        assert logits_BV is not None
+        return logits_BV
+
+    def _step(
+        self,
+        tokens_B: Sequence[int],
+        tables_BM: NDArray[np.int64],
+        read_B: NDArray[np.int64],
+        width: int | None = None,
+    ) -> Tensor:
+        tokens = torch.tensor(tokens_B, device=self.device)
+        ragged = int(read_B.min()) != int(read_B.max())
+        cache = self._view(tables_BM, read_B, ragged=ragged, width=width)
+        if self._packed is not None:
+            return self._packed.step(tokens, cache)
+        output: Output = self._model(tokens[:, None], cache=cache)
+        return output.logits_BTV[:, 0]
+
+    def _tiles(self, read_B: NDArray[np.int64]) -> Iterator[tuple[list[int], int]]:
+        """Rows that share a call, and the slots it reads: a power of two, whatever else is running."""
+        by_width: dict[int, list[int]] = {}
+        for row, read in enumerate(read_B.tolist()):
+            width = max(LEAST_SLOTS, 1 << read.bit_length())
+            by_width.setdefault(min(width, self._length), []).append(row)
+        for width, rows in by_width.items():
+            for start in range(0, len(rows), self._tile):
+                yield rows[start : start + self._tile], width
+
+    def _view(
+        self,
+        tables_BM: NDArray[np.int64],
+        read_B: NDArray[np.int64],
+        *,
+        ragged: bool,
+        width: int | None = None,
+    ) -> PagedCache:
+        longest = int(read_B.max())
+        if width is not None:
+            tables_BM = tables_BM[:, : blocks_for(width)]
+        return PagedCache(
+            self.pages, torch.from_numpy(tables_BM).to(self.device), torch.from_numpy(read_B).to(self.device),
+            longest, ragged=ragged, width=width,
+        )  # fmt: skip
