@@ -79,7 +79,7 @@ CHECKS: tuple[Check, ...] = (
         "exact.matmul", BOTH,
         "Are products of small-integer matrices, right in any summation order, exactly right?",
         "every element equal; tolerance zero", "exact:matmul",
-        catches=("gain-0.2-percent", "input-range", "buffer-1024", "backward-wrong", "corrupt", "zeroed", "bit-flip", "sign", "nan", "truncation", "doubled-gradient"),
+        catches=("gain-0.2-percent", "input-range", "buffer-1024", "backward-wrong", "corrupt", "zeroed", "bit-flip", "sign", "nan", "truncation", "doubled-gradient", "intermittent", "stuck-lane", "cache-line", "one-tile", "over-read", "stale-replay", "ignores-strides", "batched-backward"),
     ),
     Check(
         "exact.reduction", BOTH,
@@ -104,7 +104,7 @@ CHECKS: tuple[Check, ...] = (
         "Is each operator of this model's forward pass as precise as its type allows, on the inputs this model gives it?",
         "signed gain, RMS and tail within the noise floor measured against fp64 (numerics.TOLERANCES); no non-finite mismatch",
         "numerics:forward",
-        catches=("gain-0.2-percent", "truncation", "softmax-0.99", "low-precision", "narrow-accumulation", "corrupt"),
+        catches=("gain-0.2-percent", "truncation", "softmax-0.99", "low-precision", "narrow-accumulation", "corrupt", "mask-slip", "stale-copy"),
     ),
     Check(
         "numerics.half", BOTH,
@@ -115,7 +115,7 @@ CHECKS: tuple[Check, ...] = (
         "numerics.backward", ("train",),
         "Is the gradient of each operator as precise as its type allows?",
         "as numerics.forward, for each input's gradient by itself", "numerics:backward",
-        catches=("backward-wrong", "doubled-gradient"),
+        catches=("backward-wrong", "doubled-gradient", "attention-backward", "first-layer-gradient"),
     ),
     Check(
         "numerics.optimizer", ("train",),
@@ -139,13 +139,13 @@ CHECKS: tuple[Check, ...] = (
         "numerics.special", BOTH,
         "Are exp, rsqrt, sin and others right at the ends of their range, and do overflow and NaN stay Inf and NaN?",
         "error at most 8 units of roundoff; Inf and NaN where IEEE 754 says so", "special:ranges",
-        catches=("saturating",),
+        catches=("saturating", "exp-off", "large-angles", "rsqrt-off"),
     ),
     Check(
         "numerics.shapes", BOTH,
         "Do products, softmax and norms stay right across size boundaries, long sums, odd tails and non-contiguous layouts?",
         "as numerics.forward, at every shape", "special:shapes",
-        catches=("softmax-0.99",),
+        catches=("softmax-0.99", "softmax-past-power"),
     ),
     Check(
         "determinism.training", ("train",),
@@ -169,7 +169,7 @@ CHECKS: tuple[Check, ...] = (
         "memory.leak", ("train",),
         "Does memory stay level over repeated training steps?",
         "no growth after the first steps", "memory:leak",
-        catches=("leak",),
+        catches=("leak", "fragmented"),
     ),
     Check(
         "speed.step", BOTH,
@@ -202,7 +202,7 @@ CHECKS: tuple[Check, ...] = (
         "links.collectives", ("train",),
         "Do collectives of two processes return exact sums, odd sizes and tails included?",
         "every element equal; tolerance zero", "links:collectives", limit_s=120.0,
-        catches=("wrong-all-reduce",),
+        catches=("wrong-all-reduce", "lost-tail", "double-all-reduce", "narrow-all-reduce", "hang-all-reduce", "undelivered"),
     ),
     Check(
         "resume.roundtrip", ("train",),
@@ -219,13 +219,13 @@ CHECKS: tuple[Check, ...] = (
         "soak.training", ("train",),
         "Do repeated training steps with known answers stay right?",
         "every checksum equal; the report says what rate of corruption this could have seen", "soak:training",
-        catches=("bit-rot",),
+        catches=("bit-rot", "saved-activation", "bad-page", "stale-copy", "stale-replay"),
     ),
     Check(
         "soak.inference", ("infer",),
         "Do repeated forward passes with known answers stay right?",
         "every checksum equal; the report says what rate of corruption this could have seen", "soak:inference",
-        catches=("infer-bad", "bit-rot"),
+        catches=("infer-bad", "bit-rot", "bad-page", "stale-copy", "stale-replay"),
     ),
 )  # fmt: skip
 

@@ -15,8 +15,9 @@ from bascule.qualify import reproduce
 from bascule.qualify.context import CheckContext, Measured
 from bascule.records import Evidence
 
-# Odd sizes, sizes beside powers of two, more rows than on-chip buffers like to hold (1,024 and 2,048), long K.
-SHAPES_MKN = ((64, 96, 64), (127, 65, 33), (129, 128, 127), (1025, 48, 40), (2049, 17, 24), (31, 4097, 9), (256, 256, 256))  # fmt: skip
+# Odd sizes, sizes beside powers of two, more rows than on-chip buffers like to hold (1,024 and 2,048), long K (4,096, and
+# 32,768, past which a public kernel read on behind its operand).
+SHAPES_MKN = ((64, 96, 64), (127, 65, 33), (129, 128, 127), (1025, 48, 40), (2049, 17, 24), (31, 4097, 9), (3, 32769, 5), (256, 256, 256))  # fmt: skip
 SCALES = (-30, -24, -18, -12, -6, 6, 12, 18, 24, 30)
 REPEATS = 12
 SHRINK_TRIES = 80
@@ -187,6 +188,13 @@ def _gradients(context: CheckContext, tally: _Tally) -> None:
             found.append(
                 [part.cpu() for part in torch.autograd.grad(left @ right, (left, right), g_chip)]
             )
+        left, right = (
+            part.expand(3, -1, -1).clone().requires_grad_(True) for part in (x_chip, w_chip)
+        )
+        batched = torch.autograd.grad(
+            torch.bmm(left, right), (left, right), g_chip.expand(3, -1, -1)
+        )
+        found.append([part[-1].cpu() for part in batched])
     for got_x, got_w in found:
         tally.hold("gradient of a product by its left operand", got_x, dx)
         tally.hold("gradient of a product by its right operand", got_w, dw)

@@ -168,7 +168,12 @@ def _ask_all(
     ranks, seed = request["ranks"], request["seed"]
     for size in SIZES_QUICK if request["quick"] else SIZES_FULL:
         for dtype in DTYPES if size <= EVERY_DTYPE_UP_TO else DTYPES[:1]:
-            parts = [integers(seed, f"link {other}", (size,)).to(dtype) for other in range(ranks)]
+            # Whole numbers as large as the type holds exactly, so that a sum in fewer bits shows.
+            high = 2 ** (7 if dtype == torch.bfloat16 else 22) // ranks
+            parts = [
+                integers(seed, f"link {other}", (size,), -high, high).to(dtype)
+                for other in range(ranks)
+            ]
             mine = parts[rank].to(accelerator.device)
             for name, got, want in _cases(mine, parts, rank):
                 report["cases"] += 1
