@@ -141,7 +141,23 @@ def _qualify(parser: Parser) -> None:
         "--seed", type=int, default=0, help="seed of the checks' inputs (default: 0)"
     )
     parser.add_argument(
-        "--full", action="store_true", help="the long battery; the default is the quick one"
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="type of the model's weights (default: fp32)",
+    )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--quick", action="store_true", help="the short battery, a few minutes (the default)"
+    )
+    depth.add_argument("--full", action="store_true", help="the long battery, within an hour")
+    parser.add_argument(
+        "--wide",
+        action="store_true",
+        help="also PyTorch's own operator database (OpInfo), beyond this model's operators",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="where the page goes (default: report.html in --out)"
     )
     parser.add_argument(
         "--resume",
@@ -186,6 +202,9 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument(
         "--problems", type=int, help="how many held-out problems (default: the recipe's)"
     )
+    parser.add_argument(
+        "--samples", type=int, help="samples of each for pass@k and maj@k (default: the recipe's)"
+    )
 
 
 def _serve(parser: Parser) -> None:
@@ -204,7 +223,9 @@ def _serve(parser: Parser) -> None:
         help="serve with your own engine instead, vllm or sglang, once it has proved to compute this model",
     )
     parser.add_argument(
-        "--python", metavar="PATH", help="with --engine: the interpreter of the engine's environment"
+        "--python",
+        metavar="PATH",
+        help="with --engine: the interpreter of the engine's environment",
     )
     parser.add_argument(
         "--engine-args", metavar="WORDS", help="with --engine: further words for its command line"
@@ -216,6 +237,22 @@ def _export(parser: Parser) -> None:
     parser.add_argument("--to", metavar="DIR", help="where to write (default: RUN/export)")
     parser.add_argument(
         "--gguf", action="store_true", help="also write a GGUF file for llama.cpp (extra gguf)"
+    )
+
+
+def _verify_answer(parser: Parser) -> None:
+    parser.add_argument(
+        "stamped",
+        metavar="STAMPED.json",
+        help='the saved reply to a chat completion asked for with "stamp": true',
+    )
+    parser.add_argument(
+        "--run", metavar="RUN", required=True, help="the run whose model is said to have answered"
+    )
+    parser.add_argument(
+        "--on",
+        metavar="ACCELERATOR",
+        help="accelerator to check on (default: the run's infer pool)",
     )
 
 
@@ -361,6 +398,7 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("evaluate", "held-out problems with exact verifiers: pass@1, pass@8, greedy", _evaluate, "bascule evaluate out/demo"),
     ("serve", "an OpenAI-compatible server and a chat page for a finished run", _serve, "bascule serve out/demo --port 8000"),
     ("export", "a finished run as a Hugging Face folder (and GGUF) that other engines load, held against transformers", _export, "bascule export out/demo --gguf"),
+    ("verify-answer", "was a stamped answer really written by this run's model; checked on any chip", _verify_answer, "bascule verify-answer answer.json --run out/demo --on cpu"),
     ("chat", "talk to a finished run's model in the terminal", _chat, 'bascule chat out/demo "7+8-3=?"'),
     ("report", "write report.html and say what happened in a run", _report, "bascule report out/demo"),
     ("drill", "rehearse a fault of the catalogue on your own pools, in a folder of its own; what was seen, when, by whom, what it cost", _drill, "bascule drill runs/tiny.toml --fault zeroed:low --at-step 20"),

@@ -36,6 +36,10 @@ class Course:
 
         return verify
 
+    def answer(self, tokens: list[int]) -> str:
+        """The final answer of a completion: what stands after its thought."""
+        return chat.split_reasoning(self.tokenizer.completion(tokens))[1]
+
     def examples(self, seed: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids with the end token) of every training problem whose solver succeeded."""
         encode, end = self.tokenizer.encode, [self.tokenizer.eos_id]

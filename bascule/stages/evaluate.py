@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from pathlib import Path
 
+from bascule.config import DataConfig
 from bascule.errors import CheckFailed
 from bascule.infer.evaluate import evaluate
-from bascule.ledger import Ledger
-from bascule.records import Evaluation
+from bascule.infer.samples import SampleStore
+from bascule.ledger import Ledger, last
+from bascule.records import Evaluation, RunFinished
 from bascule.stages.answer import Answer, duration
 from bascule.stages.course import heldout_only
-from bascule.stages.finished import open_finished
+from bascule.stages.finished import Finished, open_finished
+from bascule.stages.measure import spread
 
 
 def main(arguments: Namespace) -> Answer:
@@ -23,18 +27,23 @@ def main(arguments: Namespace) -> Answer:
     )
     course = heldout_only(run.recipe.model_copy(update={"data": data}), run.tokenizer)
     start = time.perf_counter()
+    samples = arguments.samples or run.recipe.evaluate.samples
+    store = SampleStore(_where(run, data, samples))
     score = evaluate(
-        run.engine, course.prompts(course.heldout), course.verifier(course.heldout), samples=run.recipe.evaluate.samples,
-        max_tokens=run.recipe.grpo.max_completion_tokens, seed=run.recipe.seed,
+        run.engine, course.prompts(course.heldout), course.verifier(course.heldout), samples=samples, ks=(1, 8, samples),
+        max_tokens=run.recipe.grpo.max_completion_tokens, seed=run.recipe.seed, answer=course.answer, store=store,
     )  # fmt: skip
     record = Evaluation(
         after="evaluate", step=run.recipe.total_steps(), n=score.problems, samples=score.samples, pass_at_1=score.pass_at_1,
-        pass_at_8=score.pass_at.get(8), greedy=score.greedy, truncated_ratio=score.truncated_ratio,
-        seconds=time.perf_counter() - start, extra={"mean_completion_tokens": score.mean_tokens, "eval_seed": data.eval_seed}, pool=run.pool,
+        pass_at_8=score.pass_at.get(8), greedy=score.greedy, truncated_ratio=score.truncated_ratio, seconds=time.perf_counter() - start,
+        extra={"mean_completion_tokens": score.mean_tokens, "eval_seed": data.eval_seed, **spread(score)}, pool=run.pool,
     )  # fmt: skip
     Ledger(run.folder.ledger).append(record)
-    eight = f", pass@8 {record.pass_at_8:.1%}" if record.pass_at_8 is not None else ""
-    text = f"pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight}; {record.n} held-out problems x {record.samples} samples, seed {data.eval_seed}, on {run.accelerator.name}, {duration(record.seconds)}"
+    shares = {f"pass@{k}": share for k, share in score.pass_at.items()} | {"greedy": score.greedy}
+    if score.majority is not None:
+        shares[f"maj@{samples}"] = score.majority
+    said = [f"{name} {share:.1%} ({low:.1%} to {high:.1%})" for name, share in shares.items() for low, high in [score.interval(share)]]  # fmt: skip
+    text = f"{', '.join(said)}; 95 % intervals, T=1, {record.n} held-out problems x {record.samples} samples, seed {data.eval_seed}, on {run.accelerator.name}, {duration(record.seconds)}; every sample: {store.path}"
     gate = run.recipe.evaluate.min_pass_at_1
     failed = gate is not None and record.pass_at_1 < gate
     if failed:
@@ -44,3 +53,11 @@ def main(arguments: Namespace) -> Answer:
         data=record.model_dump(exclude={"schema_version", "kind", "attempt"}),
         exit_code=CheckFailed.exit_code if failed else 0,
     )
+
+
+def _where(run: Finished, data: DataConfig, samples: int) -> Path:
+    """A name that says what was asked of which weights, so that only the same evaluation goes on there."""
+    finished = last(Ledger(run.folder.ledger).read(), RunFinished)
+    weights = finished.final_weights_sha256[:12] if finished else "unfinished"
+    name = f"{weights}-seed{data.eval_seed}-{data.eval_problems}x{samples}-{run.accelerator.name}"
+    return run.folder.root / "samples" / f"{name.replace('/', '_')}.jsonl"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
 from bascule.config import Recipe
-from bascule.data.tasks.base import Problem
 from bascule.errors import CheckFailed, RecipeError
 from bascule.infer.evaluate import Score, evaluate
 from bascule.ledger import Ledger
@@ -43,12 +42,16 @@ class Measure:
             return
         self.beat(step)
         start = time.perf_counter()
-        score = self._score(self.course.heldout, samples=self.recipe.evaluate.samples, ks=(1, 8))
+        score = evaluate(
+            self.rollouts, self.course.prompts(self.course.heldout), self.course.verifier(self.course.heldout),
+            samples=self.recipe.evaluate.samples, max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed,
+            answer=self.course.answer,
+        )  # fmt: skip
         self.ledger.append(
             Evaluation(
                 after=after, step=step, n=score.problems, samples=score.samples, pass_at_1=score.pass_at_1,
                 pass_at_8=score.pass_at.get(8), greedy=score.greedy, truncated_ratio=score.truncated_ratio,
-                seconds=time.perf_counter() - start, extra={"mean_completion_tokens": score.mean_tokens}, pool=self.rollouts.pool,
+                seconds=time.perf_counter() - start, extra={"mean_completion_tokens": score.mean_tokens, **spread(score)}, pool=self.rollouts.pool,
             )
         )  # fmt: skip
 
@@ -70,21 +73,17 @@ class Measure:
         floor = self.recipe.grpo.min_start_pass_at_16
         if floor <= 0:
             return
-        score = self._score(self.course.train[:64], samples=16, ks=(1, 16), greedy=False)
+        problems = self.course.train[:64]
+        score = evaluate(
+            self.rollouts, self.course.prompts(problems), self.course.verifier(problems), samples=16, ks=(1, 16), greedy=False,
+            max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed,
+        )  # fmt: skip
         if score.pass_at[16] < floor:
             raise CheckFailed(
                 f"GRPO was not started: the start model solves {score.pass_at[16]:.1%} of {score.problems} training problems in 16 tries "
                 f"(pass@1 {score.pass_at_1:.1%}); grpo.min_start_pass_at_16 asks for {floor:.0%}. Train SFT longer, make the problems "
                 "easier, or lower the bound if you know better."
             )
-
-    def _score(
-        self, problems: Sequence[Problem], *, samples: int, ks: tuple[int, ...], greedy: bool = True
-    ) -> Score:
-        return evaluate(
-            self.rollouts, self.course.prompts(problems), self.course.verifier(problems), samples=samples,
-            max_tokens=self.recipe.grpo.max_completion_tokens, seed=self.recipe.seed, ks=ks, greedy=greedy,
-        )  # fmt: skip
 
     def _text(self, step: int) -> None:
         """Bits per byte on the held-out shards, on the training chip: the engine samples and does not score."""
@@ -122,3 +121,10 @@ class Measure:
             elif isinstance(record, Migration) and record.resumed_from_step < step:
                 found = False
         return found
+
+
+def spread(score: Score) -> dict[str, float]:
+    """Of an evaluation: the majority vote, and the 95 % interval of pass@1."""
+    low, high = score.interval(score.pass_at_1)
+    vote = {} if score.majority is None else {f"maj_at_{score.samples}": score.majority}
+    return {**vote, "pass_at_1_low": low, "pass_at_1_high": high}

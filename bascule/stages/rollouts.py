@@ -72,12 +72,17 @@ class Rollouts:
         return answer
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, group_size: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        first_index: int = 0,
     ) -> list[Completion]:
         """Engine.generate's words, answered by the rollout engine: evaluation runs where inference runs."""
         return self.sample(
             RolloutRequest(
-                step=self.stepper.step, prompts=[list(prompt) for prompt in prompts], group_size=group_size,
+                step=self.stepper.step, prompts=[list(prompt) for prompt in prompts], group_size=group_size, first_index=first_index,
                 max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed, purpose=sampling.purpose,
             )
         ).completions  # fmt: skip
