@@ -56,6 +56,11 @@ class Supervisor(train.Supervisor):
                 raise
             incident = getattr(known, "incident_id", None)
             return train.Ending(type(known).__name__, str(known), known.exit_code, incident)
+        finally:
+            if (
+                made is not None
+            ):  # as a process that ends does, and one that is killed at least must not go on writing
+                made.writer._thread.shutdown(wait=True, cancel_futures=sys.exc_info()[0] is not None)  # fmt: skip
         return train.Ending(None, "finished", 0)
 
 

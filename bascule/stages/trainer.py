@@ -11,6 +11,7 @@ import hashlib
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from bascule.ledger import Ledger, last, of_kind
 from bascule.model import existing, origin, weights
 from bascule.model.transformer import Transformer
 from bascule.records import (
+    Incident,
     ModelOrigin,
     RunFinished,
     RunStarted,
@@ -168,6 +170,7 @@ class Trainer:
             on_skip=lambda step, why: self.ledger.warn("batch skipped", why, step=step),
             should_stop=lambda: self._stop,
             extra=lambda: {"pool": self.pool},
+            tried=self._tried().__getitem__,
         )
         judge: Judge = self.guard or NoJudge()
         state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks, self.writer)
@@ -177,6 +180,11 @@ class Trainer:
         if state.phase:
             self.measure.if_due(state.phase, state.step)
         self._export(state.step)
+
+    def _tried(self) -> Counter[int]:
+        """How often each step was computed by earlier launches: committed, or ended in an incident."""
+        done = [one for one in self.ledger.read() if isinstance(one, StepStats | Incident)]
+        return Counter(one.step for one in done)
 
     def _trusted(self) -> SnapshotState:
         """The trust a snapshot needs to go back to: without a guard nothing is ever certified."""

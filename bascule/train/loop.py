@@ -33,7 +33,8 @@ def _nothing(*_: object) -> None:
 @dataclass(frozen=True)
 class Hooks:
     """What the caller does when something happened. `on_snapshot` comes when the state is frozen; with a writer, nothing lies at
-    the path yet (the writer's `on_saved` comes when it does). `extra` gives JSON to store in each snapshot (the caller's own state)."""
+    the path yet (the writer's `on_saved` comes when it does). `extra` gives JSON to store in each snapshot (the caller's own state).
+    `tried` says how often earlier launches computed a step, so that its attempts are numbered on."""
 
     on_step: Callable[[StepStats], None] = _nothing
     on_snapshot: Callable[[int, Path], None] = _nothing
@@ -41,6 +42,7 @@ class Hooks:
     on_skip: Callable[[int, str], None] = _nothing
     should_stop: Callable[[], bool] = lambda: False
     extra: Callable[[], dict[str, Any]] = dict
+    tried: Callable[[int], int] = lambda step: 0
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def _enter(stepper: Stepper, objective: Objective, hooks: Hooks, step: int) -> N
 def _one_step(stepper: Stepper, objective: Objective, step: int, hooks: Hooks) -> None:
     """Commit `step`, or skip it after MAX_REFUSALS refusals."""
     start = time.perf_counter()
-    for attempt in range(MAX_REFUSALS):
+    first = hooks.tried(step)
+    for attempt in range(first, first + MAX_REFUSALS):
         proposal = stepper.propose(objective.next_batch(step), attempt=attempt)
         if stepper.judge.judge(proposal, stepper):
             if not (math.isfinite(proposal.loss) and math.isfinite(proposal.grad_norm)):
