@@ -1,0 +1,82 @@
+"""Four real processes over gloo: clean ranks agree; each kind of disagreement is seen, and the right rank is named."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bascule.guard import replicas
+from bascule.guard.replicas import Replicas
+
+RANKS = 4
+
+
+def _rank(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    model = DistributedDataParallel(plain)
+    judge = Replicas()
+    model.register_comm_hook(judge, replicas.all_reduce)
+    told = {}
+    for step, fault in enumerate(
+        ["clean", "clean", "cursor", "gradient", "nan", "collective", "weights"]
+    ):
+        torch.manual_seed(100 * step + rank)
+        x = torch.randn(8, 16)
+        if fault == "nan" and rank == 1:
+            x[0, 0] = float("nan")
+        if fault == "weights" and rank == 3:
+            with torch.no_grad():
+                plain[2].bias[1] += 1e-6
+        model.zero_grad()
+        factor = 1e3 if fault == "gradient" and rank == 2 else 1.0
+        (factor * model(x).square().mean()).backward()
+        if fault == "collective" and rank == 0:
+            judge._after[0] = judge._after[0] + 1e-3
+        splits = judge.splits(step, step * 8 + (rank == 1 and fault == "cursor"), model)
+        told.setdefault(fault, []).append([(s.what, s.guilty) for s in splits])
+    Path(out, f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def test_each_disagreement_is_seen_by_all_ranks_and_the_right_one_is_named(tmp_path: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, __file__]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)]) for rank in range(RANKS)
+    ]
+    assert [worker.wait() for worker in workers] == [0] * RANKS
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    assert all(one == told[0] for one in told)
+    assert told[0] == {
+        "clean": [[], []],
+        "cursor": [[["step and cursor", [1]]]],
+        "gradient": [[["local gradients", [2]]]],
+        "nan": [[["local gradients", [1]]]],
+        "collective": [[["all-reduce", [0]]]],
+        "weights": [[["weights", [3]]]],
+    }
+
+
+def test_two_ranks_that_differ_accuse_nobody() -> None:
+    split = replicas._minority("weights", [7, 8])
+    assert split is not None and split.guilty == ()
+    assert replicas._outlier([1.0, 100.0]) is not None
+    assert replicas._outlier([1.0, 100.0]).guilty == ()  # type: ignore[union-attr]
+    assert replicas._outlier([1.0, 4.0]) is None
+
+
+if __name__ == "__main__":
+    _rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
