@@ -57,7 +57,10 @@ class JsonLines:
             _math_verify()  # refused now, not after hours
         found = _read(self.path, fields["question"], fields["answer"])
         order = draws.permutation(draws.key(seed, "task.jsonl"), len(found))
-        return [self._problem(*found[i], fields["verify"]) for i in order[:count]]
+        return [
+            self._problem(question, answer, fields["verify"])
+            for question, answer in (found[i] for i in order[:count])
+        ]
 
     def _problem(self, question: str, answer: str, rule: str) -> Problem:
         worked, _, final = answer.rpartition(_FINAL)
