@@ -108,7 +108,9 @@ def _plan(parser: Parser) -> None:
         help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms" (repeatable)',
     )
     parser.add_argument(
-        "--chips", metavar="FILE.toml", help="your own chips, by the catalogue's column names"
+        "--chips",
+        metavar="FILE.toml|RUN",
+        help="your own chips by the catalogue's column names, or a run's folder: its pools as qualify measured them",
     )
     parser.add_argument(
         "--kind",

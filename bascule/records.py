@@ -328,6 +328,16 @@ class Warned(Record):
     step: int | None = None
 
 
+class WeightsRenewed(Record):
+    """A server changed its weights while serving, after an audit whose worst difference of a log-probability was `worst`."""
+
+    kind: Literal["weights_renewed"] = "weights_renewed"
+    sha256: str
+    folder: str
+    worst: float
+    seconds: float
+
+
 class Admission(Record):
     """A foreign engine was examined before it could serve: largest differences of log-probabilities while it read and while it
     spoke, what was allowed, and what a wrong rotation would have shown."""
@@ -355,7 +365,7 @@ class Telemetry(Record):
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
-    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission,
+    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

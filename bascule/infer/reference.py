@@ -38,14 +38,16 @@ class Reference:
         self.model = copy.deepcopy(model).to("cpu", torch.float32).eval()
         self._exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
 
-    def opinion(self, text: Sequence[int]) -> Opinion:
-        return _opinion(self.model, text)
+    def opinion(
+        self, text: Sequence[int], *, exact: bool = False, rounded_to: torch.dtype = torch.float32
+    ) -> Opinion:
+        """In fp32; `exact`: in float64; `rounded_to`: in fp32 with weights of a coarser type."""
+        return opinion_of(self._exact if exact else self.rounded(rounded_to), text)
 
     def floor(self, text: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
         """Largest |difference| of a log-probability that arithmetic in `dtype` causes on this text."""
-        fine = _opinion(self._exact, text).logprobs_TV
-        coarse = _opinion(self.rounded(dtype), text).logprobs_TV
-        return float((fine - coarse).abs().max())
+        fine, coarse = self.opinion(text, exact=True), self.opinion(text, rounded_to=dtype)
+        return float((fine.logprobs_TV - coarse.logprobs_TV).abs().max())
 
     @torch.no_grad()
     def unturned(self, text: Sequence[int]) -> Tensor:
@@ -66,6 +68,8 @@ class Reference:
 
 
 @torch.no_grad()
-def _opinion(model: Transformer, text: Sequence[int]) -> Opinion:
-    output = model(torch.tensor([list(text)]))
-    return Opinion(torch.log_softmax(output.logits_BTV[0].double(), dim=-1), output.hidden_BTD[0])
+def opinion_of(model: Transformer, text: Sequence[int]) -> Opinion:
+    """Of a model on any chip; the result is on the CPU."""
+    output = model(torch.tensor([list(text)], device=model.lm_head.weight.device))
+    logits_TV = output.logits_BTV[0].to("cpu").double()
+    return Opinion(torch.log_softmax(logits_TV, dim=-1), output.hidden_BTD[0].to("cpu"))

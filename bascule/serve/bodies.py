@@ -220,6 +220,7 @@ class ChatBody(Generation):
     response_format: (
         Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None
     ) = None
+    stamp: bool | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -228,6 +229,12 @@ class ChatBody(Generation):
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
     modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _stamp_needs_the_whole(self) -> Self:
+        if self.stamp and self.stream:
+            raise ValueError("a stamp is made of the finished answer; ask with stream=false")
+        return self
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> Self:
@@ -310,3 +317,10 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[int]
+
+
+class WeightsBody(Body):
+    """POST /admin/weights. Without a folder the run's own model is read again."""
+
+    folder: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

@@ -12,14 +12,14 @@ import json
 import socket
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from bascule.errors import DeviceFault, ModelFolderError, RecipeError, UsageError
 from bascule.infer.sequence import Sampling
+from bascule.serve.inflight import Answer, Candidate, Marks, Referee, Refused, Said, Scoring, Ticket
 
 State = Literal["starting", "serving", "moving", "down", "closed"]
 # Faults of what was asked, not of a chip: no other pool would do better, and none may be blamed.
@@ -29,83 +29,6 @@ LINE_LIMIT = 1 << 26
 # Between two right chips fp32 differs by about 1e-5 (inference.md 5.2: vLLM against transformers 1e-6, llama.cpp 4e-4 with an fp16
 # cache); a corrupted matrix product moves some token by tenths.
 AUDIT_BOUND = 5e-3
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A pool that may answer, in the order of preference. `verdict` and `reasons` are of the run's ledger."""
-
-    pool: str | None
-    accelerator: str
-    verdict: str | None = None
-    reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Said:
-    """One token of one choice. `tops`: chosen token first, then the likeliest, as (token, log-probability at T=1)."""
-
-    choice: int
-    token: int
-    logprob: float
-    tops: list[tuple[int, float]] | None
-    finish: str | None
-
-
-class Refused(Exception):
-    """The engine cannot take or finish a request. `status` is the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str, *, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request in flight: its choices, what each has said, and the queue its tokens come through."""
-
-    id: int
-    prompt: list[int]
-    sampling: Sampling
-    top: int | None
-    form: dict[str, Any] | None
-    said: list[list[int]]
-    open: set[int]
-    submitted_s: float = field(default_factory=time.monotonic)
-    cached_tokens: int = 0
-    moves: int = 0
-    logprobs: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    arrivals: asyncio.Queue[Said | Refused] = field(default_factory=asyncio.Queue)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished choice and what the engine said about its tokens, at the temperature it sampled with."""
-
-    prompt: list[int]
-    said: list[int]
-    logprobs: list[float]
-    temperature: float
-
-
-class Referee(Protocol):
-    """Another kind of chip that holds the same model."""
-
-    async def worst_difference(self, answer: Answer) -> float:
-        """Largest |difference| of the log-probabilities of an answer's tokens. Raises Refused when it cannot say."""
-        ...
-
-
-@dataclass(eq=False)
-class Scoring:
-    """A prompt whose own tokens are to be scored; `scores` as infer.batch.score gives them."""
-
-    id: int
-    prompt: list[int]
-    top: int
-    temperature: float
-    scores: asyncio.Future[list[list[tuple[int, float]]]]
 
 
 class Broker:
@@ -181,6 +104,8 @@ class Broker:
         for task in self._tasks:
             task.cancel()
         await self._end_process()
+        if self._referee is not None:
+            await self._referee.close()
 
     def submit(
         self,
@@ -214,34 +139,29 @@ class Broker:
         self._hand_over(ticket)
         return ticket
 
-    async def score(
-        self, prompt: list[int], top: int, temperature: float = 1.0
-    ) -> list[list[tuple[int, float]]]:
+    async def score(self, prompt: list[int], top: int, temperature: float = 1.0) -> Marks:
         """What the model thinks of a prompt's tokens. Raises Refused when no chip answers."""
+        return await self._read_again(Scoring(next(self._ids), prompt, top, temperature))
+
+    async def marks(self, prompt: list[int], said: list[int]) -> Marks:
+        """The marks of an answer, for its stamp. Raises Refused when no chip answers."""
+        return await self._read_again(Scoring(next(self._ids), prompt, 0, 1.0, said))
+
+    async def _read_again(self, scoring: Scoring) -> Marks:
         if self.state in ("down", "closed"):
             raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
-        future: asyncio.Future[list[list[tuple[int, float]]]] = asyncio.Future()
-        scoring = Scoring(next(self._ids), prompt, top, temperature, future)
         self.scorings[scoring.id] = scoring
         self._ask_score(scoring)
         try:
-            return await future
+            return await scoring.scores
         finally:
             self.scorings.pop(scoring.id, None)
 
     def _ask_score(self, scoring: Scoring) -> None:
         if not self.tickets:
             self._heard_s = time.monotonic()
-        self._send(
-            {
-                "score": {
-                    "id": scoring.id,
-                    "prompt": scoring.prompt,
-                    "top": scoring.top,
-                    "temperature": scoring.temperature,
-                }
-            }
-        )
+        names = ("id", "prompt", "top", "temperature", "said")
+        self._send({"score": {name: getattr(scoring, name) for name in names}})
 
     def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
         """The reader has enough of one choice, or of all. Safe to call at any time, more than once."""
@@ -328,6 +248,8 @@ class Broker:
             ) from None
         if first is None or "ready" not in first:
             raise await self._failed_start(first)
+        if self.about and self.about["weights_sha256"] != first["ready"]["weights_sha256"]:
+            self._drop_begun()
         self.about = first["ready"]
         self.state = "serving"
         self._heard_s = time.monotonic()
@@ -339,6 +261,18 @@ class Broker:
         for scoring in self.scorings.values():
             self._ask_score(scoring)
         self._tasks.append(asyncio.create_task(self._listen(reader), name="listen to engine"))
+
+    def _drop_begun(self) -> None:
+        """The folder holds other weights than the engine that failed had: no answer may be half of one and half of the other."""
+        for ticket in list(self.tickets.values()):
+            if any(ticket.said):
+                ticket.arrivals.put_nowait(
+                    Refused(
+                        503,
+                        "The weights were replaced while this answer was being written. Ask again.",
+                    )
+                )
+                del self.tickets[ticket.id]
 
     async def _failed_start(self, first: dict[str, Any] | None) -> DeviceFault | UsageError:
         """What an engine's first message, or an end without one, says against the chip or against what was asked."""

@@ -58,6 +58,9 @@ class ChatRoute:
             self._choice(body, at, reader, finish, marks[at])
             for at, (reader, finish) in enumerate(zip(ask.readers, finishes, strict=True))
         ]
+        if body.stamp:
+            for at, choice in enumerate(choices):
+                choice["stamp"] = await self.service.stamp(ask, at, drawn=_form(body) is None)
         return {**envelope, "object": "chat.completion", "choices": choices, "usage": usage([ask])}
 
     def _choice(

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from bascule.data.tokenizer import Tokenizer
 from bascule.serve.bodies import CompletionBody
+from bascule.serve.broker import Broker
 from bascule.serve.errors import ApiError, read
 from bascule.serve.service import Ask, Service, usage
 
@@ -82,12 +83,14 @@ class CompletionRoute:
         counts = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
         return JSONResponse({**self._envelope(), "choices": choices, "usage": counts})
 
-    async def _begin(self, body: CompletionBody, prompt: list[int]) -> _TextMarks:
+    async def _begin(
+        self, body: CompletionBody, prompt: list[int], broker: Broker | None = None
+    ) -> _TextMarks:
         """The marks a choice starts with: empty, or the echoed prompt's."""
         marks = _TextMarks()
         if body.echo and body.logprobs is not None:
             marks.add_first(self.service.tokenizer, prompt[0])
-            for tops in await self.service.score(prompt, body.logprobs):
+            for tops in await self.service.score(prompt, body.logprobs, broker):
                 marks.add(self.service.tokenizer, tops)
         return marks
 
@@ -95,7 +98,11 @@ class CompletionRoute:
         self, body: CompletionBody, asks: Sequence[Ask], envelope: dict[str, Any]
     ) -> dict[str, Any]:
         total = sum(len(ask.readers) for ask in asks)
-        marks = [await self._begin(body, ask.ticket.prompt) for ask in asks for _ in ask.readers]
+        marks = [
+            await self._begin(body, ask.ticket.prompt, ask.broker)
+            for ask in asks
+            for _ in ask.readers
+        ]
         finishes: list[str | None] = [None] * total
         async with aclosing(self.service.spoken(asks)) as stream:
             async for spoken in stream:
@@ -140,7 +147,7 @@ class CompletionRoute:
         if body.echo:
             for ask in asks:
                 for at in range(len(ask.readers)):
-                    begun = await self._begin(body, ask.ticket.prompt)
+                    begun = await self._begin(body, ask.ticket.prompt, ask.broker)
                     yield chunk(
                         ask.first_choice + at,
                         self.service.tokenizer.decode(ask.ticket.prompt),

@@ -7,7 +7,7 @@ only the answer; the pieces of a stream joined together are what the plain answe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from bascule.serve.bodies import DetokenizeBody, TokenizeBody
+from bascule.errors import CheckFailed, DeviceFault, UsageError
+from bascule.serve.bodies import DetokenizeBody, TokenizeBody, WeightsBody
 from bascule.serve.chat import ChatRoute
 from bascule.serve.completions import CompletionRoute
 from bascule.serve.document import document
@@ -33,6 +34,7 @@ from bascule.serve.service import Service
 from bascule.serve.text import chat_prompt
 
 CREATED = int(time.time())
+Renew = Callable[[str | None, str | None], Awaitable[dict[str, Any]]]
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -42,10 +44,18 @@ PAGE_POLICY = (
 class Routes:
     """`about()` tells which chip answers and what its verdict is."""
 
-    def __init__(self, service: Service, *, about: Callable[[], dict[str, Any]], page: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        about: Callable[[], dict[str, Any]],
+        page: str,
+        renew: Renew | None = None,
+    ) -> None:
         self.service = service
         self.about = about
         self.page = page
+        self.renew = renew
 
     async def health(self, request: Request) -> Response:
         """200 while a chip answers or a move is under way (requests wait for it); 503 when none is left."""
@@ -71,6 +81,25 @@ class Routes:
 
     async def version(self, request: Request) -> Response:
         return JSONResponse(self.about())
+
+    async def weights(self, request: Request) -> Response:
+        """Serve other weights from now on. From this machine and with the key only: the body names a folder of this machine."""
+        local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
+        if self.renew is None or not local:
+            raise ApiError(
+                403,
+                "New weights are taken from this machine only, and only by a server that asks for a key (--api-key-file). "
+                "Or send SIGHUP: the run's own model is read again.",
+                code="forbidden",
+            )
+        body = await read(request, WeightsBody)
+        try:
+            done = await self.renew(body.folder, body.sha256)
+        except (UsageError, CheckFailed) as error:
+            raise ApiError(409, str(error), code="weights_refused") from None
+        except DeviceFault as error:
+            raise ApiError(503, str(error), code="no_chip") from None
+        return JSONResponse(done)
 
     async def show_document(self, request: Request) -> Response:
         return JSONResponse(document(self.service.model))
@@ -148,8 +177,15 @@ class Routes:
         }
 
 
-def application(service: Service, *, about: Callable[[], dict[str, Any]], page: str) -> Starlette:
-    api = Routes(service, about=about, page=page)
+def application(
+    service: Service,
+    *,
+    about: Callable[[], dict[str, Any]],
+    page: str,
+    renew: Renew | None = None,
+) -> Starlette:
+    """`renew(folder, sha256)` takes new weights; None where nobody may ask for that."""
+    api = Routes(service, about=about, page=page, renew=renew)
     routes = [
         Route("/", api.show_page),
         Route("/health", api.health),
@@ -164,6 +200,7 @@ def application(service: Service, *, about: Callable[[], dict[str, Any]], page: 
         Route("/v1/responses", ResponsesRoute(service).answer, methods=["POST"]),
         Route("/v1/embeddings", api.embeddings, methods=["POST"]),
         Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/admin/weights", api.weights, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
     ]
     return Starlette(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata, resources
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -15,7 +19,7 @@ import uvicorn
 from bascule.config import Recipe, read_resolved
 from bascule.data.tasks.registry import get as get_task
 from bascule.data.text_tokenizer import open_tokenizer
-from bascule.errors import UsageError
+from bascule.errors import BasculeError, UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last, of_kind, read_ledger
 from bascule.records import (
@@ -25,10 +29,13 @@ from bascule.records import (
     PoolReadmitted,
     RunFinished,
     Verdict,
+    WeightsRenewed,
 )
-from bascule.serve.broker import Broker, Candidate
+from bascule.serve.broker import Broker
 from bascule.serve.door import Door
-from bascule.serve.openai import application
+from bascule.serve.inflight import Candidate
+from bascule.serve.openai import Renew, application
+from bascule.serve.renewal import Renewal
 from bascule.serve.service import Service
 
 BODY_LIMIT_BYTES = 1 << 20
@@ -84,23 +91,50 @@ async def _serve(
 ) -> None:
     ledger = Ledger(folder.ledger)
     records = read_ledger(folder.ledger)
-    broker = Broker(
-        folder.model,
-        candidates(recipe, records, accelerator),
-        threads=recipe.threads,
-        seed=recipe.seed,
-        slots=slots,
-        max_queue=recipe.serve.max_queue,
-        hang_timeout_s=hang_timeout_s,
-        fault_logs=folder.ground_truth,
-        audit_every=recipe.serve.audit_every,
-        note=lambda what, candidate, text: _note(ledger, what, candidate, text),
-    )
+
+    def open_broker(model: Path) -> Broker:
+        return Broker(
+            model,
+            candidates(recipe, read_ledger(folder.ledger), accelerator),
+            threads=recipe.threads,
+            seed=recipe.seed,
+            slots=slots,
+            max_queue=recipe.serve.max_queue,
+            hang_timeout_s=hang_timeout_s,
+            fault_logs=folder.ground_truth,
+            audit_every=recipe.serve.audit_every,
+            note=lambda what, candidate, text: _note(ledger, what, candidate, text),
+        )
+
+    def open_referee(model: Path) -> Broker | None:
+        """The CPU judges what another chip answers."""
+        if not recipe.serve.audit_every or all(
+            one.accelerator == "cpu" for one in candidates(recipe, records, accelerator)
+        ):
+            return None
+        return Broker(model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1)
+
     name = recipe.name
     tries: list[str] = []
-    service = Service(broker, open_tokenizer(folder.model), model=name)
+    service = Service(open_broker(folder.model), open_tokenizer(folder.model), model=name)
+    renewal = Renewal(service, open_broker, open_referee)
+
+    async def renew(model: str | None, sha256: str | None) -> dict[str, Any]:
+        target = folder.root / model if model else folder.model
+        done = await renewal.renew(target, sha256)
+        if done.changed:
+            ledger.append(
+                WeightsRenewed(
+                    sha256=done.weights_sha256, folder=str(target), worst=done.worst, seconds=done.seconds
+                )
+            )  # fmt: skip
+        return asdict(done)
+
     app = application(
-        service, about=lambda: {**about(name, broker, records), "examples": tries}, page=page()
+        service,
+        about=lambda: {**about(name, service.broker, records), "examples": tries},
+        page=page(),
+        renew=renew if api_key else None,
     )
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
     door = Door(app, api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES)
@@ -114,22 +148,27 @@ async def _serve(
             lifespan="off",
         )
     )
-    await broker.start()
+    await service.broker.start()
     try:
+        chip = service.broker.about
         _say(
-            f"{name} answers on {_url(listener)} ({broker.about['chip']}, {broker.about['accelerator']}); the chat page is at the same address."
+            f"{name} answers on {_url(listener)} ({chip['chip']}, {chip['accelerator']}); the chat page is at the same address."
         )
         # Making problems imports a large library: it must not stand between the start and the first answer.
-        filling = asyncio.create_task(_fill(tries, recipe))
-        refereeing = asyncio.create_task(_appoint_referee(broker, folder, recipe))
-        draining = asyncio.create_task(_note_draining(server, service))
+        beside = [
+            asyncio.create_task(_fill(tries, recipe)),
+            asyncio.create_task(_appoint(service.broker, open_referee(folder.model))),
+            asyncio.create_task(_note_draining(server, service)),
+        ]
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGHUP, lambda: beside.append(asyncio.create_task(_renew_and_say(renew)))
+        )
         with contextlib.suppress(asyncio.CancelledError):
             await server.serve(sockets=[listener])
-        draining.cancel()
-        filling.cancel()
-        refereeing.cancel()
+        for task in beside:
+            task.cancel()
     finally:
-        await broker.close()
+        await renewal.close()
 
 
 def candidates(recipe: Recipe, records: Sequence[AnyRecord], accelerator: str) -> list[Candidate]:
@@ -174,6 +213,7 @@ def about(name: str, broker: Broker, records: Sequence[AnyRecord]) -> dict[str, 
             "driver": broker.about.get("driver"),
             "simulated": broker.about.get("simulated"),
             "verdict": candidate.verdict,
+            "verdict_id": candidate.verdict_id,
             "reasons": list(candidate.reasons),
         },
         "standby": [
@@ -195,17 +235,27 @@ def examples(recipe: Recipe) -> list[str]:
     ]
 
 
-async def _appoint_referee(broker: Broker, folder: RunFolder, recipe: Recipe) -> None:
-    """The CPU judges what another chip answers. Started beside the server, never in its way; closed with it."""
-    if not recipe.serve.audit_every or all(one.accelerator == "cpu" for one in broker.candidates):
+async def _appoint(broker: Broker, referee: Broker | None) -> None:
+    """Started beside the server, never in its way; once appointed, the broker closes it."""
+    if referee is None:
         return
-    referee = Broker(folder.model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1)
     try:
         await referee.start()
-        broker.appoint(referee)
-        await asyncio.Event().wait()
-    finally:
+    except asyncio.CancelledError:
         await referee.close()
+        raise
+    broker.appoint(referee)
+
+
+async def _renew_and_say(renew: Renew) -> None:
+    """SIGHUP: nobody waits for an answer, so the outcome goes to stderr."""
+    try:
+        done = await renew(None, None)
+    except BasculeError as error:
+        _say(f"The weights stay as they are: {error}")
+        return
+    word = "are served now" if done["changed"] else "were served already"
+    _say(f"The weights {done['weights_sha256'][:12]} {word}.")
 
 
 async def _fill(tries: list[str], recipe: Recipe) -> None:
@@ -221,8 +271,14 @@ def _candidate(recipe: Recipe, pool: str, verdict: Verdict | None) -> Candidate:
         pool,
         recipe.pools[pool].accelerator,
         verdict.verdict if verdict else None,
+        _verdict_id(verdict) if verdict else None,
         verdict.reasons if verdict else (),
     )
+
+
+def _verdict_id(verdict: Verdict) -> str:
+    """Names one verdict of the ledger: by its content, since records have no numbers."""
+    return hashlib.sha256(verdict.model_dump_json().encode()).hexdigest()[:16]
 
 
 def _condemned(records: Sequence[AnyRecord]) -> set[str | None]:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,12 +15,15 @@ from starlette.responses import JSONResponse, Response
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.serve.bodies import Generation
-from bascule.serve.broker import Broker, Refused, Said, Ticket
+from bascule.serve.broker import Broker
 from bascule.serve.errors import ApiError
 from bascule.serve.events import EventStream, as_lines, gone
 from bascule.serve.grammar import compile_form
+from bascule.serve.inflight import Refused, Said, Ticket
 from bascule.serve.metrics import Metrics
 from bascule.serve.text import Piece, Reader, left_open
+
+STAMP_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt of a request: its ticket and a reader for each choice."""
+    """One prompt of a request: its ticket, the broker that holds it (weights may be renewed meanwhile), a reader for each choice."""
 
+    broker: Broker
     ticket: Ticket
     readers: list[Reader]
     first_choice: int
@@ -97,6 +101,7 @@ class Service:
             raise ApiError(400, str(error), code="invalid_value") from None
         self.metrics.count("prompt_tokens_total", len(prompt))
         return Ask(
+            self.broker,
             ticket,
             [Reader(self.tokenizer, prompt, body.stops, split=split) for _ in range(body.choices)],
             first_choice,
@@ -117,11 +122,38 @@ class Service:
             )
         return room
 
-    async def score(self, prompt: list[int], top: int) -> list[list[tuple[int, float]]]:
+    async def score(
+        self, prompt: list[int], top: int, broker: Broker | None = None
+    ) -> list[list[tuple[int, float]]]:
         try:
-            return await self.broker.score(prompt, top)
+            return await (broker or self.broker).score(prompt, top)
         except Refused as error:
             raise ApiError(error.status, str(error), code="no_chip") from None
+
+    async def stamp(self, ask: Ask, choice: int, *, drawn: bool) -> dict[str, Any]:
+        """What `bascule verify-answer` needs to check one choice elsewhere (infer/stamp.py). One more reading of the answer."""
+        ticket, about = ask.ticket, ask.broker.about
+        said = ticket.said[choice]
+        try:
+            marks = await ask.broker.marks(ticket.prompt, said)
+        except Refused as error:
+            raise ApiError(error.status, str(error), code="no_chip") from None
+        return {
+            "version": STAMP_VERSION,
+            "weights_sha256": about["weights_sha256"],
+            "dtype": about["dtype"],
+            "chip": about["chip"],
+            "accelerator": about["accelerator"],
+            "simulated": about["simulated"],
+            "verdict_id": ask.broker.candidate.verdict_id,
+            "prompt": ticket.prompt,
+            "said": said,
+            "logprobs": ticket.logprobs[choice],
+            "sampling": asdict(ticket.sampling),
+            "choice": choice,
+            "drawn": drawn,
+            "marks": marks,
+        }
 
     async def spoken(self, asks: Sequence[Ask]) -> AsyncGenerator[Spoken, None]:
         """Tokens of all asks as they come. Leaving early, for whatever reason, cancels what is unfinished."""
@@ -152,7 +184,7 @@ class Service:
                         left.discard((id(ask), arrival.choice))
                         self.metrics.count("request_success_total", finished_reason=finish)
                     if piece.stopped:
-                        self.broker.cancel(ask.ticket, arrival.choice)
+                        ask.broker.cancel(ask.ticket, arrival.choice)
                     yield Spoken(ask.first_choice + arrival.choice, arrival, piece, finish)
             self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - start)
         except TimeoutError:
@@ -194,7 +226,7 @@ class Service:
 
     def cancel(self, asks: Sequence[Ask]) -> None:
         for ask in asks:
-            self.broker.cancel(ask.ticket)
+            ask.broker.cancel(ask.ticket)
 
     @property
     def context(self) -> int:

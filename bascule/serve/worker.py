@@ -33,7 +33,7 @@ from bascule.errors import BasculeError, OutOfMemory
 from bascule.infer.batch import CHUNK, Batch, Prefill
 from bascule.infer.row import Row
 from bascule.infer.score import score
-from bascule.infer.sequence import Sampling
+from bascule.infer.stamp import marks, settings
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, load_hf
 from bascule.serve.grammar import Grammars
@@ -84,14 +84,7 @@ class Desk:
         return bool(self.to_score or self.waiting or self.reading or self.batch.rows)
 
     def submit(self, job: dict[str, Any]) -> None:
-        sampling = Sampling(
-            **{
-                **job["sampling"],
-                "logit_bias": tuple(
-                    (int(token), float(bias)) for token, bias in job["sampling"]["logit_bias"]
-                ),
-            }
-        )
+        sampling = settings(job["sampling"])
         seats = [
             Seat(
                 job["prompt"],
@@ -148,9 +141,13 @@ class Desk:
     def _score_one(self) -> None:
         if self.to_score:
             job = self.to_score.popleft()
-            self._scored.append(
-                [job["id"], score(self.batch.model, job["prompt"], job["top"], job["temperature"])]
+            model, prompt = self.batch.model, job["prompt"]
+            found = (
+                marks(model, prompt, job["said"])
+                if job["said"]
+                else score(model, prompt, job["top"], job["temperature"])
             )
+            self._scored.append([job["id"], found])
 
     def _take_back(self) -> None:
         """Rows that had to give their blocks to older ones come first again."""
@@ -313,6 +310,7 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "simulated": chip.simulated,
         "fallback_note": desk.accelerator.fallback_note,
         "weights_sha256": sha256,
+        "dtype": str(desk.batch.model.lm_head.weight.dtype).removeprefix("torch."),
         "slots": desk.batch.slots,
         "context": desk.batch.length,
         "start_s": seconds,

@@ -10,7 +10,8 @@ import pytest
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.infer.sequence import Sampling
-from bascule.serve.broker import Broker, Candidate, Refused
+from bascule.serve.broker import Broker
+from bascule.serve.inflight import Candidate, Refused
 
 
 def broker_of(model: Path, *accelerators: str) -> tuple[Broker, list[str]]:
