@@ -25,14 +25,15 @@ class Positional(Fault):
 
     def after(self, call: Call, result: torch.Tensor, index: int) -> Touched | None:
         offset = draws.key(self.seed, "fault.offset", self.spec.seed) % self.spec.stride
+        if offset >= result.numel():
+            return None
         where = torch.arange(offset, result.numel(), self.spec.stride, device=result.device)
         if self.spec.width > 1:
             lanes = torch.arange(self.spec.width, device=result.device)
             where = (where[:, None] + lanes).flatten()
             where = where[where < result.numel()]
         where = where[: self.spec.values]
-        if where.numel():
-            rewrite(result, where, self.spoil(gather(result, where), index))
+        rewrite(result, where, self.spoil(gather(result, where), index))
         return Touched(where.numel(), tuple(where[:8].tolist()))
 
     def spoil(self, values: torch.Tensor, index: int) -> torch.Tensor:
