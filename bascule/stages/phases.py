@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 
 from bascule.config import PretrainConfig, Recipe
 from bascule.data import conversations
 from bascule.data.shards import Shards
+from bascule.data.tasks.base import Problem
 from bascule.errors import RecipeError
 from bascule.ledger import Ledger
 from bascule.stages.course import Course
@@ -81,8 +84,19 @@ def _grpo(
     return Grpo(
         recipe.grpo, course.prompts(course.train), seed=recipe.seed, pad_id=course.tokenizer.pad_id,
         sampler=rollouts.sample, ahead=rollouts.ahead, score=stepper.score, reward=rewards.verifier(course.train, course.tokenizer),
-        first_step=first_step, difficulties=[problem.difficulty for problem in course.train],
+        first_step=first_step, difficulties=difficulties(course.train),
     )  # fmt: skip
+
+
+def difficulties(problems: Sequence[Problem]) -> list[float]:
+    """Of each problem, the share of its own task's problems that are easier: tasks count difficulty in units of their own."""
+    of_task: dict[str, list[int]] = {}
+    for problem in problems:
+        of_task.setdefault(problem.task, []).append(problem.difficulty)
+    ranked = {task: sorted(found) for task, found in of_task.items()}
+    return [
+        bisect_left(ranked[one.task], one.difficulty) / len(ranked[one.task]) for one in problems
+    ]
 
 
 def _extended(recipe: Recipe, course: Course, objective: Objective) -> Objective:

@@ -1,0 +1,22 @@
+"""Every recipe in runs/ loads, and its shape and settings fit each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bascule.config import load_recipe
+
+RUNS = Path(__file__).resolve().parents[1] / "runs"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RUNS.glob("*.toml")))
+def test_a_recipe_loads_and_its_answers_fit_the_model(name: str) -> None:
+    recipe = load_recipe(RUNS / f"{name}.toml")
+    assert recipe.grpo.max_completion_tokens < recipe.model.max_position_embeddings
+    assert recipe.sft.pack_tokens <= recipe.model.max_position_embeddings
+    assert (
+        recipe.pretrain.sequence_length <= recipe.model.max_position_embeddings
+        or recipe.model.from_
+    )
