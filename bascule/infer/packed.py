@@ -86,15 +86,21 @@ class PackedDecoder:
             turned = torch.addcmul(wide[..., self._latent : width] * cos, wide[..., width:], sin)
             latent = _unit(wide[:, -1, : self._latent], LATENT_NORM_EPS) * layer.gain_C
             cache.write(number, torch.cat([latent, turned[:, -1]], -1).unsqueeze(1))
-            (cached_BSA,) = cache.read(number)
             q_BHA = torch.cat([wide[:, :-1, : self._latent], turned[:, :-1]], -1)
-            keys = cached_BSA.transpose(1, 2)
-            scores = torch.bmm(q_BHA, keys) if bias is None else torch.baddbmm(bias, q_BHA, keys)
-            mean = torch.bmm(scores.softmax(-1), cached_BSA[..., : self._latent])
+            means = [
+                self._look_back(q_BHA[rows], cached_BSA, None if bias is None else bias[rows])
+                for rows, (cached_BSA,) in cache.parts(number)
+            ]
+            mean = means[0] if len(means) == 1 else torch.cat(means)
             x_BD = torch.addmm(x_BD, mean.flatten(1), layer.w_out.t())
             x_BD = self._feed_forward(x_BD, layer)
         cache.close(1)
         return F.linear(_unit(x_BD, self._eps), self._w_head)
+
+    def _look_back(self, q_BHA: Tensor, cached_BSA: Tensor, bias: Tensor | None) -> Tensor:
+        keys = cached_BSA.transpose(1, 2)
+        scores = torch.bmm(q_BHA, keys) if bias is None else torch.baddbmm(bias, q_BHA, keys)
+        return torch.bmm(scores.softmax(-1), cached_BSA[..., : self._latent])
 
     def _feed_forward(self, x_BD: Tensor, layer: _Layer) -> Tensor:
         normed = _unit(x_BD, self._eps) * layer.gain_D

@@ -50,7 +50,7 @@ class Runner:
         table = np.zeros((len(texts), blocks_for(longest)), dtype=np.int64)
         for line, blocks in zip(table, tables, strict=True):
             line[: len(blocks)] = blocks
-        cache = self._view(table, np.zeros(len(texts), dtype=np.int64), ragged=False)
+        cache = PagedCache(self.pages, table, np.zeros(len(texts), dtype=np.int64))
         ragged = len(set(map(len, texts))) > 1
         mask_BT = torch.arange(longest, device=self.device) < lengths_B[:, None] if ragged else None
         output: Output = self._model(
@@ -60,7 +60,7 @@ class Runner:
 
     def read_on(self, chunk: Sequence[int], blocks: Sequence[int], known: int) -> Tensor:
         """One row's next tokens after its first `known`; the logits after the last, (1, V)."""
-        cache = self._view(np.array([blocks]), np.array([known]), ragged=False)
+        cache = PagedCache(self.pages, np.array([blocks]), np.array([known]))
         tokens_1T = torch.tensor([list(chunk)], device=self.device)
         last_1 = torch.tensor([len(chunk) - 1], device=self.device)
         output: Output = self._model(tokens_1T, cache=cache, at_B=last_1)
@@ -94,8 +94,9 @@ class Runner:
         width: int | None = None,
     ) -> Tensor:
         tokens = torch.tensor(tokens_B, device=self.device)
-        ragged = int(read_B.min()) != int(read_B.max())
-        cache = self._view(tables_BM, read_B, ragged=ragged, width=width)
+        if width is not None:
+            tables_BM = tables_BM[:, : blocks_for(width)]
+        cache = PagedCache(self.pages, tables_BM, read_B, width=width)
         if self._packed is not None:
             return self._packed.step(tokens, cache)
         output: Output = self._model(tokens[:, None], cache=cache)
@@ -110,19 +111,3 @@ class Runner:
         for width, rows in by_width.items():
             for start in range(0, len(rows), self._tile):
                 yield rows[start : start + self._tile], width
-
-    def _view(
-        self,
-        tables_BM: NDArray[np.int64],
-        read_B: NDArray[np.int64],
-        *,
-        ragged: bool,
-        width: int | None = None,
-    ) -> PagedCache:
-        longest = int(read_B.max())
-        if width is not None:
-            tables_BM = tables_BM[:, : blocks_for(width)]
-        return PagedCache(
-            self.pages, torch.from_numpy(tables_BM).to(self.device), torch.from_numpy(read_B).to(self.device),
-            longest, ragged=ragged, width=width,
-        )  # fmt: skip

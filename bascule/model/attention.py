@@ -102,14 +102,19 @@ class GroupedQueryAttention(nn.Module):
         assert context.cache is not None
         batch, tokens = q_BTHE.shape[:2]
         group = self.heads // self.kv_heads
-        keys_BSKE, values_BSKE = context.cache.read(self.layer)
         q = (q_BTHE * self.size**-0.5).view(batch, tokens, self.kv_heads, group, self.size)
-        q = q.permute(0, 2, 1, 3, 4).reshape(batch, self.kv_heads, tokens * group, self.size)
-        scores = q @ keys_BSKE.permute(0, 2, 3, 1)
-        if context.bias is not None:
-            scores = scores + context.bias.expand(-1, -1, group, -1).flatten(1, 2).unsqueeze(1)
-        out = scores.softmax(-1) @ values_BSKE.transpose(1, 2)
-        out = out.view(batch, self.kv_heads, tokens, group, self.size).permute(0, 2, 1, 3, 4)
+        q_KBME = q.permute(2, 0, 1, 3, 4).reshape(self.kv_heads, batch, tokens * group, self.size)
+        bias = context.bias
+        if bias is not None:
+            bias = bias.expand(-1, -1, group, -1).flatten(1, 2)
+        parts = []
+        for rows, (keys_BSKE, values_BSKE) in context.cache.parts(self.layer):
+            scores = q_KBME[:, rows] @ keys_BSKE.permute(2, 0, 3, 1)
+            if bias is not None:
+                scores = scores + bias[rows]
+            parts.append(scores.softmax(-1) @ values_BSKE.permute(2, 0, 1, 3))
+        out = torch.cat(parts, 1).view(self.kv_heads, batch, tokens, group, self.size)
+        out = out.permute(1, 2, 0, 3, 4)
         result: Tensor = out.reshape(batch, tokens, self.heads * self.size)
         return result
 
@@ -189,15 +194,17 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, context: Context) -> Tensor:
         assert context.cache is not None
         batch, tokens = q_nope.shape[:2]
-        (cached_BSA,) = context.cache.read(self.layer)
         w_key, w_value = torch.split(
             self.kv_b_proj.weight.view(self.heads, -1, self.latent), [self.nope, self.value], 1
         )
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_key).transpose(0, 1)
         q = torch.cat([q_latent, q_rope.flatten(0, 1)], -1) * self.scale
         q_BMA = q.view(batch, tokens * self.heads, -1)
-        probs_BMS = _scores(q_BMA, cached_BSA, context.bias, self.heads).softmax(-1)
-        mean_BMC = torch.bmm(probs_BMS, cached_BSA[..., : self.latent])
-        mean = mean_BMC.view(batch * tokens, self.heads, self.latent).transpose(0, 1)
+        parts = []
+        for rows, (cached_BSA,) in context.cache.parts(self.layer):
+            bias = None if context.bias is None else context.bias[rows]
+            probs_BMS = _scores(q_BMA[rows], cached_BSA, bias, self.heads).softmax(-1)
+            parts.append(torch.bmm(probs_BMS, cached_BSA[..., : self.latent]))
+        mean = torch.cat(parts).view(batch * tokens, self.heads, self.latent).transpose(0, 1)
         out = torch.bmm(mean, w_value.transpose(1, 2)).transpose(0, 1)
         return out.reshape(batch, tokens, self.heads * self.value)

@@ -8,6 +8,7 @@ Letters: L layers, B rows, S slots, T tokens of this call, C latent size, R rota
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -73,6 +74,10 @@ class Cache:
     def read(self, layer: int) -> tuple[Tensor, ...]:
         """The used slots of one layer, [B, longest, ...] each (views)."""
         return tuple(buffer[layer, :, : self.longest] for buffer in self.buffers)
+
+    def parts(self, layer: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """What `read` returns, for some rows at a time; here for all at once."""
+        yield slice(None), self.read(layer)
 
     def select(self, rows: Tensor) -> Self:
         """A new cache with the given rows in the given order: finished rows are left out, a row may come twice."""

@@ -9,15 +9,18 @@ Letters: L layers, K key-value heads (1 for MLA), N blocks, E numbers a token an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.config import ModelConfig
 from bascule.model.cache import Cache
 
 BLOCK = 16  # tokens
+PART_BYTES = 2 << 20
 
 
 class Pages:
@@ -36,7 +39,11 @@ class Pages:
         self.pools = tuple(
             torch.empty(shape, device=device, dtype=dtype) for _ in range(1 if self.latent else 2)
         )
+        self.blocks_KNA = [[layer.flatten(2) for layer in pool] for pool in self.pools]
+        self.tokens_KSE = [[layer.flatten(1, 2) for layer in pool] for pool in self.pools]
         self.block_bytes = sum(pool[:, :, 0].numel() * pool.element_size() for pool in self.pools)
+        self.token_layer_bytes = self.block_bytes // BLOCK // config.num_hidden_layers
+        self._scratch = [torch.empty(0, device=device, dtype=dtype) for _ in self.pools]
         self.clean([0])
 
     def clean(self, blocks: Sequence[int]) -> None:
@@ -49,47 +56,69 @@ class Pages:
         for pool in self.pools:
             pool[:, :, target] = pool[:, :, source]
 
+    def gather(self, layer: int, tables_BM: Tensor) -> list[Tensor]:
+        """Blocks side by side, [K, B, M * BLOCK, E] of each pool: in a buffer that the next call writes over."""
+        found = []
+        blocks = tables_BM.flatten()
+        for at, pool in enumerate(self.pools):
+            heads, width = pool.shape[1], pool.shape[4]
+            size = heads * blocks.numel() * BLOCK * width
+            if (
+                self._scratch[at].numel() < size
+            ):  # fresh memory for every call costs more than the copy itself
+                self._scratch[at] = self._scratch[at].new_empty(size)
+            out = self._scratch[at][:size].view(heads, blocks.numel(), -1)
+            torch.index_select(self.blocks_KNA[at][layer], 1, blocks, out=out)
+            found.append(out.view(heads, tables_BM.shape[0], -1, width))
+        return found
+
 
 class PagedCache(Cache):
-    """Some rows of `pages` for one call of the model. `tables_BM` names each row's blocks, 0 where a row has fewer than M.
+    """Some rows of `pages` for one call of the model. `tables_BM` names each row's blocks, 0 where a row has fewer than M;
+    `read_B` is what each has read. Both lie on the host, and so does the arithmetic on them. The batch counts tokens, not `close`.
 
     `width` overrides how many slots a read returns (at least the longest row after the call): fixed shapes for equal bits.
     """
 
     def __init__(
-        self, pages: Pages, tables_BM: Tensor, lengths_B: Tensor, longest: int, *, ragged: bool, width: int | None = None
+        self, pages: Pages, tables_BM: NDArray[np.int64], read_B: NDArray[np.int64], *, width: int | None = None
     ) -> None:  # fmt: skip
-        self.buffers = pages.pools
+        self._pages, self._tables, self._read, self._width = pages, tables_BM, read_B, width
+        self._device = pages.pools[0].device
         self.capacity = tables_BM.shape[1] * BLOCK
-        self.lengths_B, self.longest = lengths_B, longest
-        self.ragged = ragged or width is not None
-        self._latent, self._tables_BM, self._width = pages.latent, tables_BM, width
-        self._at_BT = tables_BM
+        self.longest = int(read_B.max())
+        self.ragged = width is not None or int(read_B.min()) != self.longest
+        self._tables_BM = torch.from_numpy(tables_BM).to(self._device)
 
     def open(self, tokens: int, *, ragged: bool) -> Tensor:
-        positions_BT = super().open(tokens, ragged=ragged)
+        positions_BT = self._read[:, None] + np.arange(tokens)
         # Padding may lie past the last block of a short row's table: it goes to block 0.
-        block_BT = positions_BT // BLOCK
-        held_BT = self._tables_BM.gather(1, block_BT.clamp(max=self._tables_BM.shape[1] - 1))
-        self._at_BT = held_BT * BLOCK + positions_BT % BLOCK
-        if self._width is not None:
-            self.longest = self._width
-        return positions_BT
+        at_block = np.minimum(positions_BT // BLOCK, self._tables.shape[1] - 1)
+        at_BT = np.take_along_axis(self._tables, at_block, 1) * BLOCK + positions_BT % BLOCK
+        self._at = torch.from_numpy(at_BT.ravel()).to(self._device)
+        self.longest = self._width or self.longest + tokens
+        self.ragged = self.ragged or ragged
+        return torch.from_numpy(positions_BT).to(self._device)
+
+    def close(self, added_B: Tensor | int) -> None:
+        pass
 
     def write(self, layer: int, *values: Tensor) -> None:
-        at = self._at_BT.flatten()
-        for pool, value in zip(self.buffers, values, strict=True):
-            heads_KTE = value.reshape(at.numel(), pool.shape[1], -1).transpose(0, 1)
-            pool[layer].flatten(1, 2).index_copy_(1, at, heads_KTE.to(pool.dtype))
+        for pool, value in zip(self._pages.tokens_KSE, values, strict=True):
+            heads_KTE = value.view(self._at.numel(), pool[layer].shape[0], -1).transpose(0, 1)
+            pool[layer].index_copy_(1, self._at, heads_KTE.to(pool[layer].dtype))
 
-    def read(self, layer: int) -> tuple[Tensor, ...]:
-        """[B, S, E] for MLA; [B, S, K, E] for GQA, head by head in memory."""
-        batch, blocks = self._tables_BM.shape[0], self._tables_BM.flatten()
-        parts = []
-        for pool in self.buffers:
-            found = pool[layer].index_select(1, blocks)
-            side_by_side = found.view(pool.shape[1], batch, -1, pool.shape[-1])[
-                :, :, : self.longest
-            ]
-            parts.append(side_by_side[0] if self._latent else side_by_side.permute(1, 2, 0, 3))
-        return tuple(parts)
+    def parts(self, layer: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """A few rows at a time, so that what was gathered is still in the CPU's cache when it is used."""
+        rows = len(self._read)
+        step = max(1, PART_BYTES // (self._pages.token_layer_bytes * self.capacity))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            found = self._pages.gather(layer, self._tables_BM[part])
+            cut = [one[:, :, : self.longest] for one in found]
+            yield (
+                part,
+                (cut[0][0],)
+                if self._pages.latent
+                else tuple(one.permute(1, 2, 0, 3) for one in cut),
+            )
