@@ -43,12 +43,13 @@ OnProgress = Callable[[str, float, int], None]
 
 @dataclass(frozen=True)
 class BatteryResult:
-    """Everything found, judged. `note` is the accelerator's own word on what it fell back from."""
+    """Everything found, judged. `folder` holds evidence, reproducers and what a page draws. `note` is the accelerator's own word on what it fell back from."""
 
     examined: Examined
     evidence: tuple[Evidence, ...]
     verdicts: tuple[Verdict, ...]
     seconds: float
+    folder: Path
     note: str | None = None
 
 
@@ -110,6 +111,7 @@ def run_battery(
         evidence=tuple(run.evidence),
         verdicts=tuple(verdict.model_copy(update={"pool": pool}) for verdict in judged),
         seconds=time.monotonic() - started_s,
+        folder=folder,
         note=run.note,
     )
 

@@ -46,9 +46,17 @@ def operator_script(context: CheckContext, miss: Miss) -> Path:
     return _write(folder, text)
 
 
-def plain_script(context: CheckContext, name: str, finding: str, body: str) -> Path:
-    """Write a stand-alone script around `body`, which may use `torch`, `device`, `show(name, got, want)`."""
+def plain_script(
+    context: CheckContext,
+    name: str,
+    finding: str,
+    body: str,
+    inputs: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write a stand-alone script around `body`, which may use `torch`, `device`, `stored[name]` of `inputs`, and
+    `show(name, got, want)`."""
     folder = _folder(context, name)
+    save_tensors(inputs or {"none": torch.zeros(0)}, folder / "inputs.safetensors")
     text = Template(_PLAIN.read_text(encoding="utf-8")).substitute(
         finding=finding, command=context.command(), body=body.strip()
     )

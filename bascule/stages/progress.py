@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,32 @@ class LedgerTail:
         end = data.rfind(b"\n") + 1
         self._offset += end
         return [parse_line(line, self.path) for line in data[:end].split(b"\n") if line]
+
+
+class ProgressBar:
+    """`[#######·······]  12/31  numerics.backward[train]  ETA 20s` on the last line of a terminal; elsewhere nothing."""
+
+    WIDTH = 24
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+        self._began_s = time.monotonic()
+
+    def show(self, what: str, done: float, total: int) -> None:
+        """`done` of `total`, fractions allowed. The time left is guessed from the time so far."""
+        if not self._on:
+            return
+        share = done / max(total, 1)
+        spent_s = time.monotonic() - self._began_s
+        eta = f"  ETA {duration(spent_s * (1 - share) / share)}" if share > 0.05 else ""
+        full = round(self.WIDTH * share)
+        bar = "#" * full + "·" * (self.WIDTH - full)
+        print(f"\r\x1b[K[{bar}] {int(done):3d}/{total}  {what}{eta}", end="", file=sys.stderr, flush=True)  # fmt: skip
+
+    def clear(self) -> None:
+        """Before anything else is said."""
+        if self._on:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class ProgressLine:

@@ -12,37 +12,25 @@ from bascule.config import ModelConfig, Recipe
 from bascule.errors import CheckFailed
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
+from bascule.qualify import page
 from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.qualify.judge import outdated
 from bascule.records import Evidence, Verdict
 from bascule.stages import reexamine
 from bascule.stages.answer import Answer, say
+from bascule.stages.progress import ProgressBar
 
 QUICK_LIMIT_S, FULL_LIMIT_S = 180.0, 3600.0
-MARK = {"pass": "ok  ", "fail": "FAIL", "error": "FAIL", "skipped": "skip"}
+MARK = {"pass": "ok  ", "fail": "FAIL", "error": "FAIL", "not again": "gone", "skipped": "skip"}
 
 
 def main(arguments: Namespace) -> Answer:
     """Exit 3 when any examined accelerator is unfit for any role."""
     if arguments.readmit:
         return reexamine.readmit(arguments)
-    model = ModelConfig(preset=arguments.preset)
-    results = [
-        run_battery(
-            name,
-            name,
-            model,
-            Path(arguments.out) / _file_name(name),
-            time_limit_s=arguments.time_limit
-            or (FULL_LIMIT_S if arguments.full else QUICK_LIMIT_S),
-            quick=not arguments.full,
-            seed=arguments.seed,
-            only=arguments.check,
-            resume=arguments.resume,
-            on_evidence=_say_evidence,
-        )
-        for name in arguments.accelerators
-    ]
+    results = [_examine(name, arguments) for name in arguments.accelerators]
+    report = Path(arguments.html or Path(arguments.out) / "report.html")
+    page.write(report, results)
     judged = [verdict for result in results for verdict in result.verdicts]
     if arguments.require:
         refused = any(
@@ -62,10 +50,39 @@ def main(arguments: Namespace) -> Answer:
         }
     }
     return Answer(
-        text="\n".join(line for result in results for line in _lines(result)),
+        text="\n".join(
+            [*(line for result in results for line in _lines(result)), f"report: {report}"]
+        ),
         data=data,
         exit_code=CheckFailed.exit_code if refused else 0,
     )
+
+
+def _examine(name: str, arguments: Namespace) -> BatteryResult:
+    long = arguments.full or arguments.wide
+    bar = ProgressBar()
+
+    def tell(item: Evidence) -> None:
+        bar.clear()
+        _say_evidence(item)
+
+    result = run_battery(
+        name,
+        name,
+        ModelConfig(preset=arguments.preset),
+        Path(arguments.out) / _file_name(name),
+        time_limit_s=arguments.time_limit or (FULL_LIMIT_S if long else QUICK_LIMIT_S),
+        quick=not arguments.full,
+        wide=arguments.wide,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        only=arguments.check,
+        resume=arguments.resume,
+        on_evidence=tell,
+        on_progress=bar.show,
+    )
+    bar.clear()
+    return result
 
 
 def qualify_pools(
@@ -112,6 +129,7 @@ def _qualify_pool(
     if result.note:
         ledger.warn("accelerator fallback", f"pool {pool}: {result.note}")
     ledger.append(*result.verdicts)
+    page.write(result.folder / "report.html", [result])
     for line in _lines(result):
         say(line)
 
@@ -139,7 +157,9 @@ def _lines(result: BatteryResult) -> list[str]:
 
 
 def _say_evidence(item: Evidence) -> None:
-    say(f"  {MARK[item.outcome]} {item.check} [{', '.join(item.roles)}] {item.detail}")
+    say(
+        f"  {MARK[item.outcome]} {item.check} [{', '.join(item.roles)}] {item.detail} ({item.seconds:.1f} s)"
+    )
 
 
 def _plain(record: Evidence | Verdict) -> dict[str, object]:

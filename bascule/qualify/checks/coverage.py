@@ -1,22 +1,24 @@
 """Does the chip have every operator this model calls, with these shapes, strides and types, and does it run them itself?
 
 Each traced call is played on the chip: an operator that is missing, one that raises, and one that the runtime quietly sends to the
-host are told apart. After that the whole step runs once, because a call alone may be dispatched otherwise than inside autograd.
+host are told apart; each is weighted by its calls and by the time those take on the reference. After that the whole step runs once, because a call alone may be dispatched otherwise than inside autograd.
 """
 
 from __future__ import annotations
 
 import re
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bascule.errors import DeviceFault, OperatorMissing
-from bascule.qualify import workload
+from bascule.qualify import reproduce, workload
 from bascule.qualify.context import CheckContext, Measured, describe
-from bascule.qualify.hold import CPU
+from bascule.qualify.hold import CPU, Miss
 from bascule.qualify.trace import Call
 from bascule.records import Evidence
 
@@ -29,7 +31,7 @@ _FELL_BACK = re.compile(
 
 @dataclass(frozen=True)
 class _Trouble:
-    """`kind`: missing, raised or host."""
+    """`kind`: missing, raised or host. `words`: what was said."""
 
     call: Call
     kind: str
@@ -48,9 +50,9 @@ def _cover(context: CheckContext, phases: Sequence[str]) -> list[Evidence]:
     calls = context.workload.trace.of(*phases)
     troubles = _play_all(context, calls)
     whole = _whole_step(context)
-    findings = [
-        _finding(context, group, calls) for group in _clusters(troubles) if group[0].kind != "host"
-    ]
+    clusters = [group for group in _clusters(troubles) if group[0].kind != "host"]
+    times = _times(calls) if clusters else {}
+    findings = [_finding(context, group, calls, times) for group in clusters]
     if whole and not findings:
         findings = [
             context.failed(
@@ -76,12 +78,29 @@ def _play_all(context: CheckContext, calls: Sequence[Call]) -> list[_Trouble]:
                 troubles.append(_Trouble(call, "missing", describe(error)))
             except (RuntimeError, DeviceFault) as error:
                 troubles.append(_Trouble(call, "raised", describe(error)))
-            if any(_FELL_BACK.search(str(warning.message)) for warning in said):
-                troubles.append(_Trouble(call, "host", str(said[-1].message)))
+            told = next((str(w.message) for w in said if _FELL_BACK.search(str(w.message))), None)
+            if told or not has_own_kernel(call.op, device.type):
+                troubles.append(
+                    _Trouble(call, "host", told or "no kernel is registered for this device")
+                )
             said.clear()
     return [
         trouble for trouble in troubles if trouble.kind != "raised" or _reference_runs(trouble.call)
     ]
+
+
+def has_own_kernel(op: Any, device_type: str) -> bool:
+    """Does the dispatcher hold a kernel for this device, or one for all? Without either, what ran was the back end's fallback, which
+    sends the call to the host. (A private table of PyTorch's: there is no public way to ask.)"""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, "PrivateUse1")
+    name = op._schema.name + (f".{op._schema.overload_name}" if op._schema.overload_name else "")
+    keys = (
+        key,
+        "CompositeExplicitAutograd",
+        "CompositeExplicitAutogradNonFunctional",
+        "CompositeImplicitAutograd",
+    )
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, one) for one in keys)
 
 
 def _reference_runs(call: Call) -> bool:
@@ -114,27 +133,63 @@ def _whole_step(context: CheckContext) -> str | None:
 
 
 def _clusters(troubles: Sequence[_Trouble]) -> list[list[_Trouble]]:
-    """One group per operator and kind of trouble: its signatures fail for one reason."""
+    """One group per root cause: the same words once names and numbers are taken out of them, whatever the operator."""
     groups: dict[tuple[str, str], list[_Trouble]] = {}
     for trouble in troubles:
-        groups.setdefault((trouble.call.name, trouble.kind), []).append(trouble)
+        cause = re.sub(r"aten::\w+|\d+", "*", trouble.words.replace(trouble.call.base_name, "*"))
+        groups.setdefault((trouble.kind, cause), []).append(trouble)
     return list(groups.values())
 
 
-def _finding(context: CheckContext, group: list[_Trouble], calls: Sequence[Call]) -> Evidence:
+def _finding(
+    context: CheckContext, group: list[_Trouble], calls: Sequence[Call], times: dict[str, float]
+) -> Evidence:
+    """`times`: seconds of the reference by operator."""
     first = group[0]
-    verb = "is missing" if first.kind == "missing" else "raised"
-    share = sum(trouble.call.count for trouble in group) / max(1, sum(call.count for call in calls))
+    names = list(dict.fromkeys(trouble.call.name for trouble in group))
+    verb = {"missing": "missing", "raised": "raised"}[first.kind]
+    share = _calls(trouble.call for trouble in group) / max(1, _calls(calls))
+    time_share = sum(times[name] for name in names) / max(sum(times.values()), 1e-12)
     measured: Measured = {
         "operator": first.call.name,
+        "operators": len(names),
         "signature": first.call.signature,
-        "calls": sum(trouble.call.count for trouble in group),
+        "calls": _calls(trouble.call for trouble in group),
         "share_of_calls": share,
+        "share_of_reference_time": time_share,
     }
-    return context.failed(
-        f"{first.call.name} {verb}, {len(group)} signatures, {share:.1%} of calls: {first.words}",
-        measured,
+    what = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    smallest = min(
+        (trouble.call for trouble in group), key=lambda call: sum(t.numel() for t in call.tensors())
     )
+    script = reproduce.operator_script(
+        context, Miss(smallest, 0, f"{verb}: {first.words}", None, None)
+    )
+    return context.failed(
+        f"{what} {verb}, {len(group)} signatures, {share:.1%} of calls, {time_share:.1%} of the reference's time: {first.words}",
+        measured,
+        script=script,
+    )
+
+
+def _calls(calls: Iterable[Call]) -> int:
+    return sum(call.count for call in calls)
+
+
+def _times(calls: Sequence[Call]) -> dict[str, float]:
+    """Seconds that the reference spends by operator, all its calls together; those that it refuses count nothing."""
+    spent: dict[str, float] = {}
+    with torch.no_grad():
+        for call in calls:
+            spent.setdefault(call.name, 0.0)
+            placed = call.place(CPU)
+            began_s = time.perf_counter()
+            try:
+                call.run(CPU, moved=placed)
+            except (RuntimeError, TypeError):
+                continue
+            spent[call.name] += call.count * (time.perf_counter() - began_s)
+    return spent
 
 
 def _all_there(

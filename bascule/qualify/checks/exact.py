@@ -24,11 +24,10 @@ SHRINK_TRIES = 80
 Shape = tuple[int, int, int]
 
 _MATMUL_BODY = """
-for m, k, n in $shapes:
-    a = torch.randint(-8, 9, (m, k)).float()
-    b = torch.randint(-8, 9, (k, n)).float()
-    for _ in range(50):
-        show(f"{m}x{k} @ {k}x{n}", a.to(device) @ b.to(device), (a.double() @ b.double()).float())
+for name in sorted(key for key in stored if key.startswith("a")):
+    a, b = stored[name], stored["b" + name[1:]]
+    for _ in range(12):
+        show(f"{tuple(a.shape)} @ {tuple(b.shape)}", a.to(device) @ b.to(device), (a.double() @ b.double()).float())
 """
 _REDUCTION_BODY = """
 for n in (255, 1000, 4097, 65537):
@@ -63,11 +62,13 @@ class _Tally:
             at = int((got != want).flatten().nonzero()[0])
             self.first = f"{what}: {different} of {want.numel()} values wrong, first at {at}: {float(got.flatten()[at]):g}, expected {float(want.flatten()[at]):g}"
 
-    def evidence(self, context: CheckContext, name: str, body: str) -> list[Evidence]:
+    def evidence(
+        self, context: CheckContext, name: str, body: str, inputs: dict[str, Tensor] | None = None
+    ) -> list[Evidence]:
         measured: Measured = {"values": self.values, "wrong": self.wrong}
         if not self.wrong:
             return [context.passed(f"{self.values} values exactly right", measured)]
-        script = reproduce.plain_script(context, f"{name}-{context.role}", self.first, body)
+        script = reproduce.plain_script(context, f"{name}-{context.role}", self.first, body, inputs)
         return [context.failed(self.first, measured, script=script)]
 
 
@@ -94,7 +95,11 @@ def matmul(context: CheckContext) -> list[Evidence]:
         smallest = _shrunk(context, failing)
         shapes = (smallest, *shapes)
         tally.first += f"; smallest shape that fails: {'x'.join(map(str, smallest))} (MxKxN)"
-    return tally.evidence(context, "exact.matmul", _MATMUL_BODY.replace("$shapes", repr(shapes)))
+    inputs = {}
+    for place, (m, k, n) in enumerate(shapes):
+        inputs[f"a{place}"] = integers(context.seed, "a", (m, k))
+        inputs[f"b{place}"] = integers(context.seed, "b", (k, n))
+    return tally.evidence(context, "exact.matmul", _MATMUL_BODY, inputs)
 
 
 def _shapes(context: CheckContext, tally: _Tally) -> Shape | None:

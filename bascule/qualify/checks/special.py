@@ -9,7 +9,9 @@ trains on wrong numbers that no sentinel for NaN will ever see.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,10 @@ from torch import Tensor
 from bascule import numerics
 from bascule.qualify import reproduce
 from bascule.qualify.checks.exact import integers
+from bascule.qualify.checks.numerics import examine
 from bascule.qualify.context import CheckContext, Measured
+from bascule.qualify.question import play
+from bascule.qualify.trace import Call, signature_of
 from bascule.records import Evidence
 
 UNITS_ALLOWED = 8.0  # of roundoff; vendors' own maths libraries promise 1 to 4
@@ -50,6 +55,7 @@ def ranges(context: CheckContext) -> list[Evidence]:
                 context.failed(
                     f"{name}: off by {units:.3g} units of roundoff, allowed {UNITS_ALLOWED:g}",
                     measured,
+                    script=_units_script(context, name, inputs[name]),
                 )
             )
     if hides:
@@ -75,6 +81,13 @@ def ranges(context: CheckContext) -> list[Evidence]:
             {"units": worst[name]},
         )
     ]
+
+
+def _units_script(context: CheckContext, name: str, x: Tensor) -> Path:
+    body = _UNITS_BODY.replace("$function", _SOURCES[name])
+    return reproduce.plain_script(
+        context, f"numerics.special-{context.role}-{name}", f"{name} is imprecise", body, {"x": x}
+    )
 
 
 def _units(got: Tensor, want: Tensor) -> float:
@@ -144,6 +157,21 @@ _OVERFLOWS: dict[str, Callable[[Tensor], Tensor]] = {
     "a NaN passed on": lambda x: x * 2.0,
     "an infinity passed on": lambda x: x * 2.0,
 }
+# The same functions as a reader of the stand-alone script sees them.
+_SOURCES = {
+    "exp": "torch.exp(x)", "log": "torch.log2(x)", "rsqrt": "torch.rsqrt(x)", "sqrt": "torch.sqrt(x)",
+    "reciprocal": "torch.reciprocal(x)", "sigmoid": "torch.sigmoid(x)", "silu": "torch.nn.functional.silu(x)",
+    "cos of large angles": "2.0 + torch.cos(x)", "sin of large angles": "2.0 + torch.sin(x)",
+}  # fmt: skip
+_UNITS_BODY = """
+def function(x):
+    return $function
+
+
+got, want = function(stored["x"].to(device)).cpu(), function(stored["x"].double())
+error = (got.double() - want).abs() / want.abs().clamp_min(2.0**-126)
+print(f"largest error {float(error.max()) * 2**24:.3g} units of roundoff, non-finite {int((~got.isfinite()).sum())}")
+"""
 _OVERFLOW_BODY = """
 big = torch.full((32, 32), 3e38)
 show("sum beyond the range", (big.to(device) + big.to(device)).isinf(), torch.ones(32, 32).bool())
@@ -154,73 +182,28 @@ show("zero divided by zero", (zero.to(device) / zero.to(device)).isnan(), torch.
 
 ROWS = (1, 31, 255, 1025, 2049)
 WIDTHS = (1, 17, 127, 129, 257, 1023, 1025, 4097)
+_MM, _SOFTMAX, _RMS_NORM = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten.rms_norm.default,
+)
 
 
 def shapes(context: CheckContext) -> list[Evidence]:
-    """Softmax and RMS norm along rows at every width, contiguous and turned, in fp32 and bf16; and tensors without rows."""
-    cases = list(_cases(context.seed))
-    device = context.accelerator.device
-    on_chip = [_to(x, device) for _, _, x in cases]
-    with context.chip(), torch.no_grad():
-        got = [function(x).cpu() for (_, function, _), x in zip(cases, on_chip, strict=True)]
-        empty = torch.zeros(0, 16, device=device) @ torch.zeros(16, 8, device=device)
-    findings: list[tuple[str, str, numerics.Comparison]] = []
-    for (name, function, x), answer in zip(cases, got, strict=True):
-        exact = function(x.double())
-        floor = numerics.rounding_floor(exact, x.dtype, accumulate_terms=x.shape[-1])
-        found = numerics.compare(answer, exact)
-        why = numerics.verdict(found, floor, x.dtype)
-        if why:
-            findings.append((name, why, found))
-    if tuple(empty.shape) != (0, 8):
-        findings.append(
-            (
-                "product without rows",
-                f"has shape {tuple(empty.shape)}, expected (0, 8)",
-                numerics.Comparison(0, 0, 0, 0, 0, 0),
-            )
-        )
-    if findings:
-        name, why, found = findings[0]
-        measured: Measured = {
-            "case": name,
-            "wrong": len(findings),
-            "cases": len(cases),
-            "rms": found.rms,
-            "gain": found.gain,
-            "gain_z": found.gain_z,
-        }
-        return [
-            context.failed(
-                f"{name}: {why} ({len(findings)} of {len(cases)} shapes wrong)", measured
-            )
-        ]
-    return [context.passed(f"{len(cases)} shapes right", {"cases": len(cases)})]
+    """Softmax and RMS norm along rows at every width, contiguous and turned, in fp32 and bf16; and a product without rows."""
+    calls = [*_cases(context.seed), _call(_MM, torch.zeros(0, 16), torch.zeros(16, 8))]
+    return examine(context, [(call, play) for call in calls])
 
 
-def _to(x: Tensor, device: torch.device) -> Tensor:
-    """A copy there with the same strides."""
-    return x.to(device) if x.is_contiguous() else x.t().contiguous().to(device).t()
-
-
-def _cases(seed: int) -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
-    cases: list[tuple[str, Callable[[Tensor], Tensor], Tensor]] = []
+def _cases(seed: int) -> Iterator[Call]:
     for place, width in enumerate(WIDTHS):
         rows = ROWS[place % len(ROWS)]
         x = integers(seed, "shapes", (rows, width), -512, 512) / 128.0
         for dtype in (torch.float32, torch.bfloat16):
-            short = str(dtype).removeprefix("torch.")
-            cases.append((f"softmax {rows}x{width} {short}", _softmax, x.to(dtype)))
-            cases.append((f"rms_norm {rows}x{width} {short}", _rms_norm, x.to(dtype)))
-        cases.append(
-            (f"softmax {rows}x{width} of a transposed tensor", _softmax, x.t().contiguous().t())
-        )
-    return cases
+            yield _call(_SOFTMAX, x.to(dtype), -1)
+            yield _call(_RMS_NORM, x.to(dtype), [width], None, 1e-6)
+        yield _call(_SOFTMAX, x.t().contiguous().t(), -1)
 
 
-def _softmax(x: Tensor) -> Tensor:
-    return torch.softmax(x, -1)
-
-
-def _rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+def _call(op: Any, *args: Any) -> Call:
+    return Call("forward", op, args, {}, signature_of(op, args, {}))
