@@ -6,19 +6,20 @@ Every figure is an `Estimate`: middle, 80 % interval, unit, and what it rests on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
-from bascule.plan.ask import TrainAsk, parse_serve, parse_train
-from bascule.plan.catalogue import Chip, chips_from_toml, find_chip, power_w, with_measured
+from bascule.plan.ask import TrainAsk, parse_serve, parse_train, possible
+from bascule.plan.catalogue import Chip, chips_from_toml, power_w
 from bascule.plan.cost import bubble_share
 from bascule.plan.forecast import Forecast, Model, shipped
 from bascule.plan.goodput import FailureRate, Goodput, goodput, rate_of
 from bascule.plan.job import Job
 from bascule.plan.layout import Choice, empty_job, search
+from bascule.plan.measured import chips_of, read_run, recovery_of
 from bascule.plan.memory import Memory, memory_of
 from bascule.plan.models import model_named
 from bascule.plan.schedule import Played, Stage, play
@@ -109,22 +110,25 @@ class Answer:
 
 def answer(
     model: str | Shape, *, train: Sequence[str] = (), versus: Sequence[str] = (), serve: Sequence[str] = (),
-    chip_file: Path | None = None, measured: Mapping[str, Mapping[str, float]] | None = None,
+    chip_file: Path | None = None,
 ) -> Answer:  # fmt: skip
     """Answer for one model: trainings (`train` first, then `versus`, each compared with the first), and services.
 
-    `chip_file`: the user's own chips in TOML. `measured`: per chip name, figures of `Chip` that qualify measured.
+    `chip_file`: the user's own chips in TOML, or a run's folder: then its pools are chips, with the figures that qualify
+    measured, and its fallbacks say how long a recovery takes.
     Raises RecipeError in one sentence for anything that cannot be asked.
     """
     shape = model_named(model) if isinstance(model, str) else model
-    own = chips_from_toml(chip_file) if chip_file else {}
-    if measured:
-        own = {**own, **_measured_chips(measured, own)}
+    records = read_run(chip_file) if chip_file and chip_file.is_dir() else []
+    own = chips_of(records) if records else chips_from_toml(chip_file) if chip_file else {}
+    recovery = recovery_of(records)
     asks: list[TrainAsk] = []
     for text in [*train, *versus]:
         asks.append(parse_train(text, own, tokens=asks[0].tokens if asks else None))
         if len(asks) > 1 and "seq" not in text.lower():
             asks[-1] = replace(asks[-1], sequence=asks[0].sequence)
+        if recovery and asks[-1].recovery is None:
+            asks[-1] = replace(asks[-1], recovery=recovery)
     services = [parse_serve(text, own) for text in serve]
     if not asks and not services:
         raise RecipeError(
@@ -144,15 +148,6 @@ def answer(
     )
 
 
-def _measured_chips(
-    measured: Mapping[str, Mapping[str, float]], own: Mapping[str, Chip]
-) -> dict[str, Chip]:
-    return {
-        find_chip(name, own).name: with_measured(find_chip(name, own), figures)
-        for name, figures in measured.items()
-    }
-
-
 def default_batch(ask: TrainAsk) -> int:
     """Sequences of a step when nobody said: about 16 M tokens for runs over a trillion tokens, 4 M below, and enough for the
     chips; options that are compared share the largest."""
@@ -165,6 +160,7 @@ def train_answer(shape: Shape, ask: TrainAsk, model: Model | None = None) -> Tra
     batch = ask.batch or default_batch(ask)
     job = empty_job(shape, ask.chip, ask.chips, ask.sequence, batch, ask.precision, ask.software)
     if ask.layout is not None:
+        possible(ask.layout, shape)
         given = replace(
             job,
             layout=ask.layout,

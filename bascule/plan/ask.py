@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from bascule.errors import RecipeError, nearest
+from bascule.plan.architecture import Shape
 from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.goodput import Recovery
 from bascule.plan.job import Layout, precision_class
@@ -118,11 +119,11 @@ def _rejoin_thousands(head: str, rest: list[str]) -> tuple[str, list[str]]:
 def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
     word = part.lower()
     if found := re.fullmatch(r"([\d.]+\s*[kmbt]?)\s*tokens?", word):
-        return replace(ask, tokens=quantity(found.group(1)) or 0.0)
+        return replace(ask, tokens=_above_0(part, quantity(found.group(1))))
     if found := re.fullmatch(r"(?:seq|sequence)\s*([\d.]+\s*k?)", word):
-        return replace(ask, sequence=length(found.group(1)) or ask.sequence)
+        return replace(ask, sequence=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(r"batch\s*([\d.]+\s*k?)", word):
-        return replace(ask, batch=int(quantity(found.group(1)) or 0) or None)
+        return replace(ask, batch=int(_above_0(part, quantity(found.group(1)))))
     if word in PRECISIONS:
         return replace(ask, precision=precision_class(word))
     if (price := _price(part)) is not None:
@@ -130,7 +131,7 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
     if found := re.fullmatch(r"pue\s*([\d.]+)", word):
         return replace(ask, pue=_pue(found.group(1)))
     if found := re.fullmatch(r"([\d.]+)\s*failures", word):
-        return replace(ask, failures=float(found.group(1)))
+        return replace(ask, failures=_above_0(part, quantity(found.group(1))))
     if re.fullmatch(r"(?:(?:tp|pp|cp|ep|vpp|mb|zero-?)\d+\s*)+", word):
         return replace(ask, layout=parse_layout(word, ask.chips))
     if word in SCHEDULES:
@@ -139,7 +140,8 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
         return replace(
             ask,
             recovery=replace(
-                ask.recovery or Recovery(), **{f"{found.group(1)}_s": float(found.group(2))}
+                ask.recovery or Recovery(),
+                **{f"{found.group(1)}_s": _above_0(part, quantity(found.group(2)))},
             ),
         )
     if word.startswith("software "):
@@ -201,6 +203,20 @@ def parse_layout(text: str, chips: int) -> Layout:
     )
 
 
+def possible(layout: Layout, shape: Shape) -> None:
+    """Refuse a given layout that this model cannot be cut into."""
+    limits = {
+        "TP": (layout.tp, shape.heads, "attention heads"),
+        "PP x VPP": (layout.pp * layout.vpp, shape.layers, "layers"),
+        "EP": (layout.ep, max(1, shape.experts), "experts"),
+    }
+    for name, (degree, most, what) in limits.items():
+        if degree > most:
+            raise RecipeError(
+                f"{name} = {degree} is more than {shape.name} has {what}; 1 to {most} is allowed."
+            )
+
+
 def _scheduled(layout: Layout, schedule: str) -> Layout:
     """A given layout with a given pipeline schedule. Refuses pairs that no pipeline can run."""
     if (schedule == "interleaved") != (layout.vpp > 1):
@@ -221,7 +237,7 @@ def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
     ask = ServeAsk(
         text=text,
         chip=chip,
-        chips=int(found.group(1)) if found else None,
+        chips=int(_above_0(head, float(found.group(1)))) if found else None,
         price_usd_h=chip.price_usd_h,
         precision=precision,
     )
@@ -233,9 +249,9 @@ def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
 def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
     word = part.lower()
     if found := re.fullmatch(r"([\d.]+\s*k?)\s*(?:in|prompt)", word):
-        return replace(ask, prompt=length(found.group(1)) or ask.prompt)
+        return replace(ask, prompt=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(r"([\d.]+\s*k?)\s*(?:out|completion)", word):
-        return replace(ask, completion=length(found.group(1)) or ask.completion)
+        return replace(ask, completion=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(r"(ttft|tpot)?\s*([\d.]+)\s*(ms|s)(?:\s*(ttft|tpot))?", word):
         seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)
         if seconds <= 0:
@@ -246,7 +262,7 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
             else replace(ask, tpot_s=seconds)
         )
     if found := re.fullmatch(r"(\d+)\s*chips?", word):
-        return replace(ask, chips=int(found.group(1)))
+        return replace(ask, chips=int(_above_0(part, float(found.group(1)))))
     if word in PRECISIONS:
         return replace(ask, precision=precision_class(word))
     if (price := _price(part)) is not None:
@@ -261,6 +277,12 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
         part,
         ["4k in", "1k out", "50 ms", "ttft 2 s", "16 chips", *PRECISIONS, "2 USD/h", "pue 1.2"],
     )
+
+
+def _above_0(part: str, value: float | None) -> float:
+    if not value or value < 0:
+        raise RecipeError(f"'{part}': the number must be above 0.")
+    return value
 
 
 def _price(part: str) -> float | None:

@@ -48,6 +48,7 @@ class Chip:
     price_usd_h: float | None = None
     price_note: str = ""
     gemm_bf16_tflops: float | None = None
+    attention_tflops: float | None = None
     basis: Basis = "datasheet"
     source: str = ""
     note: str = ""
@@ -123,7 +124,7 @@ def find_chip(name: str, extra: Mapping[str, Chip] | None = None) -> Chip:
     words = {**{alias: alias for alias in ALIASES}, **{chip.lower(): chip for chip in known}}
     hint = nearest(name.lower(), words)
     raise RecipeError(
-        f"'{name}' is not a chip the planner knows; known: {', '.join(sorted(known))}.{hint}"
+        f"'{name}' is not a chip the planner knows.{hint} Known: {', '.join(sorted(known))}; your own with --chips FILE.toml."
     )
 
 

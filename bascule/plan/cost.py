@@ -157,9 +157,8 @@ def _compute(job: Job, c: Constants) -> dict[str, float]:
     )  # what a head must fill for half the rate
     narrow_heads = _narrow(128 if s.latent else s.head_dim, unit) / _narrow(128, unit)
     narrow_heads *= _narrow(job.sequence, math.exp(c.attention_half))
-    result["attention"] = (
-        tokens * passes * span / (gemm_peak(chip, "bf16") * math.exp(c.attention) * narrow_heads)
-    )
+    flash = gemm_peak(chip, "bf16") * math.exp(c.attention) * _attention_seen(chip, c)
+    result["attention"] = tokens * passes * span / (flash * narrow_heads)
     traffic = tokens * s.layers * s.hidden * math.exp(c.elementwise) * (1 + again / 3)
     copies = tokens * s.moe_layers * s.hidden * s.topk * math.exp(c.permute)
     result["elementwise"] = (traffic + copies) / memory_bytes_s(chip)
@@ -171,6 +170,19 @@ def _compute(job: Job, c: Constants) -> dict[str, float]:
         * (1 + again / 3)
     )
     return result
+
+
+def _attention_seen(chip: Chip, c: Constants) -> float:
+    """Where qualify measured attention (512 positions, heads of 64), half of its departure from the typical is believed."""
+    if not chip.attention_tflops:
+        return 1.0
+    typical = (
+        math.exp(c.attention)
+        * _narrow(512, math.exp(c.attention_half))
+        * _narrow(64, 96)
+        / _narrow(128, 96)
+    )
+    return math.sqrt(chip.attention_tflops * 1e12 / gemm_peak(chip, "bf16") / typical)
 
 
 def _routed(s: Shape) -> float:

@@ -29,6 +29,12 @@ LLAMA3 = "Llama 3: 419 unexpected in 54 days on 16,384 H100 = 3.79; Meta RSC-1/R
 RATES: dict[str, FailureRate] = {
     "NVIDIA": FailureRate(3.79, 2.34, 6.50, LLAMA3),
     "AMD": FailureRate(3.79, 2.0, 10.0, f"no published rate; NVIDIA's range widened ({LLAMA3})"),
+    "Google": FailureRate(
+        3.0,
+        1.6,
+        10.0,
+        "TPU v4 (Zu et al., NSDI 2024): outages in about 1 % of jobs, hardware alone 0.08 % of four-chip machines a day (as recalled) = 1.6; software causes on top, taken as NVIDIA's",
+    ),
     "Huawei": FailureRate(
         6.5,
         0.8,

@@ -118,9 +118,14 @@ def search(job: Job, model: Model, schedule: str | None = None) -> Choice:
     """The fastest layout that fits. Raises RecipeError when no split of the chips is possible at all."""
     costed = [(step_seconds(one, model.constants), one) for one in candidates(job, schedule)]
     if not costed:
+        experts = (
+            f", and a divisor of the {job.shape.experts} experts (4 or more) must divide the chips"
+            if job.shape.moe
+            else ""
+        )
         raise RecipeError(
-            f"No layout: {job.chips} chips and a global batch of {job.global_batch} sequences cannot be split evenly. "
-            f"Take a batch that is a multiple of a power of two of the chips, at least {max(1, job.chips // 512)}."
+            f"No layout: {job.chips} chips cannot share {job.global_batch} sequences and {job.shape.name} evenly; tensor parallel "
+            f"takes powers of two, the batch may move by 5 %{experts}. Take a multiple of 8 chips, or a batch that is a multiple of the chips."
         )
     costed.sort(key=lambda pair: pair[0] / pair[1].tokens_per_step)
     finalists: list[tuple[Job, Memory]] = []

@@ -147,7 +147,7 @@ def model_named(name: str) -> Shape:
         return from_config(ModelConfig.model_validate({"preset": key}), name=name)
     known = [*PRESETS, *named(), *ALIASES]
     raise RecipeError(
-        f"'{name}' is not a model the planner knows; known: {', '.join(known)}, or a path to a config.json or a TOML table.{nearest(key, known)}"
+        f"'{name}' is not a model the planner knows.{nearest(key, known)} Known: {', '.join(known)}, or a path to a config.json or a TOML table."
     )
 
 

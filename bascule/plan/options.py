@@ -34,12 +34,14 @@ PROCESS_BYTES = 450e6  # interpreter and libraries of one trainer process
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a pool is taken to compute. `spread` is the factor to the interval's ends."""
+    """How fast a pool is taken to compute. `spread` is the factor to the interval's ends; `step_flops_per_s` the rate of the
+    model's own training step, launches included, where qualify ran it."""
 
     flops_per_s: float
     launch_s: float
     basis: str
     spread: float = SPREAD
+    step_flops_per_s: float | None = None
 
 
 def price_pools(
@@ -48,7 +50,7 @@ def price_pools(
     """Price every pool of the recipe, preferred first.
 
     `available`: memory in bytes a pool offers (None: unknown; the host's own for CPU pools). `measured`: per pool any of
-    `accelerator` (the name that opened), `chip` (as its driver names it), `matmul_flops_per_s`, `sft_step_s`, `grpo_step_s`,
+    `accelerator` (the name that opened), `chip` (as its driver names it), `matmul_flops_per_s`, `step_flops_per_s`, `sft_step_s`, `grpo_step_s`,
     `train_peak_bytes`, `power_w`; they replace the planner's own.
     """
     return [
@@ -188,7 +190,10 @@ def training_seconds(
 
 
 def _step_seconds(shape: Shape, rate: Rate, sequences: int, length: float) -> float:
-    work = sequences * length * shape.train_flops(int(length)) / rate.flops_per_s
+    flops = sequences * length * shape.train_flops(int(length))
+    if rate.step_flops_per_s:
+        return flops / rate.step_flops_per_s
+    work = flops / rate.flops_per_s
     return work + OPERATIONS_PER_LAYER_STEP * (shape.layers + 1) * rate.launch_s
 
 
@@ -204,8 +209,10 @@ def _rate(shape: Shape, family: str, seen: Mapping[str, float | str]) -> Rate:
         return Rate(
             MATMUL_SHARE * float(seen["matmul_flops_per_s"]),
             launch,
-            "measured on this machine (qualify's matrix products)",
+            "measured on this machine (qualify's matrix products"
+            + (" and the model's own step)" if "step_flops_per_s" in seen else ")"),
             1.6,
+            float(seen["step_flops_per_s"]) if "step_flops_per_s" in seen else None,
         )
     if family == "cpu":
         speed = measure_cpu()

@@ -11,10 +11,11 @@ from bascule.folder import write_atomic
 from bascule.ledger import Ledger, of_kind
 from bascule.plan import score
 from bascule.plan.answer import answer
+from bascule.plan.measured import pools_of
 from bascule.plan.options import price_pools
 from bascule.plan.page import render_page
 from bascule.plan.render import cli_text, to_json
-from bascule.records import AnyRecord, Evidence, OptionPriced
+from bascule.records import OptionPriced
 from bascule.stages import origin
 from bascule.stages.answer import Answer, duration, say
 
@@ -66,27 +67,12 @@ def plan_run(recipe: Recipe, ledger: Ledger) -> None:
     in the ledger beside what happened."""
     records = ledger.read()
     priced = of_kind(records, OptionPriced)
-    measured = _measured(records)
+    measured = pools_of(records)
     if len(priced) >= len(recipe.pools) * (2 if measured else 1):
         return
     for option in price_pools(recipe, {}, measured):
         ledger.append(option)
         say(f"plan: {_line(option)}")
-
-
-def _measured(records: list[AnyRecord]) -> dict[str, dict[str, float | str]]:
-    """Per pool, the rate of matrix products that qualification measured: it replaces the datasheet's."""
-    found: dict[str, dict[str, float | str]] = {}
-    for item in of_kind(records, Evidence):
-        rate = item.measured.get("gemm_gflops")
-        if (
-            item.check == "speed.step"
-            and "train" in item.roles
-            and item.pool
-            and isinstance(rate, (int, float))
-        ):
-            found[item.pool] = {"matmul_flops_per_s": rate * 1e9}
-    return found
 
 
 def _line(option: OptionPriced) -> str:

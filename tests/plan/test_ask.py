@@ -111,3 +111,15 @@ def test_recovery_times_of_the_owners_drills_are_taken() -> None:
     ask = parse_train("2048 x H800, 1T tokens, save 5 s, detect 20 s, restart 120 s")
     assert ask.recovery is not None
     assert (ask.recovery.save_s, ask.recovery.down_s) == (5.0, 140.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("0 failures", "above 0"), ("save 0 s", "above 0"), ("seq 0", "above 0"), ("batch 0", "above 0"), ("TP512", "1 to 128"),
+     ("PP128", "1 to 61"), ("PP3 dualpipe", "not understood"), ("PP2 VPP2, zb", "VPP1"), ("dualpip", "Did you mean 'dualpipe'")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_the_allowed_range(part: str, said: str) -> None:
+    from bascule.plan.answer import answer
+
+    with pytest.raises(RecipeError, match=said):
+        answer("deepseek-v3", train=[f"2048 x H800, 1T tokens, {part}"])

@@ -85,5 +85,7 @@ def test_dualpipe_holds_the_mirrored_stage_too() -> None:
         memory_of(replace(job, layout=replace(job.layout, schedule=name))).parts
         for name in ("1f1b", "dualpipe")
     )
-    assert 1.8 < both["weights"] / plain["weights"] < 2.5  # multi-token prediction sits on the last stage
+    assert (
+        1.8 < both["weights"] / plain["weights"] < 2.5
+    )  # multi-token prediction sits on the last stage
     assert both["activations"] > plain["activations"]
