@@ -54,7 +54,7 @@ class Sentinel(Protocol):
 
 
 class Finite:
-    """Loss and gradient norm are numbers. One NaN or infinity in any gradient makes the norm one."""
+    """Loss and gradient norm are numbers, and there is a gradient. One NaN or infinity in any gradient makes the norm one."""
 
     name = "finite"
 
@@ -65,6 +65,9 @@ class Finite:
         for what, value in (("loss", seen.loss), ("gradient norm", seen.grad_norm)):
             if not math.isfinite(value):
                 return None, Cry(self.name, None, None, f"the {what} is {value}")
+        if seen.grad_norm == 0.0 and seen.tokens > 0 and seen.phase != "grpo":
+            # Weights blown up by one wrong update: a loss like chance, and referee and chip agree on gradients of 0 for ever.
+            return None, Cry(self.name, 0.0, 0.0, f"the gradient of {seen.tokens} tokens is 0")
         return None, None
 
 

@@ -15,6 +15,12 @@ def seen(step: int, loss: float = 1.0, grad_norm: float = 0.5, **more: object) -
     return Seen(step=step, loss=loss, grad_norm=grad_norm, **values)  # type: ignore[arg-type]
 
 
+def test_tokens_without_any_gradient_are_suspect_outside_of_grpo() -> None:
+    """GRPO's gradient is 0 when every ratio is clipped."""
+    assert cries([seen(1, grad_norm=0.0)]) == [(1, "finite")]
+    assert cries([seen(1, grad_norm=0.0, phase="grpo"), seen(2, grad_norm=0.0, tokens=0)]) == []
+
+
 def cries(steps: list[Seen]) -> list[tuple[int, str]]:
     watch, found = Watch.begin(standard(8.0)), []
     for one in steps:
