@@ -305,6 +305,10 @@ class GrpoConfig(Section):
         ge=0,
         description="mask samples whose geometric-mean ratio leaves 1 +- this; published 0.01, short answers 0.1; 0 = off",
     )
+    router_replay: bool = Field(
+        False,
+        description="the trainer sends each token to the experts that the engine chose (R3, arXiv 2510.11370)",
+    )
     one_step_off: bool = Field(
         False,
         description="sample the next rollout while this one is learnt from, with the weights of its start",

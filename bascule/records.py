@@ -286,6 +286,7 @@ class Mismatch(Record):
     effective_sample_ratio: float
     capped_ratio: float
     masked_ratio: float = 0.0
+    router_agreement: float | None = None
     tokens: int
 
 
@@ -392,6 +393,7 @@ class RolloutRequest:
     seed: int = 0
     purpose: str = "rollout"
     first_index: int = 0
+    routes: bool = False
     weights_version: int | None = None
     weights_path: str | None = None
     weights_sha256: str | None = None
@@ -405,6 +407,8 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     finish: Literal["stop", "length"]
+    routes: str = ""
+    """With `RolloutRequest.routes`: the experts of every token but the last, prompt included; see infer/routes.py."""
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,14 @@ class Router(nn.Module):
         """(chosen experts [N, K] int64, their weights [N, K] fp32)."""
         scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
         chosen_NK = self._choose(scores_NE.detach() + self.e_score_correction_bias)
+        return chosen_NK, self.weigh(scores_NE, chosen_NK)
+
+    def weigh(self, scores_NE: Tensor, chosen_NK: Tensor) -> Tensor:
+        """The weights [N, K] that the chosen experts get."""
         weights_NK = scores_NE.gather(1, chosen_NK)
         if self.normalise:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        return chosen_NK, weights_NK * self.scaling
+        return weights_NK * self.scaling
 
     def _choose(self, biased_NE: Tensor) -> Tensor:
         """Keep the groups whose best two experts sum highest, then the best experts within them."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bascule.config import ModelConfig
 from bascule.model.attention import cached_bias, padding_bias
@@ -27,13 +26,15 @@ class Output:
     """`logits_BTV` fp32. `expert_loads` [MoE layers, experts] int64, tokens that chose each expert; None without experts.
 
     `hidden_BTD` is what the head reads (after the last norm). `ahead_BTV` [B, T-1, V], only when asked for: entry t predicts
-    token t+2, and the prediction layer's loads are then the last row of `expert_loads`.
+    token t+2, and the prediction layer's loads are then the last row of `expert_loads`. `routes_agree` [MoE layers, B*T] only where
+    routes were replayed (routing.py).
     """
 
     logits_BTV: Tensor
     expert_loads: Tensor | None
     hidden_BTD: Tensor
     ahead_BTV: Tensor | None = None
+    routes_agree: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -145,7 +146,8 @@ class Transformer(nn.Module):
         return self._logits(ahead_BTD), ahead_BTD, loads_E
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        return F.linear(hidden_BTD, self.lm_head.weight).float()
+        logits: Tensor = self.lm_head(hidden_BTD)
+        return logits.float()
 
     def _context(
         self,

@@ -31,6 +31,7 @@ from bascule.errors import BasculeError, DeviceFault, OutOfMemory, UsageError, n
 from bascule.folder import RunFolder
 from bascule.guard.watchdog import STARTING, beat
 from bascule.infer.engine import Engine
+from bascule.infer.routes import with_routes
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import request_from_json
 from bascule.ledger import Ledger
@@ -96,6 +97,11 @@ class Host:
             first_index=request.first_index,
             work_step=max(1, request.step),
         )
+        if request.routes:
+            with self.accelerator.session(Work("infer", max(1, request.step))):
+                completions = with_routes(
+                    self.model, request.prompts, completions, device=self.accelerator.device
+                )
         self.served += 1
         return RolloutReply(completions, self.version, self.pool, time.perf_counter() - start)
 

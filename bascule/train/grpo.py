@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bascule.config import GrpoConfig
 from bascule.errors import UsageError
+from bascule.model.routing import unpack
 from bascule.model.transformer import Output
 from bascule.records import Completion, RolloutReply, RolloutRequest
 from bascule.train import correction, schedule
@@ -148,6 +149,9 @@ class Grpo:
         loss = self.algorithm.loss(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, self.clip)
         metrics = clip_metrics(new_BT, old_BT, advantage_B1, mask_BT, self.clip)
         metrics["entropy"] = entropy(logits_BTV, mask_BT)
+        if output.routes_agree is not None:
+            agree_LBT = output.routes_agree.view(-1, *mask_BT.shape)
+            metrics["router_agreement"] = (agree_LBT * mask_BT).sum() / mask_BT.sum() / len(agree_LBT)  # fmt: skip
         if "old_logprobs" not in tensors:
             found = self._mismatch([{**tensors, "old_logprobs": old_BT}])
             metrics.update({name: torch.tensor(value) for name, value in found.items()})
@@ -254,6 +258,7 @@ class Grpo:
             seed=self.seed,
             purpose="grpo",
             first_index=first_index,
+            routes=config.router_replay,
         )
 
     def _contrasting(
@@ -287,6 +292,8 @@ class Grpo:
         tensors["rollout_logprobs"] = spread(
             [sample.logprobs for _, sample, _ in kept], tensors["mask"]
         )
+        if kept[0][1].routes:
+            tensors["routes"] = _routes(kept, tensors["tokens"].shape[1])
         return tensors
 
     def _mismatch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, float]:
@@ -305,6 +312,15 @@ class Grpo:
             torch.cat(trainer), torch.cat(rollout), torch.cat(weight), self.config.importance_cap
         )
         return {f"mismatch_{name}": value for name, value in found.items()}
+
+
+def _routes(kept: Sequence[tuple[list[int], Completion, float]], width: int) -> Tensor:
+    """(B,T,C) int16, as model.routing replays them; 0 at the padding."""
+    found = [unpack(one.routes, len(prompt) + len(one.tokens) - 1) for prompt, one, _ in kept]
+    routes_BTC = np.zeros((len(found), width, found[0].shape[1]), np.int16)
+    for row, routes in enumerate(found):
+        routes_BTC[row, : len(routes)] = routes
+    return torch.from_numpy(routes_BTC)
 
 
 def _refuse_short(completions: Sequence[Completion], wanted: int) -> None:

@@ -44,4 +44,7 @@ def mismatch_record(
     }
     if not found:
         return None
-    return Mismatch.model_validate({**found, "step": step, "pool": pool})
+    agreement = notes.get("router_agreement")
+    return Mismatch.model_validate(
+        {**found, "router_agreement": agreement, "step": step, "pool": pool}
+    )

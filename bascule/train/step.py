@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import SnapshotError
+from bascule.model.routing import replaying
 from bascule.model.transformer import Output, Transformer
 from bascule.train import extra
 from bascule.train.objective import Batch, Objective, token_logprobs
@@ -181,7 +182,7 @@ class Stepper:
             torch.no_grad(),
             self.judge.watch(step, "score", self.model),
         ):
-            names = ("tokens", "targets", "real", "documents")
+            names = ("tokens", "targets", "real", "documents", "routes")
             placed = self.accelerator.to_device({n: tensors[n] for n in names if n in tensors})
             logits_BTV = _forward(self.model, placed).logits_BTV
             return token_logprobs(logits_BTV / temperature, placed["targets"]).cpu()
@@ -283,7 +284,12 @@ class Stepper:
 
 
 def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
-    """Run the model on a batch; `ahead_weight` in it asks for the prediction layer too."""
+    """Run the model on a batch; `ahead_weight` in it asks for the prediction layer too, `routes` for the choice of experts it holds."""
+    if "routes" in tensors:
+        plain = {name: tensor for name, tensor in tensors.items() if name != "routes"}
+        with replaying(model, tensors["routes"]) as agreed:
+            output = _forward(model, plain)
+        return replace(output, routes_agree=torch.stack(agreed))
     return model(  # type: ignore[no-any-return]
         tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors
     )  # fmt: skip

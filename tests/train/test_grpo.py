@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bascule.errors import UsageError
+from bascule.infer.routes import with_routes
 from bascule.train.grpo import Group, Grpo, deal
 from bascule.train.mismatch import mismatch_record
 
@@ -271,3 +272,32 @@ def test_the_batches_of_this_rollout_and_the_one_before_can_be_had_again_also_af
         again = other.grpo.next_batch(step)
         assert all(torch.equal(t, again.tensors[n]) for n, t in batch.tensors.items())
     assert not other.grpo.remembers(FIRST + 4)
+
+
+def test_router_replay_sends_tokens_where_the_engine_sent_them_and_records_the_agreement(tiny):
+    run = tiny()
+    sampler = run.grpo.sampler
+
+    def routed(request):
+        assert request.routes
+        reply = sampler(request)
+        model = run.stepper.model
+        said = with_routes(model, request.prompts, reply.completions, device=torch.device("cpu"))
+        return replace(reply, completions=said)
+
+    run.grpo.sampler = routed
+    run = configured(run, router_replay=True)
+    batch = run.grpo.next_batch(FIRST)
+    assert batch.tensors["routes"].shape[:2] == batch.tensors["tokens"].shape
+    own = run.stepper.propose(batch)
+    assert own.metrics["router_agreement"] == 1.0 and own.metrics["max_policy_ratio"] == 1.0
+    with (
+        torch.no_grad()
+    ):  # the trainer's router drifts; the tokens still go where the engine sent them
+        for moe in run.stepper.model.moe_layers():
+            moe.gate.weight.normal_(generator=torch.Generator().manual_seed(0))
+    drifted = run.stepper.propose(batch)
+    assert drifted.metrics["router_agreement"] < 0.9
+    assert torch.equal(drifted.expert_loads, own.expert_loads)
+    record = mismatch_record(FIRST, drifted.metrics)
+    assert record is not None and record.router_agreement == drifted.metrics["router_agreement"]
