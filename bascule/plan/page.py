@@ -17,6 +17,7 @@ from bascule.plan.cost import gemm_peak, memory_bytes_s
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
 from bascule.plan.render import number, service_text
+from bascule.plan.service import Service
 
 PALETTE = (
     "#2f6fb0",
@@ -42,6 +43,8 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     if answer.trainings:
         sections.append(_section("Options side by side", _table(answer.trainings)))
         sections += [_section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
+        if any(t.money for t in answer.trainings):
+            sections.append(_section("Money", _bars(answer.trainings, _money)))
         sections.append(
             _section(
                 "What a step is made of",
@@ -57,10 +60,7 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
         _section(f"What could turn the answer: {p.second} over {p.first}", _tornado(p))
         for p in answer.preferences
     ]
-    sections += [
-        _section(f"Serving on {s.ask.chip.name}", f"<pre>{html.escape(service_text(s))}</pre>")
-        for s in answer.services
-    ]
+    sections += [_section(f"Serving on {s.ask.chip.name}", _service(s)) for s in answer.services]
     sections += [_section("What it rests on", _basis(answer))]
     template = Template(
         resources.files("bascule.plan").joinpath("page.html").read_text(encoding="utf-8")
@@ -76,10 +76,32 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     )
 
 
+def _money(t: TrainingAnswer) -> Estimate:
+    return t.money or Estimate(0.0, 0.0, 0.0, "USD", "")
+
+
+def _service(s: Service) -> str:
+    """The rates as cards, a decoding step as a bar, the rest in words."""
+    facts = [
+        (f"{number(s.decode[0])} tokens/s", f"decode, a chip; 80 %: {number(s.decode[1])} to {number(s.decode[2])}"),
+        (f"{number(s.prefill[0])} tokens/s", f"prefill, a chip; 80 %: {number(s.prefill[1])} to {number(s.prefill[2])}"),
+        (f"{s.tpot_s[0] * 1e3:.1f} ms", f"a token at {number(s.batch_per_chip)} sequences a chip"),
+        (f"{s.ttft_s:.2f} s", f"to the first token, {'kept' if s.ttft_kept else 'NOT kept'}"),
+    ]  # fmt: skip
+    cards = "".join(
+        f'<div class="card"><b>{html.escape(value)}</b><span class="soft">{html.escape(what)}</span></div>'
+        for value, what in facts
+    )
+    bar = _stacks([("a decoding step", s.parts)], "ms", 1e-3)
+    return f'<div class="cards">{cards}</div>{bar}<pre>{html.escape(service_text(s))}</pre>'
+
+
 def _lead(answer: Answer) -> str:
     if answer.preferences:
-        p = answer.preferences[0]
-        return f"{p.second} pays below {p.break_even.value:.2f}x the price of {p.first} per chip-hour (80 %: {p.break_even.low:.2f}x to {p.break_even.high:.2f}x)."
+        return " ".join(
+            f"{p.second} pays below {p.break_even.value:.2f}x the price of {p.first} per chip-hour (80 %: {p.break_even.low:.2f}x to {p.break_even.high:.2f}x)."
+            for p in answer.preferences
+        )
     if answer.trainings:
         t = answer.trainings[0]
         return f"{t.name}: {number(t.days.value)} days (80 %: {number(t.days.low)} to {number(t.days.high)})."
@@ -88,6 +110,9 @@ def _lead(answer: Answer) -> str:
 
 def _section(title: str, body: str) -> str:
     return f'<section><h2>{html.escape(title)}</h2><div class="wide">{body}</div></section>'
+
+
+LAYOUT, WORDS = "layout", ' class="words"'
 
 
 def _table(trainings: Sequence[TrainingAnswer]) -> str:
@@ -99,11 +124,15 @@ def _table(trainings: Sequence[TrainingAnswer]) -> str:
         ("money, USD", [_cell(t.money) if t.money else "no public price" for t in trainings]),
         ("failures expected", [f"{t.failures.failures:,.0f}" for t in trainings]),
         ("effective time", [f"{100 * t.failures.effective:.1f} %" for t in trainings]),
-        ("layout", [html.escape(t.job.layout.words()) for t in trainings]),
+        (
+            "memory a chip, GiB",
+            [f"{t.memory.total / GIB:.0f} ({t.memory.verdict})" for t in trainings],
+        ),
+        (LAYOUT, [html.escape(t.job.layout.words()) for t in trainings]),
     ]
     head = "".join(f"<th>{html.escape(t.name)}</th>" for t in trainings)
     body = "".join(
-        f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        f"<tr><td>{name}</td>{''.join(f'<td{WORDS * (name == LAYOUT)}>{cell}</td>' for cell in cells)}</tr>"
         for name, cells in rows
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
@@ -137,7 +166,11 @@ def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], 
             LEFT, y, e.value * scale, 22, PALETTE[i % len(PALETTE)], e.basis
         )
         body += f'<path d="M{LEFT + e.low * scale:.1f} {middle}H{LEFT + e.high * scale:.1f}M{LEFT + e.low * scale:.1f} {middle - 6}v12M{LEFT + e.high * scale:.1f} {middle - 6}v12" stroke="currentColor" fill="none"/>'
-        body += _text(LEFT + e.high * scale + 8, y + 15, f"{number(e.value)} {e.unit}")
+        body += _text(
+            LEFT + e.high * scale + 8,
+            y + 15,
+            f"{number(e.value)} {e.unit}" if e.value else "no public price",
+        )
     return _svg(len(estimates) * ROW + 8, body, "bars with 80 % intervals")
 
 
@@ -295,8 +328,10 @@ def _roofline(t: TrainingAnswer) -> str:
             + _text(
                 x_of(intensity),
                 y_of(rate) + 22 + 16 * (i % 3),
-                f"{name} ({intensity:.0f})",
-                anchor="middle",
+                f"{name} ({intensity:.2g} FLOP/B)"
+                if intensity < 10
+                else f"{name} ({intensity:.0f} FLOP/B)",
+                anchor="start" if intensity < 10 else "middle",
             )
         )
     return (
