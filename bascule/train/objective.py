@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bascule import draws
+from bascule.config import PretrainConfig, SftConfig
 from bascule.model.transformer import Output
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
@@ -60,6 +61,31 @@ class Objective(Protocol):
     def state_dict(self) -> StateDict: ...
 
     def load_state_dict(self, state: StateDict) -> None: ...
+
+
+Phase = TypeVar("Phase", SftConfig, PretrainConfig)
+
+
+class FromText(Generic[Phase]):
+    """What the phases that learn from given text have in common: Muon for matrices, and no state, since a batch is a function of
+    (seed, step) alone."""
+
+    config: Phase
+
+    def new_optimizer(self, model: nn.Module) -> SplitOptimizer:
+        return SplitOptimizer(
+            dict(model.named_parameters()),
+            learning_rate=self.config.learning_rate,
+            muon_learning_rate=self.config.muon_learning_rate,
+            muon_momentum=self.config.muon_momentum,
+            weight_decay=self.config.weight_decay,
+        )
+
+    def state_dict(self) -> StateDict:
+        return {}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        del state
 
 
 def choose(seed: int, purpose: str, start: int, count: int, population: int) -> list[int]:

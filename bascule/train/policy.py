@@ -61,6 +61,18 @@ def _pessimistic(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
     )
 
 
+def _gain(
+    new_BT: Tensor,
+    old_BT: Tensor,
+    advantage_B1: Tensor,
+    weight_BT: Tensor,
+    mask_BT: Tensor,
+    clip: Clip,
+) -> Tensor:
+    """What every counted token adds to the surrogate; the three losses below differ in how they average it."""
+    return _pessimistic(_ratio(new_BT, old_BT, mask_BT), advantage_B1, clip) * weight_BT * mask_BT
+
+
 def token_level(
     new_BT: Tensor,
     old_BT: Tensor,
@@ -70,9 +82,7 @@ def token_level(
     clip: Clip,
 ) -> Tensor:
     """Every token of the batch weighs the same (DAPO, arXiv 2503.14476)."""
-    gain_BT = (
-        _pessimistic(_ratio(new_BT, old_BT, mask_BT), advantage_B1, clip) * weight_BT * mask_BT
-    )
+    gain_BT = _gain(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, clip)
     return -gain_BT.sum() / mask_BT.sum()
 
 
@@ -85,9 +95,7 @@ def sample_level(
     clip: Clip,
 ) -> Tensor:
     """Every sample weighs the same, so tokens of long samples weigh less (GRPO, arXiv 2402.03300)."""
-    gain_BT = (
-        _pessimistic(_ratio(new_BT, old_BT, mask_BT), advantage_B1, clip) * weight_BT * mask_BT
-    )
+    gain_BT = _gain(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, clip)
     return -(gain_BT.sum(1) / mask_BT.sum(1)).mean()
 
 
@@ -100,9 +108,7 @@ def constant_level(
     clip: Clip,
 ) -> Tensor:
     """Divided by a constant, so that neither length nor the number of tokens bends the gradient (Dr. GRPO, arXiv 2503.20783)."""
-    gain_BT = (
-        _pessimistic(_ratio(new_BT, old_BT, mask_BT), advantage_B1, clip) * weight_BT * mask_BT
-    )
+    gain_BT = _gain(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, clip)
     return -gain_BT.sum() / (len(new_BT) * clip.longest)
 
 

@@ -10,15 +10,13 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bascule.config import PretrainConfig
 from bascule.data.shards import Order, Text
 from bascule.model.transformer import Output
 from bascule.train import schedule
-from bascule.train.objective import Batch, token_logprobs
-from bascule.train.optimizer import SplitOptimizer
-from bascule.train.state import StateDict
+from bascule.train.objective import Batch, FromText, token_logprobs
 
 NATS_PER_BIT = math.log(2.0)
 
@@ -59,7 +57,7 @@ class Reading:
         return {name: torch.from_numpy(values) for name, values in tensors.items()}
 
 
-class Pretrain:
+class Pretrain(FromText[PretrainConfig]):
     """The phase's objective. It keeps no cursor: a batch is a function of (seed, step) alone.
 
     `rank` of `ranks` reads its share of every step's windows; together they read what one would.
@@ -89,15 +87,6 @@ class Pretrain:
     def order(self) -> Order:
         return Order(len(self.reading.text), self.reading.length, self.seed)
 
-    def new_optimizer(self, model: nn.Module) -> SplitOptimizer:
-        return SplitOptimizer(
-            dict(model.named_parameters()),
-            learning_rate=self.config.learning_rate,
-            muon_learning_rate=self.config.muon_learning_rate,
-            muon_momentum=self.config.muon_momentum,
-            weight_decay=self.config.weight_decay,
-        )
-
     def learning_rate(self, step: int) -> tuple[float, float]:
         config, index = self.config, step - self.first_step
         final, warmup = config.final_learning_rate_ratio, config.warmup_steps
@@ -118,12 +107,6 @@ class Pretrain:
 
     def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return reading_loss(output, tensors)
-
-    def state_dict(self) -> StateDict:
-        return {}
-
-    def load_state_dict(self, state: StateDict) -> None:
-        del state
 
 
 def reading_loss(output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bascule.config import SftConfig
 from bascule.errors import UsageError
 from bascule.model.transformer import Output
 from bascule.train import schedule
-from bascule.train.objective import Batch, choose, collate, packed
-from bascule.train.optimizer import SplitOptimizer
-from bascule.train.state import StateDict
+from bascule.train.objective import Batch, FromText, choose, collate, packed
 
 
-class Sft:
+class Sft(FromText[SftConfig]):
     """`examples` are (prompt ids, completion ids). It keeps no cursor: a batch is a function of (seed, step) alone."""
 
     phase = "sft"
@@ -41,15 +39,6 @@ class Sft:
         self.first_step = first_step
         self.steps = config.steps
         self.clip_grad_norm = config.clip_grad_norm
-
-    def new_optimizer(self, model: nn.Module) -> SplitOptimizer:
-        return SplitOptimizer(
-            dict(model.named_parameters()),
-            learning_rate=self.config.learning_rate,
-            muon_learning_rate=self.config.muon_learning_rate,
-            muon_momentum=self.config.muon_momentum,
-            weight_decay=self.config.weight_decay,
-        )
 
     def learning_rate(self, step: int) -> tuple[float, float]:
         factor = schedule.linear(
@@ -81,9 +70,3 @@ class Sft:
         )
         mask_N = tensors["mask"].flatten()
         return (nats_N * mask_N).sum() / mask_N.sum(), {}
-
-    def state_dict(self) -> StateDict:
-        return {}
-
-    def load_state_dict(self, state: StateDict) -> None:
-        del state
