@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bascule.errors import UsageError
 from bascule.infer.blocks import Blocks, OutOfBlocks, blocks_for
+from bascule.infer.linear import Precision
 from bascule.infer.row import Row
 from bascule.infer.runner import Runner
 from bascule.infer.sampling import Knobs
@@ -31,7 +32,7 @@ class Batch:
     `tokens`: what the cache holds for all rows together, at least one row of `length`; None for the most they can grow to.
     `share`: rows that begin alike share blocks, also with rows that left. `reproducible`: equal bits whatever else runs (runner.py);
     then nothing is shared across requests, because a prefix read by another request was read in other chunks.
-    `preemptions` counts rows sent back for want of blocks.
+    `precision` is that of the large matrices of a larger model (linear.py). `preemptions` counts rows sent back for want of blocks.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Batch:
         tokens: int | None = None,
         share: bool = False,
         reproducible: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         self.model = model
         self.slots = slots
@@ -56,7 +58,9 @@ class Batch:
         most = slots * blocks_for(length)
         count = most if tokens is None else min(most, max(tokens // BLOCK, blocks_for(length)))
         self.blocks = Blocks(count)
-        self._runner = Runner(model, count, length=length, pad_id=pad_id, fixed=reproducible)
+        self._runner = Runner(
+            model, count, length=length, pad_id=pad_id, fixed=reproducible, precision=precision
+        )
         self._eos_id = eos_id
         self._share = share and not reproducible
         self._tables = np.zeros((slots, blocks_for(length)), dtype=np.int64)

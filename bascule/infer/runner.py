@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.infer.blocks import blocks_for
+from bascule.infer.linear import Precision, lay_out
 from bascule.infer.packed import pack
 from bascule.model.pages import PagedCache, Pages
 from bascule.model.transformer import Output, Transformer
@@ -27,17 +28,25 @@ LEAST_SLOTS = 64
 
 
 class Runner:
-    """One model and its pages. The weights must stay as they are while it lives: a small model is packed once, here."""
+    """One model and its pages. The weights must stay as they are while it lives: they are packed or laid out once, here."""
 
     def __init__(
-        self, model: Transformer, blocks: int, *, length: int, pad_id: int, fixed: bool
+        self,
+        model: Transformer,
+        blocks: int,
+        *,
+        length: int,
+        pad_id: int,
+        fixed: bool = False,
+        precision: Precision = "fp32",
     ) -> None:
         weight = model.lm_head.weight
         self.device = weight.device
         self.pages = Pages(model.config, blocks, self.device, weight.dtype)
         self.fixed = fixed
-        self._model, self._length, self._pad_id = model, length, pad_id
+        self._length, self._pad_id = length, pad_id
         self._packed = pack(model)
+        self._model = model if self._packed is not None else lay_out(model, precision)
         self._tile = 1 if self._packed is None and model.moe_layers() else TILE
 
     def read_together(
