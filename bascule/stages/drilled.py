@@ -36,7 +36,10 @@ RIGHT_WORDS = {
     "runtime": {"software", "unknown", "persistent chip fault"},
     "timing": {"unknown", "persistent chip fault"},
 }
-"""Family to the attributions that are right. A death or a hang says who, not why: `unknown` is the honest word."""
+"""Family to the last word that is right; `unknown` before it is a doubt that was cleared up. A death or a hang says who, not why: `unknown` is the honest word."""
+
+WRONG_WORDS = {"data", "optimisation"}
+"""Blaming the owner's data or settings for a chip's fault is wrong at any point of the story."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,11 @@ def _verdict(drilled: Drilled, profile: Profile) -> tuple[str, bool]:
     if drilled.weights_equal is False:
         return "caught, but the final weights differ from the undisturbed run's", False
     right = set().union(*(RIGHT_WORDS.get(family, set()) for family in kinds_of))
-    odd = sorted(set(drilled.attributions) - right)
-    return (f"caught, but called {', '.join(odd)}", False) if odd else ("caught", True)
+    last = drilled.attributions[-1:]
+    odd = WRONG_WORDS & set(drilled.attributions) or set(last) - right
+    if odd:
+        return f"caught, but called {', '.join(sorted(odd))}", False
+    return "caught", True
 
 
 def _nothing_fired(drilled: Drilled, profile: Profile) -> tuple[str, bool]:

@@ -10,7 +10,7 @@ one from weights moved by one unit in the last place: a fault is consequential w
     mix        the realistic mix in 0.2 to 10 % of the products, to the end of the run: of a hundred runs 51 lose values to 0, 48 have
                several bits of a value flipped, one meets NaN
     one-off    the same in one step only, at the defaults: a guard that samples sees what it looks at
-    one-off full   the same with `budget_percent = "full"`
+    mix full, one-off full   a third of them (the rarest rate) with `budget_percent = "full"`
     catalogue  every profile that acts in one trainer's process, at each severity
     snapshot   torn, flipped, lost or stale files of the newest snapshot, found by a run that goes on
 
@@ -47,7 +47,7 @@ from bascule.train.objective import Objective
 STEPS, EVERY, LAST_ONSET = 24, 8, 14
 MIX = {"zeroed": 0.51, "bit_flip": 0.48, "nan": 0.01}
 RATES, STRIDES = (0.002, 0.02, 0.1), (61, 499)
-GROUPS = ("mix", "one-off", "one-off full", "catalogue", "snapshot")
+GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot")
 ELSEWHERE = {"collective", "storage", "timing"}
 PROCESSES = {"process_death", "hang"}
 
@@ -82,7 +82,8 @@ def _cells(seeds: int, mix: int) -> Iterator[dict[str, Any]]:
         yield {"group": "mix", "fault": struck}
         once = f"{struck}&until_step={onset}&transient=true"
         yield {"group": "one-off", "fault": once}
-        if number % 3 == 0:
+        if number % 3 == 0:  # the rarest rate, which sampling misses most
+            yield {"group": "mix full", "fault": struck}
             yield {"group": "one-off full", "fault": once}
     for seed in range(seeds):
         for kind in ("torn_write", "flipped_write", "lost_write", "stale"):

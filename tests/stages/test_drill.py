@@ -84,6 +84,8 @@ def test_a_drill_in_which_nothing_fired_is_no_success_unless_nothing_was_planted
 def test_caught_missed_misnamed_and_false_alarms_are_told_apart() -> None:
     chip = ["persistent chip fault"]
     assert verdict(drilled(fired=3, attributions=chip)) == ("caught", True)
+    assert verdict(drilled(fired=3, attributions=["unknown", *chip])) == ("caught", True)
+    assert verdict(drilled(fired=3, attributions=["data", *chip]))[1] is False
     assert verdict(drilled(fired=3)) == ("MISSED", False)
     assert verdict(drilled(fired=3, attributions=["data"])) == ("caught, but called data", False)
     assert verdict(drilled("clean", attributions=["data", "data"]))[1] is False
