@@ -6,11 +6,14 @@ import os
 import platform
 import shutil
 from argparse import Namespace
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from bascule.accelerators import stack
 from bascule.accelerators.registry import REAL, open_accelerator
+from bascule.config import environment
 from bascule.errors import AcceleratorUnavailable
 from bascule.faults.catalogue import profiles
 from bascule.stages.answer import Answer
@@ -33,16 +36,26 @@ def main(arguments: Namespace) -> Answer:
     del arguments
     packages = {name: _version(name) for name in PACKAGES}
     accelerators = {name: _try(name) for name in REAL}
+    layers = [
+        *stack.ascend(torch.__version__, packages["torch-npu"], environment("ASCEND_HOME_PATH")),
+        *stack.nvidia(torch.__version__, torch.version.cuda),
+    ]
     lines = [
         f"machine        {platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}",
         f"cpu            {torch.backends.cpu.get_cpu_capability()}, C compiler: {shutil.which('cc') or shutil.which('gcc') or 'none (not needed to run, only for the stand-in device of the tests)'}",
         *(f"{name:<14} {found or 'not installed'}" for name, found in packages.items()),
         *(f"{name:<14} {text}" for name, text in accelerators.items()),
+        *stack.lines(layers),
         f"{'simulated':<14} {', '.join(f'sim:{name}' for name in profiles())}",
     ]
     return Answer(
         text="\n".join(lines),
-        data={"packages": packages, "accelerators": accelerators, "simulated": list(profiles())},
+        data={
+            "packages": packages,
+            "accelerators": accelerators,
+            "stack": [asdict(layer) for layer in layers],
+            "simulated": list(profiles()),
+        },
     )
 
 

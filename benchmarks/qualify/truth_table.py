@@ -87,7 +87,7 @@ class Row:
 
 def main() -> None:
     arguments = _arguments()
-    numerics._truth = _remembered(numerics._truth)
+    numerics.question = _remembered(numerics.question)
     work = Workload(NANO, 0)
     rows: list[Row] = []
     print("| planted | plays | train | infer | right | caught by | named | s |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -110,14 +110,14 @@ def main() -> None:
         arguments.figures.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")  # fmt: skip
 
 
-def _remembered(truth: Any) -> Any:
+def _remembered(question: Any) -> Any:
     """What the reference says of a call is the same for every chip: most of the time of a row, unless it is kept."""
     kept: dict[tuple[int, Any], Any] = {}
 
     def once(seed: int, call: Call, runner: Any) -> Any:
         place = id(call), runner
         if place not in kept:
-            kept[place] = truth(seed, call, runner)
+            kept[place] = question(seed, call, runner)
         return kept[place]
 
     return once
