@@ -17,9 +17,9 @@ MAX_CHOICES = 16
 
 
 class Body(BaseModel):
-    """Unknown keys are refused so that a typing error cannot be a silent default."""
+    """Unknown keys are refused so that a typing error cannot be a silent default; so are values of another type."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class TextPart(BaseModel):

@@ -8,7 +8,14 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from bascule.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from bascule.serve.bodies import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    WeightsBody,
+)
 from bascule.serve.responses import ResponsesBody
 
 BODIES: Mapping[str, type[Body]] = {
@@ -17,6 +24,7 @@ BODIES: Mapping[str, type[Body]] = {
     "/v1/responses": ResponsesBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/admin/weights": WeightsBody,
 }
 READS = ("/v1/models", "/health", "/ready", "/version")
 ERROR = {
@@ -45,7 +53,8 @@ def document(model: str) -> dict[str, Any]:
     )
     for body in BODIES.values():
         properties = schemas["$defs"][body.__name__]["properties"]
-        properties["model"] = {"type": "string", "enum": [model]}
+        if "model" in properties:
+            properties["model"] = {"type": "string", "enum": [model]}
     paths: dict[str, Any] = {path: {"get": {"responses": _responses(401, 403)}} for path in READS}
     for path in ("/health", "/ready"):  # their 503 is an answer, not an error
         paths[path]["get"]["responses"]["503"] = {
@@ -57,7 +66,7 @@ def document(model: str) -> dict[str, Any]:
             "required": True,
             "content": {"application/json": {"schema": names[body, "validation"]}},
         }
-        refusals = (400, 401, 403, 404, 413, 415, 429, 503, 504)
+        refusals = (400, 401, 403, 404, 409, 413, 415, 429, 503, 504)
         paths[path] = {"post": {"requestBody": asked, "responses": _responses(*refusals)}}
     return {
         "openapi": "3.1.0",

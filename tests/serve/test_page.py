@@ -71,8 +71,6 @@ def test_regenerate_replaces_the_answer_and_stop_keeps_what_was_said(
 def test_markup_in_an_answer_stays_text(browser: Browser, server: Server) -> None:
     browser.open(server.url)
     browser.until("document.querySelector('.hello') !== null")
-    # with a turn in the talk the welcome is not drawn again over what stands there
-    browser.run("turns.push({ role: 'user', content: '?' })")
     evil = (
         '<img src=x onerror="window.broken=1"> **bold** [x](javascript:alert(1)) `<b>` [ok](https://a.example/)'
         "\n\n```\n<script>window.broken=1</script>\n```"

@@ -1,7 +1,7 @@
 """Many streaming clients against a running server: nothing lost, nothing mixed up, memory flat.
 
     bascule serve out/demo --port 8000 &
-    python benchmarks/serve_load.py --url http://127.0.0.1:8000 --clients 500 --seconds 300
+    python benchmarks/serve/load.py --url http://127.0.0.1:8000 --clients 500 --seconds 300
 
 Every client asks questions one after the other, each with a seed of its own, and reads its stream to the end. Answers to equal
 (question, seed) must be equal, whoever asked and whenever: a stream that was mixed up, cut or answered from another's cache
