@@ -168,8 +168,13 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "memory.leak", ("train",),
         "Does memory stay level over repeated training steps?",
-        "no growth after the first steps", "memory:leak",
+        "no growth after the first steps", "memory:leak", must_answer=False,
         catches=("leak", "fragmented"),
+    ),
+    Check(
+        "memory.fragmentation", BOTH,
+        "After blocks of many sizes came and went, is the free memory still there in one piece?",
+        "after churn, one block of 90 % of what was free in one piece before", "memory:fragmentation", must_answer=False,
     ),
     Check(
         "speed.step", BOTH,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bascule import draws
 from bascule.qualify import workload
 from bascule.qualify.context import CheckContext, Measured
 from bascule.records import Evidence
@@ -13,6 +14,7 @@ FULL_SHARE = 0.8  # of what is free; the rest is the runtime's
 FULL_BYTES_ON_HOST = 2**30  # other processes live in the host's memory
 BLOCK_BYTES = 16 * 2**20
 PATTERNS = (0x00000000, 0x7FFFFFFF, 0x55555555, 0x2AAAAAAA)
+CHURN_BLOCKS, CHURN_TOP, CHURN_KEEPS = 512, 8 * 2**20, 0.9
 LEAK_STEPS = 28
 LEAK_WARMUP = 8
 LEAK_BYTES_PER_STEP = (
@@ -68,6 +70,51 @@ def capacity(context: CheckContext) -> list[Evidence]:
     ]
 
 
+def fragmentation(context: CheckContext) -> list[Evidence]:
+    """The largest single block that can be had, before and after blocks of many sizes were taken and every other one given back."""
+    accelerator = context.accelerator
+    if accelerator.device.type == "cpu":
+        return [
+            context.skipped(
+                "cannot be asked of a CPU: its memory is paged, so that a block in one piece says nothing"
+            )
+        ]
+    free = (accelerator.memory().total_bytes or 0) - (accelerator.memory().allocated_bytes or 0)
+    if free <= 0:
+        return [context.skipped("the chip does not tell how much memory is free")]
+    before = _largest_block(context, free)
+    with context.chip():
+        held = []
+        sizes = draws.integers(draws.key(context.seed, "qualify.churn"), CHURN_TOP, CHURN_BLOCKS)
+        for place, size in enumerate(sizes.tolist()):
+            held.append(torch.empty(size + 1, dtype=torch.uint8, device=accelerator.device))
+            if place % 2:
+                held.pop(place // 4)
+        held.clear()
+    accelerator.empty_cache()
+    after = _largest_block(context, free)
+    measured: Measured = {"largest_before_bytes": before, "largest_after_bytes": after}
+    words = f"largest block {after / 2**20:.0f} MiB after churn, {before / 2**20:.0f} MiB before"
+    if after < CHURN_KEEPS * before:
+        return [context.failed(words, measured)]
+    return [context.passed(words, measured)]
+
+
+def _largest_block(context: CheckContext, most: int) -> int:
+    """Bytes, to a 64th of `most`, by halving."""
+    low, high = 0, most
+    while high - low > most // 64:
+        middle = (low + high) // 2
+        try:
+            with context.accelerator.session(context.work()):
+                torch.empty(middle, dtype=torch.uint8, device=context.accelerator.device)
+            low = middle
+        except torch.OutOfMemoryError:
+            high = middle
+        context.accelerator.empty_cache()
+    return low
+
+
 def leak(context: CheckContext) -> list[Evidence]:
     """Memory after each of some equal training steps; what it grew by after the first ones."""
     work = context.workload
@@ -81,12 +128,10 @@ def leak(context: CheckContext) -> list[Evidence]:
             workload.forward_backward(model, batch)
         allocated = accelerator.memory().allocated_bytes
         if allocated is None:
-            return [
-                context.passed(
-                    "the chip does not tell how much memory is in use; steps ran without running out",
-                    {"steps": LEAK_STEPS},
-                )
-            ]
+            words = (
+                "the chip does not tell how much memory is in use; steps ran without running out"
+            )
+            return [context.skipped(words, {"steps": LEAK_STEPS})]
         used.append(allocated)
     # Growth in both halves: an allocator that settles late grows once, and memory freed before hides a leak only for a while.
     middle = (LEAK_WARMUP + LEAK_STEPS) // 2
