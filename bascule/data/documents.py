@@ -1,4 +1,4 @@
-"""Documents out of the user's files: plain text, JSON lines, Parquet; and byte-level BPE trained on them."""
+"""Documents out of the user's files: plain text, JSON lines, Parquet, what `datasets` saved to disk; and byte-level BPE trained on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bascule.errors import UsageError
 
 PLAIN = (".txt", ".md", ".rst", ".py", ".html", ".tex", ".text")
 LINES = (".jsonl", ".ndjson")
-PARQUET = (".parquet",)
+TABLES = (".parquet", ".arrow")
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
@@ -24,7 +24,7 @@ def files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = (one for one in path.rglob("*") if one.suffix in (*PLAIN, *LINES, *PARQUET))
+            below = (one for one in path.rglob("*") if one.suffix in (*PLAIN, *LINES, *TABLES))
             found += sorted(one for one in below if one.is_file())
         elif path.is_file():
             found.append(path)
@@ -32,7 +32,7 @@ def files(paths: Sequence[Path]) -> list[Path]:
             raise UsageError(f"'{path}' does not exist. Give files or folders with text.")
     if not found:
         raise UsageError(
-            f"No text was found in {', '.join(map(str, paths))}; known kinds: {', '.join((*PLAIN, *LINES, *PARQUET))}."
+            f"No text was found in {', '.join(map(str, paths))}; known kinds: {', '.join((*PLAIN, *LINES, *TABLES))}."
         )
     return found
 
@@ -47,8 +47,8 @@ def read(
     for path in paths:
         if path.suffix in LINES:
             documents = _lines(path, field)
-        elif path.suffix in PARQUET:
-            documents = _parquet(path, field)
+        elif path.suffix in TABLES:
+            documents = _table(path, field)
         else:
             documents = _plain(path, unreadable)
         yield from (text for text in documents if text.strip())
@@ -80,20 +80,28 @@ def _lines(path: Path, field: str) -> Iterator[str]:
             yield text
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
+def _table(path: Path, field: str) -> Iterator[str]:
+    """A column of Parquet, or of the Arrow streams that `datasets`' save_to_disk writes (read without that package)."""
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ModuleNotFoundError:
         raise UsageError(
-            f"'{path}' is Parquet, and pyarrow is not installed. Install it: pip install 'bascule[parquet]'."
+            f"'{path}' is a table, and pyarrow is not installed. Install it: pip install 'bascule[parquet]'."
         ) from None
-    table = parquet.ParquetFile(path)
-    if field not in table.schema_arrow.names:
+    if path.suffix == ".arrow":
+        stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        names, batches = stream.schema.names, iter(stream)
+    else:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        batches = file.iter_batches(columns=[field] if field in names else [])
+    if field not in names:
         raise UsageError(
-            f"'{path}' has no column '{field}'; columns: {', '.join(table.schema_arrow.names)}. Name it with --text-field."
+            f"'{path}' has no column '{field}'; columns: {', '.join(names)}. Name it with --text-field."
         )
-    for batch in table.iter_batches(columns=[field]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+    for batch in batches:
+        yield from (text for text in batch.column(field).to_pylist() if text)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

@@ -128,6 +128,18 @@ def test_parquet_gives_what_json_lines_give(folder: Path, tmp_path: Path) -> Non
         list(documents.read([tmp_path / "a.parquet"], "body", lambda *_: None))
 
 
+def test_what_datasets_saved_to_disk_gives_what_json_lines_give(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    with pyarrow.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:  # fmt: skip
+        stream.write_table(table)
+    (tmp_path / "state.json").write_text("{}")  # what else lies in such a folder is no text
+    found = list(documents.read(documents.files([tmp_path]), "text", lambda *_: None))
+    assert found == [text for text in TEXTS if text.strip()]
+    with pytest.raises(UsageError, match="no column 'body'; columns: id, text"):
+        list(documents.read(documents.files([tmp_path]), "body", lambda *_: None))
+
+
 def test_a_line_without_text_and_a_file_that_is_not_utf8_are_told(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     with pytest.raises(UsageError, match=r"bad\.jsonl', line 2"):
