@@ -228,6 +228,21 @@ class SnapshotEvent(Record):
     reason: str = ""
 
 
+class Coverage(Record):
+    """What the guard's intervals buy, from the first judged step on, and anew whenever they change. Intervals in steps;
+    `one_off_unseen` is the chance that a single wrong step passes unchecked; `persistent_steps` the steps within which a part that
+    is always wrong is seen with 95 %."""
+
+    kind: Literal["guard_coverage"] = "guard_coverage"
+    step: int
+    checksum_every: int
+    audit_every: int
+    parts: int
+    one_off_unseen: float
+    persistent_steps: int
+    detail: str
+
+
 class PoolCondemned(Record):
     kind: Literal["pool_condemned"] = "pool_condemned"
     role: Role
@@ -366,7 +381,7 @@ class Telemetry(Record):
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
-    | WeightsSynced | Mismatch | Evaluation | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
+    | WeightsSynced | Mismatch | Evaluation | Coverage | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

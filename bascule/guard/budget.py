@@ -72,15 +72,28 @@ def steps_to_see(chance_per_step: float, confidence: float = 0.95) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-chance_per_step))
 
 
+def unseen(every: Intervals, wrong_steps: int) -> float:
+    """The chance that no product of `wrong_steps` wrong steps is looked at, when they fall where they like: then a certificate may
+    cover what they left in the weights."""
+    return (1.0 - 1.0 / every.checksum) ** wrong_steps
+
+
+def persistent_steps(every: Intervals, parts: int) -> int:
+    """Steps within which a part that is always wrong, whatever its operator, has been audited for sure: a whole round of turns."""
+    return every.audit * parts
+
+
 def coverage(every: Intervals, parts: int) -> str:
     """In words: what these intervals see, and how soon. `parts`: pieces of the model that audits take in turns."""
-    one_off = 1.0 / every.checksum
+    one_off = 1.0 - unseen(every, 1)
     now_and_then = steps_to_see(0.1 / every.checksum)
     return (
         f"every product is checked every {_steps(every.checksum)}, one of {parts} parts is audited every {_steps(every.audit)}: "
         f"a product that is always wrong is seen within {_steps(every.checksum)}, one wrong at a tenth of the steps within "
-        f"{_steps(now_and_then)} with 95 %, a single wrong product with {one_off:.0%}; a part whose other operators are always wrong "
-        f"within {_steps(every.audit * parts)}; and all of them, where they last, by the next certification"
+        f"{_steps(now_and_then)} with 95 %, a single wrong product with {one_off:.0%} "
+        f"(so a one-off may be certified with {unseen(every, 1):.0%}, wrong products in 10 steps with {unseen(every, 10):.0%}, in 100 with "
+        f"{unseen(every, 100):.0%}); a part whose other operators are always wrong "
+        f"within {_steps(persistent_steps(every, parts))}; and all of them, where they last, by the next certification"
     )
 
 

@@ -11,11 +11,12 @@ from typing import TypeGuard
 from torch import nn
 
 from bascule.folder import RunFolder
-from bascule.guard import incident
+from bascule.guard import budget, incident
+from bascule.guard.budget import Intervals
 from bascule.guard.replay import Finding, StepProposal
 from bascule.guard.sentinels import Cry
 from bascule.ledger import Ledger
-from bascule.records import Alarm, Incident, Judgement, PoolReadmitted, SnapshotEvent
+from bascule.records import Alarm, Coverage, Incident, Judgement, PoolReadmitted, SnapshotEvent
 
 REFUSED = ("data", "transient chip fault", "persistent chip fault", "software")
 """Attributions after which the step did not commit."""
@@ -48,6 +49,14 @@ class Casebook:
 
     def audited(self, step: int, reason: str) -> None:
         self.ledger.append(Judgement(step=step, commit=True, reason=reason))
+
+    def coverage(self, step: int, every: Intervals, parts: int) -> None:
+        self.ledger.append(
+            Coverage(
+                step=step, checksum_every=every.checksum, audit_every=every.audit, parts=parts, one_off_unseen=budget.unseen(every, 1),
+                persistent_steps=budget.persistent_steps(every, parts), detail=budget.coverage(every, parts),
+            )
+        )  # fmt: skip
 
     def certified(self, step: int, name: str, sha256: str, reason: str) -> None:
         self.ledger.append(

@@ -106,6 +106,7 @@ class Guard:
         )
         self.court = Court(config, self.book)
         self._names: tuple[int, dict[int, str]] = (0, {})
+        self._parameters: tuple[int, list[nn.Parameter]] = (0, [])
         self._parts: list[audit.Part] = []
         self._checksums: Checksums | None = None
         self._commit_checksums: Checksums | None = None
@@ -162,7 +163,7 @@ class Guard:
     def _watch_step(self, step: int, model: nn.Module) -> Iterator[None]:
         self._checksums, self._capture = None, None
         if self._bits is None or self._bits[0] != step:
-            self._bits = (step, update.bit_sums(model))
+            self._bits = (step, self._bits_of(model))
         with ExitStack() as stack:
             if self.audits(step):
                 self._parts = self._parts or audit.parts(model)
@@ -179,17 +180,23 @@ class Guard:
         with the next step, and leads to a rollback."""
         if not self.watches(step):
             yield
-            self._bits = (step + 1, update.bit_sums(model))
+            self._bits = (step + 1, self._bits_of(model))
             return
         self._commit_checksums, self._committing = Checksums(names=self._names_of(model)), step
         with self._commit_checksums:
             yield
-        self._bits = (step + 1, update.bit_sums(model))
+        self._bits = (step + 1, self._bits_of(model))
 
     def _names_of(self, model: nn.Module) -> dict[int, str]:
         if self._names[0] != id(model):
             self._names = (id(model), parameter_names(model))
         return self._names[1]
+
+    def _bits_of(self, model: nn.Module) -> Tensor:
+        """Walking the module tree for its parameters takes longer than adding up a small model's bits: walked once."""
+        if self._parameters[0] != id(model):
+            self._parameters = (id(model), list(model.parameters()))
+        return update.bit_sums(self._parameters[1])
 
     # ---- judging
 
@@ -199,6 +206,9 @@ class Guard:
             return True
         if proposal.step in self.court.refused:
             return False
+        if not self._judged and self._settled:
+            self._parts = self._parts or audit.parts(stepper.model)
+            self.book.coverage(proposal.step, self.every, len(self._parts))
         self._judged = True
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
@@ -267,7 +277,7 @@ class Guard:
             assert isinstance(self.config.budget_percent, float)
             self.every = budget.intervals(self.config.budget_percent, self._measured)
             self._settled = True
-            self.book.audited(proposal.step, budget.coverage(self.every, len(self._parts)))
+            self.book.coverage(proposal.step, self.every, len(self._parts))
 
     def _seen(self, proposal: StepProposal) -> Seen:
         loads = proposal.expert_loads
@@ -306,7 +316,7 @@ class Guard:
             )
         known = self._bits is not None and self._bits[0] == step
         rotten = (
-            update.changed(self._bits[1], stepper.model)
+            update.changed(self._bits[1], self._bits_of(stepper.model), stepper.model)
             if self._bits is not None and known
             else None
         )

@@ -64,7 +64,7 @@ class Replicas:
         """What the ranks do not agree on in the step just computed; call it on every rank, before the optimizer's step.
 
         `cursor`: how much data was consumed; any number that must be equal everywhere."""
-        bits = update.bit_sums(model).cpu()
+        bits = update.bit_sums(model.parameters()).cpu()
         weights = int((bits * torch.arange(1, len(bits) + 1)).sum())
         buckets = sorted(self._before)
         before = [self._before[i] for i in buckets]

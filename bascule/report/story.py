@@ -11,6 +11,7 @@ from bascule.records import (
     Alarm,
     AnyRecord,
     Continuation,
+    Coverage,
     Evaluation,
     Evidence,
     Incident,
@@ -226,6 +227,8 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
                     f"Incident {record.incident_id}: {record.attribution}. {sentence(record.evidence)} Action: {record.action}.",
                 )
             ]
+        case Coverage():
+            return [("plain", f"The guard, from step {record.step} on: {record.detail}.")]
         case PoolCondemned():
             return [
                 ("bad", f"{record.pool} is condemned for the role `{record.role}`: {record.reason}")

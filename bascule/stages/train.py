@@ -35,6 +35,7 @@ from bascule.ledger import Ledger, last, of_kind
 from bascule.place.placement import place
 from bascule.records import (
     AnyRecord,
+    Coverage,
     Incident,
     Migration,
     Placement,
@@ -305,6 +306,8 @@ class Supervisor:
             elif isinstance(record, Warned) and record.pool is not None:
                 # A worker's; this process's own are on stderr since they were written.
                 print(f"WARN {record.what}: {record.detail}", file=sys.stderr, flush=True)
+            elif isinstance(record, Coverage):
+                say(f"guard: {record.detail}")
             elif record.kind in ("evaluation", "text_evaluation", "continuation", "alarm"):
                 say(
                     f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}"

@@ -139,12 +139,13 @@ class Stepper:
         self.step = proposal.step
 
     def rehearse(self, proposal: Proposal, accelerator: Accelerator) -> StateDict:
-        """The weights and router biases that `commit` would leave, worked out on a copy on another chip. Changes nothing."""
+        """The weights and router biases that `commit` would leave, worked out on a copy on another chip. Changes nothing.
+
+        The tensors are that copy's own: the next `rehearse` or `recompute` there overwrites them.
+        """
         objective, optimizer = self._phase(proposal.phase)
         twin = Stepper(
-            accelerator.move(copy.deepcopy(self.model)),
-            accelerator,
-            router_bias_speed=self.router_bias_speed,
+            self._replica(accelerator), accelerator, router_bias_speed=self.router_bias_speed
         )
         twin.begin(objective)
         twin._phase(proposal.phase)[1].load_state_dict(optimizer.state_dict())

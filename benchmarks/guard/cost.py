@@ -1,9 +1,11 @@
-"""What does watching cost a step? Paired in one run: every kind of step in turn, on the same model and data, CPU seconds.
+"""What does the guard cost? Two runs of the same recipe in one process, guard on and guard off, step by step in turns.
 
-    python benchmarks/guard/cost.py [--preset nano] [--rounds 12] [--accelerator cpu]
+    python benchmarks/guard/cost.py [--preset nano] [--steps 200] [--cases default,1%,full] [--accelerator cpu]
 
-Prints the extra cost of each kind of watched step over an unwatched one, and what the default intervals add up to per step.
-Process CPU time on a CPU (wall time on a shared machine says little), wall time elsewhere.
+Both runs see the same batches, take the same snapshots (written beside the loop) and must have the same loss at every step, or the
+benchmark ends: only then are their times compared. CPU seconds of the process on a CPU, snapshot threads and certification
+included; wall time elsewhere. The cost is the sum over all steps, so use whole rounds: 200 steps hold every kind of watched step
+at the defaults in its share (3 checked, 1 audited, 4 certified). Also prints how long the loop stood still for a snapshot.
 """
 
 from __future__ import annotations
@@ -13,31 +15,70 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import GuardConfig, TrainConfig, recipe_from
+from bascule.config import GuardConfig, Recipe, TrainConfig, recipe_from
 from bascule.folder import RunFolder
-from bascule.guard.budget import Intervals
 from bascule.guard.guard import Guard
 from bascule.ledger import Ledger
 from bascule.model import weights
 from bascule.model.transformer import Transformer
-from bascule.stages.course import course
-from bascule.train import checkpoint
+from bascule.stages.course import Course, course
+from bascule.train import loop
+from bascule.train.loop import Hooks, Plan
 from bascule.train.sft import Sft
+from bascule.train.state import TrainState
 from bascule.train.step import NoJudge, Stepper
+from bascule.train.writer import SnapshotWriter
 
-NEVER = 10**9
-KINDS = {
-    "unwatched, guard off": None,
-    "unwatched, guard on": Intervals(NEVER, NEVER),
-    "checksums": Intervals(1, NEVER),
-    "audit": Intervals(NEVER, 1),
-    "certification": Intervals(NEVER, NEVER),
+WARM_UP = 3
+CASES = {
+    "default": GuardConfig(),
+    "1%": GuardConfig(budget_percent=1.0),
+    "full": GuardConfig(budget_percent="full"),
 }
+
+
+@dataclass
+class Side:
+    """One of the two runs."""
+
+    stepper: Stepper
+    sft: Sft
+    plan: Plan
+    writer: SnapshotWriter
+    guard: Guard | None
+    clock: Callable[[], float]
+    stalls: list[float] = field(default_factory=list)
+
+    def step(self) -> tuple[float, float]:
+        """(loss, seconds) of the next step and of the snapshot after it, where one is due."""
+        number = self.stepper.step + 1
+        start = self.clock()
+        proposal = self.stepper.propose(self.sft.next_batch(number))
+        if not self.stepper.judge.judge(proposal, self.stepper):
+            raise SystemExit(f"step {number} was refused: this benchmark needs a sound chip")
+        self.stepper.commit(proposal)
+        if self.plan.saves(number):
+            self.writer.wait()  # not part of the stall: a real step is longer than a write
+            watch = time.perf_counter if self.clock is time.perf_counter else time.thread_time
+            begin = watch()
+            hooks = Hooks(on_snapshot=self.guard.after_snapshot if self.guard else lambda *_: None)
+            loop.save(self.stepper, TrainState(step=number), self.plan, hooks, self.writer)
+            self.stalls.append(watch() - begin)
+        seconds = self.clock() - start
+        return proposal.loss, seconds
+
+    def settle(self) -> float:
+        """Seconds that the snapshot threads still need: they belong to this side."""
+        start = self.clock()
+        self.writer.wait()
+        return self.clock() - start
 
 
 def main() -> None:
@@ -45,92 +86,82 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sequences", type=int, help="per step; default: the recipe's")
+    parser.add_argument("--cases", default="default,1%,full")
     parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as room:
-        seconds = measure(options.preset, options.rounds, options.accelerator, Path(room))
-    report(seconds)
-
-
-def measure(preset: str, rounds: int, accelerator: str, room: Path) -> dict[str, list[float]]:
+    sft = {"batch_sequences": options.sequences} if options.sequences else {}
     recipe = recipe_from(
-        {"name": "cost", "pools": {"chip": {"accelerator": accelerator}}, "model": {"preset": preset}, "data": {"train_problems": 4000, "eval_problems": 16}},
+        {"name": "cost", "pools": {"chip": {"accelerator": options.accelerator}}, "model": {"preset": options.preset}, "sft": sft,
+         "data": {"train_problems": 4000, "eval_problems": 16}},
         source="benchmark",
     )  # fmt: skip
     made = course(recipe)
+    for case in options.cases.split(","):
+        with tempfile.TemporaryDirectory() as room:
+            compare(case, recipe, made, options.accelerator, options.steps, Path(room))
+
+
+def compare(
+    case: str, recipe: Recipe, made: Course, accelerator: str, steps: int, room: Path
+) -> None:
     chip = open_accelerator(accelerator)
     chip.prepare(1)
+    on = side(recipe, made, chip, room / "on", CASES[case])
+    off = side(recipe, made, chip, room / "off", None)
+    for _ in range(WARM_UP):
+        pair(on, off, guard_first=True)
+    found = [pair(on, off, guard_first=number % 2 == 0) for number in range(steps)]
+    total_on = sum(one for one, _ in found)
+    total_off = sum(other for _, other in found)
+    plain = statistics.median(other for _, other in found)
+    extra = [(one - other) / plain for one, other in found]
+    assert on.guard is not None
+    every = on.guard.every
+    print(
+        f"{made.model.preset or recipe.model.preset}, {recipe.sft.batch_sequences} sequences a step, {chip.name}; guard: {case} (products every "
+        f"{every.checksum}, audit every {every.audit} steps); {steps} steps, equal losses at each: "
+        f"a step {plain * 1e3:.1f} ms, guard {total_on / total_off - 1:+.2%} (median step {statistics.median(extra):+.2%})"
+    )
+    stall = statistics.median([*on.stalls, *off.stalls] or [0.0])
+    print(
+        f"  snapshots: the loop stood still for {stall * 1e3:.1f} ms each, {stall / plain:.1%} of one step, "
+        f"{stall / plain / on.plan.snapshot_every_steps:.2%} of all at one every {on.plan.snapshot_every_steps}",
+        flush=True,
+    )
+
+
+def side(
+    recipe: Recipe, made: Course, chip: Accelerator, room: Path, config: GuardConfig | None
+) -> Side:
+    folder = RunFolder(room).create()
     model = Transformer(made.model)
     weights.initialise(model, 0)
     stepper = Stepper(chip.move(model), chip, router_bias_speed=1e-3)
     sft = Sft(recipe.sft, made.examples(0), seed=0, pad_id=made.tokenizer.pad_id)
     stepper.begin(sft)
-    folder = RunFolder(room).create()
-    guard = Guard(
-        GuardConfig(), Ledger(folder.ledger), folder, "chip", accelerator=chip, referee=open_accelerator("cpu"),
-        snapshots=checkpoint, experts_per_token=made.model.num_experts_per_tok,
+    writer = SnapshotWriter()
+    guard = config and Guard(
+        config, Ledger(folder.ledger), folder, "chip", accelerator=chip, referee=open_accelerator("cpu"), snapshots=writer,
+        experts_per_token=made.model.num_experts_per_tok,
     )  # fmt: skip
+    stepper.judge = guard or NoJudge()
+    plan = Plan({"sft": 10**9}, folder.snapshots, TrainConfig().snapshot_every_steps)
     clock = time.process_time if chip.device.type == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(rounds):
-        for kind, every in KINDS.items():
-            stepper.judge = NoJudge() if every is None else guard
-            guard.every = every or guard.every
-            if kind == "certification":
-                path = checkpoint.save_snapshot(
-                    folder.snapshots,
-                    stepper.step,
-                    stepper.model_state(),
-                    stepper.optimizer.state_dict(),
-                    {},
-                    {},
-                    phase="sft",
-                )  # type: ignore[union-attr]
-                guard.after_snapshot(stepper.step, path)
-            seconds[kind].append(timed(clock, lambda: one_step(stepper, sft)))
-    return seconds
+    return Side(stepper, sft, plan, writer, guard, clock)
 
 
-def one_step(stepper: Stepper, sft: Sft) -> None:
-    proposal = stepper.propose(sft.next_batch(stepper.step + 1))
-    if not stepper.judge.judge(proposal, stepper):
-        raise SystemExit(
-            f"step {proposal.step} was refused: this benchmark needs a chip that computes well"
-        )
-    stepper.commit(proposal)
-
-
-def timed(clock: Callable[[], float], work: Callable[[], None]) -> float:
-    start = clock()
-    work()
-    return clock() - start
-
-
-def report(seconds: dict[str, list[float]]) -> None:
-    plain = seconds["unwatched, guard off"]
-    extra = {
-        kind: statistics.median(a / b for a, b in zip(times, plain, strict=True)) - 1.0
-        for kind, times in seconds.items()
-    }
-    for kind, times in seconds.items():
-        print(f"{kind:22} {statistics.median(times) * 1e3:8.1f} ms   {extra[kind]:+7.1%}")
-    config, snapshots = GuardConfig(), TrainConfig().snapshot_every_steps
-    idle = extra["unwatched, guard on"]
-    per_step = (
-        idle
-        + (extra["checksums"] - idle) / config.checksum_every_steps
-        + (extra["audit"] - idle) / config.audit_every_steps
-    )
-    certified = (extra["certification"] - idle) / snapshots
-    print(
-        f"\nat the defaults (checksums every {config.checksum_every_steps}, an audit every {config.audit_every_steps}, a snapshot every {snapshots} steps): "
-        f"{per_step + certified:+.1%} a step, of which certification {certified:+.1%}"
-    )
-    print(
-        f"full (every step checked and audited): {extra['checksums'] + extra['audit'] - idle:+.0%} a step"
-    )
+def pair(on: Side, off: Side, *, guard_first: bool) -> tuple[float, float]:
+    """The next step of both; seconds with the guard and without. Ends the program where the losses differ."""
+    told = {}
+    for which in (on, off) if guard_first else (off, on):
+        loss, seconds = which.step()
+        told[id(which)] = (loss, seconds + which.settle())
+    if told[id(on)][0] != told[id(off)][0]:
+        raise SystemExit(f"step {on.stepper.step}: the losses differ, so nothing is compared")
+    return told[id(on)][1], told[id(off)][1]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 
 from bascule.config import GuardConfig
-from bascule.guard.budget import Intervals, Measured, coverage, intervals, steps_to_see
+from bascule.guard.budget import (
+    Intervals,
+    Measured,
+    coverage,
+    intervals,
+    steps_to_see,
+    unseen,
+)
 from bascule.ledger import of_kind
-from bascule.records import Judgement
+from bascule.records import Coverage
 
 
 @pytest.mark.parametrize("budget", [0.1, 1.0, 5.0, 100.0])
@@ -52,11 +59,7 @@ def test_the_guard_measures_and_then_keeps_to_its_budget(
         config=GuardConfig(budget_percent=5.0, checksum_every_steps=4, audit_every_steps=6),
     )
     rig.run(14, every=50)
-    told = [
-        record.reason
-        for record in of_kind(rig.ledger.read(), Judgement)
-        if "every product is checked" in record.reason
-    ]
+    told = of_kind(rig.ledger.read(), Coverage)
     assert len(told) == 1
     assert rig.guard.every.audit > 6 and rig.guard.every.checksum >= 1
     assert rig.alarms == []
@@ -65,3 +68,22 @@ def test_the_guard_measures_and_then_keeps_to_its_budget(
 def test_full_checks_and_audits_every_step(tmp_path: Path, guarded: ModuleType) -> None:
     rig = guarded.rig(tmp_path, config=GuardConfig(budget_percent="full"))
     assert rig.guard.every == Intervals(1, 1)
+
+
+def test_what_the_intervals_buy_is_recorded_at_the_first_step(
+    tmp_path: Path, guarded: ModuleType
+) -> None:
+    rig = guarded.rig(tmp_path, config=GuardConfig(checksum_every_steps=8, audit_every_steps=5))
+    rig.run(2, every=50)
+    (told,) = of_kind(rig.ledger.read(), Coverage)
+    assert (told.step, told.checksum_every, told.one_off_unseen) == (1, 8, 0.875)
+    assert told.persistent_steps == 5 * told.parts
+
+
+def test_the_chance_that_wrong_steps_go_unseen_holds_in_simulation() -> None:
+    rng = np.random.default_rng(1)
+    for wrong in (1, 8, 40):
+        steps = rng.integers(0, 64 * 50, size=(20000, wrong))
+        missed = (steps % 64 != 0).all(axis=1).mean()
+        assert abs(missed - unseen(Intervals(64, 200), wrong)) < 0.015
+    assert unseen(Intervals(1, 1), 1) == 0.0
