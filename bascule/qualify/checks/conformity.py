@@ -3,12 +3,13 @@
 Each entry's first samples run on the chip in fp32 and bf16 and are held against fp64 as this model's own calls are. Inputs are made on
 the CPU, so a chip whose random fill fails is not blamed for it; what the CPU refuses is no question. Failures are clustered by what was
 raised, or by operator where numbers are wrong. Reported only: an operator the model never calls is no reason to refuse a chip.
+What was answered is kept in `conformity.jsonl`, and a resumed battery goes on after it.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ from bascule.records import Evidence
 
 SAMPLES = 2
 DTYPES = (torch.float32, torch.bfloat16)
-BUDGET_S = 480.0
 # Parts of names (split at dots and underscores). Without one right answer: random results, uninitialised memory, decompositions
 # unique up to sign or order; and `jiterator`, which compiles for one vendor only.
 _NO_SINGLE_ANSWER = {
@@ -52,20 +52,15 @@ _ILL_CONDITIONED = {
 
 
 def opinfo(context: CheckContext) -> list[Evidence]:
-    ends_s = time.monotonic() + BUDGET_S
-    asked, cut = 0, False
+    asked = 0
     clusters: Counter[str] = Counter()
     example: dict[str, str] = {}
-    for name, function, inputs, exact, plain in _questions():
-        if time.monotonic() > ends_s:
-            cut = True
-            break
-        asked += 1
-        trouble = _trouble(context, function, inputs, exact, plain)
-        if trouble:
+    for name, troubles in _answers(context):
+        asked += len(troubles)
+        for trouble in filter(None, troubles):
             clusters[trouble.partition(":")[0] if trouble.startswith("raised") else name] += 1
             example.setdefault(name, trouble)
-    words = f"{asked} samples{' (cut off by the time budget)' if cut else ''}, {sum(clusters.values())} not conforming in {len(clusters)} clusters"
+    words = f"{asked} samples, {sum(clusters.values())} not conforming in {len(clusters)} clusters"
     if clusters:
         words += "; largest: " + ", ".join(
             f"{name} {count}" for name, count in clusters.most_common(5)
@@ -80,6 +75,23 @@ def opinfo(context: CheckContext) -> list[Evidence]:
     if clusters:
         return [context.failed(words, measured)]
     return [context.passed(words, measured)]
+
+
+def _answers(context: CheckContext) -> Iterator[tuple[str, list[str | None]]]:
+    """(operator and type, what is wrong with each of its samples or None), from the file as far as it goes."""
+    kept = context.workdir / "conformity.jsonl"
+    lines = kept.read_text().split("\n")[:-1] if context.resume and kept.exists() else []
+    known: dict[str, list[str | None]] = dict(json.loads(line) for line in lines)
+    entries = _entries()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(kept, "a" if known else "w", encoding="utf-8") as file:
+        for place, (name, entry, dtype) in enumerate(entries):
+            context.progress(place, len(entries))
+            if name not in known:
+                known[name] = [_trouble(context, *question) for question in _of_entry(entry, dtype)]
+                file.write(json.dumps([name, known[name]]) + "\n")
+                file.flush()
+            yield name, known[name]
 
 
 def _trouble(
@@ -102,11 +114,12 @@ def _trouble(
     return None
 
 
-Question = tuple[str, Any, Any, list[Tensor], list[Tensor]]
+# Function, inputs, fp64 answers, answers at the sample's own type.
+Question = tuple[Any, Any, list[Tensor], list[Tensor]]
 
 
-def _questions() -> Iterator[Question]:
-    """(name, function, inputs, fp64 answers, answers at the sample's own type); only what the CPU can answer in both."""
+def _entries() -> list[tuple[str, Any, torch.dtype]]:
+    """(name, entry of the database, type); only what the CPU can answer in fp64 too."""
     # A private module of PyTorch's test-suite: there is no public list of operators with sample inputs.
     try:
         from torch.testing._internal.common_methods_invocations import op_db
@@ -115,19 +128,22 @@ def _questions() -> Iterator[Question]:
             f"PyTorch's operator database needs '{error.name}': pip install {error.name}"
         ) from None
 
+    hard = _NO_SINGLE_ANSWER | _ILL_CONDITIONED
+    named: dict[str, tuple[str, Any, torch.dtype]] = {}
     for entry in op_db:
-        if (_NO_SINGLE_ANSWER | _ILL_CONDITIONED) & set(re.split(r"[._]", entry.name)):
+        if hard & set(re.split(r"[._]", entry.name)) or not entry.supports_dtype(
+            torch.float64, "cpu"
+        ):
             continue
         for dtype in DTYPES:
-            if not entry.supports_dtype(dtype, "cpu") or not entry.supports_dtype(
-                torch.float64, "cpu"
-            ):
-                continue
-            yield from _of_entry(entry, dtype)
+            if entry.supports_dtype(dtype, "cpu"):
+                variant = f".{entry.variant_test_name}" if entry.variant_test_name else ""
+                name = f"{entry.name}{variant} {str(dtype).removeprefix('torch.')}"
+                named[name] = name, entry, dtype
+    return list(named.values())
 
 
 def _of_entry(entry: Any, dtype: torch.dtype) -> Iterator[Question]:
-    name = f"{entry.name} {str(dtype).removeprefix('torch.')}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -150,7 +166,7 @@ def _of_entry(entry: Any, dtype: torch.dtype) -> Iterator[Question]:
             except (RuntimeError, ValueError, TypeError, IndexError):
                 continue  # the reference refuses it
             if plain and [value.shape for value in plain] == [value.shape for value in exact]:
-                yield name, entry.op, inputs, exact, plain
+                yield entry.op, inputs, exact, plain
 
 
 def _dense(inputs: Any) -> bool:

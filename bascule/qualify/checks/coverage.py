@@ -94,12 +94,7 @@ def has_own_kernel(op: Any, device_type: str) -> bool:
     sends the call to the host. (A private table of PyTorch's: there is no public way to ask.)"""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, "PrivateUse1")
     name = op._schema.name + (f".{op._schema.overload_name}" if op._schema.overload_name else "")
-    keys = (
-        key,
-        "CompositeExplicitAutograd",
-        "CompositeExplicitAutogradNonFunctional",
-        "CompositeImplicitAutograd",
-    )
+    keys = (key, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, one) for one in keys)
 
 
