@@ -175,8 +175,8 @@ def _here(plant: str, promised: tuple[str, ...], work: Workload, folder: Path) -
 
 
 def _in_child(plant: str, promised: tuple[str, ...], folder: Path, whole: bool) -> tuple[list[Evidence], list[Verdict]]:  # fmt: skip
-    only = () if whole else (*CHILD_CHECKS, *promised)
-    result = run_battery(plant, f"sim:{plant}", NANO, folder / plant.replace(":", "-"), time_limit_s=600, ask_limit_s=20, only=only)  # fmt: skip
+    only = () if whole else ("exact.reduction", *(promised or CHILD_CHECKS))
+    result = run_battery(plant, f"sim:{plant}", NANO, folder / plant.replace(":", "-"), time_limit_s=600, ask_limit_s=60, only=only)  # fmt: skip
     return list(result.evidence), list(result.verdicts)
 
 
