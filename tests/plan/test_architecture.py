@@ -85,3 +85,18 @@ def test_a_model_may_be_a_table_of_sizes(tmp_path: Path) -> None:
     path.write_text("hidden = 4096\n")
     with pytest.raises(RecipeError, match="at least hidden"):
         model_named(str(path))
+
+
+def test_public_models_have_the_parameter_counts_they_are_named_for() -> None:
+    import csv
+
+    from bascule.plan.fit import DATA
+    from bascule.plan.models import named
+
+    with (DATA / "models.csv").open(encoding="utf-8") as handle:
+        for row in csv.DictReader(handle):
+            shape = named()[row["name"]]
+            assert abs(shape.parameters / 1e9 / float(row["total_B"]) - 1) < 0.03, row["name"]
+            if row["active_B"]:
+                used = (shape.active_weights - shape.mtp_layers * shape.mtp_weights) / 1e9
+                assert abs(used / float(row["active_B"]) - 1) < 0.12, row["name"]
