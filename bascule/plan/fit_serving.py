@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bascule.plan.regress import Array, Point, Process
+from bascule.plan.regress import Point, Process
 from bascule.plan.served import serving_of, target_of
 from bascule.plan.serving import (
     SERVE_NAMES,
@@ -114,7 +114,3 @@ def serving_plain(c: ServeConstants, process: Process, width: float) -> dict[str
         "interval_width": round(width, 4),
         "anchors": anchors,
     }
-
-
-def lengths_vector(raw: dict[str, Any]) -> Array:
-    return np.array([raw["lengths"][n] for n in SERVE_NUMBERS])
