@@ -76,22 +76,24 @@ def main() -> None:
     probe = Msprobe.open()
     print(f"msprobe: {probe.words if probe else absent()}\n")
     print("| mutant | type | msprobe stage 1 | stage 2 | bascule | gain | z |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    missed, wolves, passed = [], [], 0
+    missed, small, wolves, passed = [], [], [], 0
     for name, (operator, exact, mutate) in MUTANTS.items():
         for dtype in DTYPES:
             found, why = ours(mutate(exact, dtype), exact)
             short = str(dtype).removeprefix("torch.")
-            seen = why is not None and (found.nonfinite > 0 or abs(found.gain_z) > Z_BAR)
-            if not seen:
-                missed.append(f"{name} in {short}")
+            word = ours_in_a_word(found, why)
+            if word != "caught":
+                (small if word == "seen, too small to fail" else missed).append(
+                    f"{name} in {short}"
+                )
             if ours(exact.to(dtype), exact)[1]:
                 wolves.append(f"{name} in {short}")
             stages = probe.judge(operator, mutate(exact, dtype), exact) if probe else ("absent", "absent")  # fmt: skip
             passed += "pass" in stages
             z = "non-finite" if found.nonfinite else f"{found.gain_z:+.0f}"
-            print(f"| {name} | {short} | {stages[0]} | {stages[1]} | {'caught' if seen else 'MISSED'} | {found.gain:+.1e} | {z} |")  # fmt: skip
+            print(f"| {name} | {short} | {stages[0]} | {stages[1]} | {word} | {found.gain:+.1e} | {z} |")  # fmt: skip
     cases = len(MUTANTS) * len(DTYPES)
-    print(f"\nbascule: {cases - len(missed)} of {cases} caught at |z| > {Z_BAR:g} (a NaN: as non-finite); {len(wolves)} of the right results called wrong.")  # fmt: skip
+    print(f"\nbascule: {cases - len(missed) - len(small)} of {cases} caught at |z| > {Z_BAR:g} (a NaN: as non-finite), {len(small)} seen at |z| > {Z_BAR:g} but allowed; {len(wolves)} of the right results called wrong.")  # fmt: skip
     print(
         f"msprobe: {passed} of {cases} pass at least one stage." if probe else "msprobe: not run."
     )
@@ -103,6 +105,12 @@ def ours(wrong: Tensor, exact: Tensor) -> tuple[numerics.Comparison, str | None]
     found = numerics.compare(wrong, exact)
     floor = numerics.rounding_floor(exact, wrong.dtype)
     return found, numerics.verdict(found, floor, wrong.dtype)
+
+
+def ours_in_a_word(found: numerics.Comparison, why: str | None) -> str:
+    """fp32 cut off in its last bit biases by 4e-8: z shows it, but another order of summation may do as much, so it passes."""
+    seen = found.nonfinite > 0 or abs(found.gain_z) > Z_BAR
+    return "caught" if why and seen else "seen, too small to fail" if seen else "MISSED"
 
 
 def absent() -> str:
