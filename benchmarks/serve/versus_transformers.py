@@ -1,6 +1,6 @@
 """Our engine against transformers' `generate`: same weights, same prompts, same sampling, one thread, in one run.
 
-    python benchmarks/serve_vs_transformers.py [--sizes nano,tick] [--batches 1,8,32] [--contexts 64,512]
+    python benchmarks/serve/versus_transformers.py [--sizes nano,tick] [--batches 1,8,32] [--contexts 64,512]
 
 First the two must say the same: greedy tokens equal on every prompt, log-probabilities within 1e-4. Only then are they timed.
 Figures are output tokens per CPU-second of one thread (process time), so a busy machine slows both and the ratio stands. Every
