@@ -54,7 +54,7 @@ def replaying(model: Transformer, routes_BTC: Tensor) -> Iterator[list[Tensor]]:
     agreed: list[Tensor] = []
     handles = []
     gates = _gates(model)
-    routes_BTLK = routes_BTC.long().unflatten(-1, (len(gates), -1))
+    routes_BTLK = torch.unflatten(routes_BTC.long(), -1, (len(gates), -1))
     for layer, gate in enumerate(gates):
         chosen_NK = routes_BTLK[:, :, layer].flatten(0, 1)
 
