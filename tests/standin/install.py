@@ -39,6 +39,8 @@ def install(build: Path) -> Any:
         total_memory=extension.total(index)
     )
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    module.is_initialized = lambda: True
+    module.synchronize = torch.accelerator.synchronize
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
     torch._register_device_module("npu", module)
