@@ -428,6 +428,10 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     max_queue: int = Field(64, ge=1)
+    reproducible: bool = Field(
+        False,
+        description="equal bits whatever else is in the batch; a step costs 1.1 to 3.5 times as much",
+    )
     audit_every: int = Field(
         32,
         ge=0,

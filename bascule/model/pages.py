@@ -1,7 +1,7 @@
 """The paged cache: one pool of blocks for all rows, and a view of some rows of it that attention takes for an ordinary cache.
 
 A row's tokens lie in the blocks its table names, in order; block 0 belongs to nobody and takes what padding writes. A step gathers
-the rows' blocks of one layer side by side. That copy is the price: measured in benchmarks/serve/paging.py. What it buys: memory
+the rows' blocks of one layer side by side. That copy is the price: 15 to 20 % of a step of one row, nothing of a large batch's (docs/log.md). What it buys: memory
 for the tokens there are instead of for the longest row, and prefixes shared by rows.
 
 Letters: L layers, K key-value heads (1 for MLA), N blocks, E numbers a token and head, B rows, M blocks of a row, T tokens, S slots.

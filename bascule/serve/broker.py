@@ -42,6 +42,7 @@ class Broker:
         threads: int = 1,
         seed: int = 0,
         slots: int = 256,
+        reproducible: bool = False,
         max_queue: int = 64,
         hang_timeout_s: float = 30.0,
         start_timeout_s: float = 180.0,
@@ -59,6 +60,7 @@ class Broker:
         self.scorings: dict[int, Scoring] = {}
         self.changed = asyncio.Event()
         self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
+        self._mode = ["--reproducible"] if reproducible else []
         self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
         self._fault_logs, self._note = fault_logs, note
         self._audit_every = audit_every
@@ -223,7 +225,7 @@ class Broker:
         """Start the engine's process on the present candidate and hand it all open tickets."""
         here, there = socket.socketpair()
         arguments = ["--model", str(self._model), "--accelerator", self.candidate.accelerator, "--fd", str(there.fileno()),
-                     "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots)]  # fmt: skip
+                     "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots), *self._mode]  # fmt: skip
         if self._fault_logs is not None:
             arguments += [
                 "--fault-log",

@@ -56,7 +56,13 @@ class Desk:
     """Takes jobs, runs the batch, hands out tokens. One thread owns it."""
 
     def __init__(
-        self, model: Transformer, accelerator: Accelerator, tokenizer: Tokenizer, *, slots: int
+        self,
+        model: Transformer,
+        accelerator: Accelerator,
+        tokenizer: Tokenizer,
+        *,
+        slots: int,
+        reproducible: bool = False,
     ) -> None:
         length = model.config.max_position_embeddings
         token_bytes = model.new_cache(1, 1).memory_bytes
@@ -68,6 +74,7 @@ class Desk:
             pad_id=tokenizer.pad_id,
             tokens=CACHE_BYTES // token_bytes,
             share=True,
+            reproducible=reproducible,
         )
         self.accelerator = accelerator
         self.waiting: deque[list[Seat]] = deque()
@@ -271,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--slots", type=int, default=256, help="sequences that run together at most"
     )
+    parser.add_argument("--reproducible", action="store_true")
     parser.add_argument("--fault-log", type=Path)
     options = parser.parse_args(arguments)
     line = Line(socket.socket(fileno=options.fd))
@@ -283,7 +291,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = open_tokenizer(options.model)
         model, _ = load_hf(options.model)
         sha256 = fingerprint(model)
-        desk = Desk(accelerator.move(model).eval(), accelerator, tokenizer, slots=options.slots)
+        desk = Desk(
+            accelerator.move(model).eval(),
+            accelerator,
+            tokenizer,
+            slots=options.slots,
+            reproducible=options.reproducible,
+        )
         line.send({"ready": _about(desk, sha256, time.perf_counter() - start)})
         work(desk, line)
     except torch.OutOfMemoryError as error:
@@ -311,6 +325,7 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "fallback_note": desk.accelerator.fallback_note,
         "weights_sha256": sha256,
         "dtype": str(desk.batch.model.lm_head.weight.dtype).removeprefix("torch."),
+        "reproducible": desk.batch.reproducible,
         "slots": desk.batch.slots,
         "context": desk.batch.length,
         "start_s": seconds,

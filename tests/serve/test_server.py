@@ -6,6 +6,8 @@ import json
 import socket
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -280,6 +282,25 @@ def test_when_no_chip_is_left_it_says_so(start: Start) -> None:
     assert status == 503 and "NaN or infinity" in answer["error"]["message"]
     assert server.get("/health")[0] == server.get("/ready")[0] == 503
     assert server.post("/v1/chat/completions", CHAT)[0] == 503
+
+
+def test_a_reproducible_server_answers_with_equal_bits_whatever_else_it_answers(
+    start: Start,
+) -> None:
+    server = start(serve={"reproducible": True})
+    assert server.get("/version")[1]["reproducible"] is True
+    body = {"model": "tiny", "prompt": "1+2", "seed": 4, "max_tokens": 24, "logprobs": 0}
+
+    def ask(**other: Any) -> Any:
+        choice = server.post("/v1/completions", {**body, **other})[1]["choices"][0]
+        return choice["text"], choice["logprobs"]["token_logprobs"]
+
+    alone = ask()
+    with ThreadPoolExecutor(8) as crowd:
+        others = [crowd.submit(ask, prompt="9" * n, seed=n, max_tokens=60) for n in range(1, 7)]
+        amid = [crowd.submit(ask) for _ in range(2)]
+    assert [one.result() for one in amid] == [alone, alone]
+    assert len({other.result()[0] for other in others}) > 1
 
 
 def test_the_document_describes_what_the_routes_check(server: Server) -> None:
