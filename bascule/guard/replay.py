@@ -8,6 +8,8 @@ the hardware's (Gemini 2.5: 94 %), so a sentinel's cry is never believed without
     agrees with the referee      -                another batch is normal    data
     agrees with the referee      -                another batch is not       optimisation
     a product broke its checksum, though all gradients agree                 transient or persistent, as it repeats
+    a product breaks its checksum on the referee too                         no chip's fault: the bound does not hold at these
+                                                                             weights (software, where the kinds are the same)
 
 "Agrees" is a measured word: per tensor, within the step's own response to weights moved by one unit in the last place, worked
 out on the referee (numerics.py). On chips with equal kernels the errors are zero and nothing needs to be measured.
@@ -271,8 +273,16 @@ def investigate(
     `violations`: what checksums saw while it was first computed. `other_batches`: recent batches that trained well, to part
     data from optimisation. `looks_normal`: do the sentinels accept this? `same_kind`: the referee is the same kind of chip.
     """
-    right = stepper.recompute(proposal.batch, floor.referee, FIRST_REPLAY)
+    there = again(stepper, proposal.batch, FIRST_REPLAY, floor.referee)
+    right = there.proposal
     here = [again(stepper, proposal.batch, FIRST_REPLAY + 1 + repeat) for repeat in range(REPEATS)]
+    if not same_kind:
+        broken = {violation.op_index for violation in there.violations}
+        violations = [one for one in violations if one.op_index not in broken]
+        for one in here:
+            one.violations = [v for v in one.violations if v.op_index not in broken]
+            if not one.violations:
+                one.product = None
     first = floor.compare(proposal, right, stepper)
     repeats = [floor.compare(one.proposal, right, stepper) for one in here]
     replays = [
@@ -281,7 +291,8 @@ def investigate(
             agrees=first.agrees,
             error=_number(first.error),
             bound=first.bound,
-            detail=first.detail,
+            detail=first.detail
+            + (f"; breaks a bound there too: {there.violations[0]}" if there.violations else ""),
         )
     ]
     for one, found in zip(here, repeats, strict=True):

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from bascule import numerics
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.guard import incident
 from bascule.guard.replay import NoiseFloor, again, investigate, moved_weights
@@ -110,6 +111,21 @@ def test_what_every_chip_computes_alike_is_data_or_optimisation(trained) -> None
         )
         assert found.attribution == expected
     assert investigate(proposal, rig.stepper, NoiseFloor(REFEREE)).attribution == "unknown"
+
+
+def test_a_bound_that_the_referee_breaks_too_accuses_no_chip(
+    trained,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = trained()
+    proposal = rig.stepper.propose(rig.objective.next_batch(1))
+    bound = numerics.checksum_bound
+    monkeypatch.setattr(numerics, "checksum_bound", lambda *given: bound(*given) * 1e-9)
+    violations = again(rig.stepper, proposal.batch, 1).violations
+    assert violations
+    found = investigate(proposal, rig.stepper, NoiseFloor(REFEREE), violations=violations)
+    assert found.attribution == "unknown" and found.clean is proposal
+    assert "breaks a bound there too" in found.replays[0].detail
 
 
 def test_replays_run_under_checksums_inside_the_chips_session(trained) -> None:  # type: ignore[no-untyped-def]
