@@ -163,7 +163,7 @@ KINDS: tuple[Kind, ...] = (
         "the largest block that can be allocated shrinks with every session",
         "B6",
         "bytes of the first session's largest block",
-        2.0**24,
+        2.0**23,
     ),
     Kind(
         "stale",
