@@ -11,7 +11,6 @@ Used by qualify (is this operator right?), guard (is this step right?) and fallb
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,12 +100,6 @@ def scale_free_error(measured: Tensor, reference: Tensor) -> float:
     return math.inf if found.nonfinite else found.rms
 
 
-def signed_gain(measured: Tensor, reference: Tensor) -> tuple[float, float]:
-    """(gain, z): sum(ref * err) / sum(ref^2) and how many of its standard errors it lies from 0 (DESIGN section 7)."""
-    found = compare(measured, reference)
-    return found.gain, found.gain_z
-
-
 def nonfinite_mismatches(measured: Tensor, reference: Tensor) -> int:
     """How many places disagree about being finite, or hold different infinities. Two NaN agree."""
     a, b = measured.detach().cpu().reshape(-1), reference.detach().cpu().reshape(-1)
@@ -171,32 +164,6 @@ def perturb_one_ulp(tensor: Tensor, key: int) -> Tensor:
     toward = torch.where(up, math.inf, -math.inf).to(source.dtype)
     moved = torch.nextafter(source, toward)
     return torch.where(torch.isfinite(source) & (source != 0), moved, source)
-
-
-def perturbation_response(
-    function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-    inputs: Mapping[str, Tensor],
-    key: int,
-    *,
-    repeats: int = 2,
-) -> dict[str, float]:
-    """The measured noise floor of `function`: by how much each output moves when the float inputs move by one ulp.
-
-    Returns output name -> largest scale-free error over `repeats` perturbations. What two right chips of one dtype disagree
-    by is of this size, because each rounds every operation once (TTrace, arXiv 2506.09280). Integer inputs stay as they are.
-    """
-    base = function(inputs)
-    floor = dict.fromkeys(base, 0.0)
-    for repeat in range(repeats):
-        moved = {
-            name: perturb_one_ulp(value, draws.key(key, name, repeat))
-            if value.is_floating_point()
-            else value
-            for name, value in inputs.items()
-        }
-        for name, value in function(moved).items():
-            floor[name] = max(floor[name], scale_free_error(value, base[name]))
-    return floor
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------------

@@ -292,14 +292,6 @@ def newest(snapshots: Path, at_least: SnapshotState = "certified") -> tuple[Path
     return None, skipped
 
 
-def reject_after(snapshots: Path, step: int, reason: str) -> list[Path]:
-    """Reject every snapshot later than `step` (a rollback leaves them behind); returns those rejected now."""
-    later = [path for path in all_snapshots(snapshots) if step_of(path) > step]
-    for path in later:
-        _write_trust(path, Trust("rejected", reason))
-    return later
-
-
 def prune(snapshots: Path, keep: int, at_least: SnapshotState = "certified") -> list[Path]:
     """Delete snapshots older than the newest `keep` trusted ones, and what killed writers left. Returns what was deleted.
 

@@ -132,12 +132,6 @@ def test_a_rejected_step_that_is_computed_again_is_saved_anew(tmp_path):
     assert checkpoint.trust(save(tmp_path, 1)) == Trust("saved")
 
 
-def test_a_rollback_rejects_what_came_later(tmp_path):
-    paths = [save(tmp_path, step) for step in (1, 2, 3)]
-    assert checkpoint.reject_after(tmp_path, 1, "incident 7") == paths[1:]
-    assert [checkpoint.trust(path).state for path in paths] == ["saved", "rejected", "rejected"]
-
-
 def test_prune_keeps_the_newest_certified_ones_and_all_that_is_newer(tmp_path):
     paths = [save(tmp_path, step) for step in range(1, 7)]
     for step in (1, 2, 4, 5):
