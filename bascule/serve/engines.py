@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bascule.config import ModelConfig
-from bascule.errors import CheckFailed
+from bascule.errors import CheckFailed, UsageError
 
 FAST_LATENT, FAST_ROTARY = (
     512,
@@ -106,10 +106,12 @@ class Sglang:
         ]  # fmt: skip
 
     def environment(self, config: ModelConfig, api_key: str | None) -> dict[str, str]:
-        del (
-            config,
-            api_key,
-        )  # it takes a key only as a word of its command line, which every user of the machine can read
+        del config
+        if api_key:  # a server that was asked to be locked must not open unlocked
+            raise UsageError(
+                "An API key was given, and SGLang takes one only as a word of its command line, which every user of this machine can "
+                "read. Leave the key out (--api-key-file, BASCULE_API_KEY) and keep it on 127.0.0.1, or use --engine vllm."
+            )
         return {"HF_HUB_OFFLINE": "1"}
 
     def ask(

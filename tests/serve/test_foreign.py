@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from bascule.config import ModelConfig
+from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import of_kind, read_ledger
 from bascule.records import Admission
+from bascule.serve.engines import Sglang
 from tests.serve.conftest import make_run, wait_until
 
 CURE = r"""--compilation-config {\"custom_ops\":[\"-rotary_embedding\"]}"""
@@ -82,3 +85,9 @@ def test_an_engine_that_cannot_start_says_why(run: RunFolder, tmp_path: Path) ->
     _, told = process.communicate(timeout=180)
     assert process.returncode == 5
     assert "no attribute 'nothing'" in told and "engine-vllm.log" in told
+
+
+def test_an_engine_that_cannot_take_a_key_safely_is_not_opened_without_it() -> None:
+    with pytest.raises(UsageError, match="use --engine vllm"):
+        Sglang().environment(ModelConfig(preset="tick"), "secret")
+    assert Sglang().environment(ModelConfig(preset="tick"), None)
