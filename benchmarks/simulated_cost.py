@@ -15,7 +15,7 @@ import torch
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.qualify.battery import run_battery
 
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from bascule import draws
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import GuardConfig, ModelConfig, SftConfig
+from bascule.config.model import ModelConfig
+from bascule.config.training import SftConfig
+from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard.guard import Guard
 from bascule.ledger import Ledger, of_kind

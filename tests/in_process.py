@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bascule.config import Recipe, recipe_from
+from bascule.config.load import recipe_from
+from bascule.config.recipe import Recipe
 from bascule.errors import BasculeError
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, last

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bascule.config import PRESETS, ModelConfig, load_recipe, read_resolved
+from bascule.config.load import load_recipe, read_resolved
+from bascule.config.model import PRESETS, ModelConfig
 from bascule.errors import RecipeError
 
 MINIMAL = '[pools.here]\naccelerator = "cpu"\n'

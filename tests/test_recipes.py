@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bascule.config import load_recipe
+from bascule.config.load import load_recipe
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 

@@ -39,7 +39,7 @@ WRITERS = {
     "witness": (f"from bascule.train.checkpoint import write_witness\n{PROPOSAL}", "write_witness(root / 'a.safetensors', step)"),
     "live weights": ("from bascule.place.sync import publish", "publish(root, {'w': weight}, 1)"),
     "model": (
-        "from bascule.config import ModelConfig\nfrom bascule.model import weights\nfrom bascule.model.transformer import Transformer\n"
+        "from bascule.config.model import ModelConfig\nfrom bascule.model import weights\nfrom bascule.model.transformer import Transformer\n"
         "config = ModelConfig(preset='tick', vocab_size=4096)\nmodel = Transformer(config)",
         "weights.save_hf(model, config, root)",
     ),
@@ -69,7 +69,7 @@ def test_a_folder_that_is_not_there_is_an_oserror(tmp_path: Path) -> None:
 TRAINER = """
 import json, resource, sys
 from bascule.stages import trainer
-from bascule.config import load_recipe
+from bascule.config.load import load_recipe
 from bascule.folder import RunFolder, write_json_atomic
 from pathlib import Path
 folder = RunFolder(Path(sys.argv[1])).create()

@@ -8,7 +8,7 @@ import torch
 
 from bascule.accelerators.base import ChipInfo
 from bascule.accelerators.generic import GenericAccelerator, device_index
-from bascule.config import set_environment_default
+from bascule.config.environment import set_environment_default
 from bascule.errors import AcceleratorUnavailable
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bascule import draws
-from bascule.config import DataConfig, TaskConfig
+from bascule.config.training import DataConfig, TaskConfig
 from bascule.data import chat
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem

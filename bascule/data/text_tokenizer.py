@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.data import chat
 from bascule.data.tokenizer import TAGS, Speller, Tokenizer
 from bascule.errors import UsageError

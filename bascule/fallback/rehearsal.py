@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.folder import RunFolder, sha256_of, write_json_atomic
 from bascule.ledger import Ledger, last, of_kind, read_ledger
 from bascule.records import Evidence, RecipeResolved, RunFinished, RunStarted, Verdict

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bascule.config import package_toml
+from bascule.config.load import package_toml
 from bascule.errors import RecipeError, nearest
 
 PROFILES_FILE = Path(__file__).with_name("profiles.toml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bascule.config import package_toml
+from bascule.config.load import package_toml
 from bascule.faults.catalogue import (
     DEFECTS_FILE,
     KINDS,

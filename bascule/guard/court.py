@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
 from bascule.guard.casebook import Casebook
 from bascule.guard.replay import Finding, StepProposal

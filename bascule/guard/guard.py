@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bascule import draws
 from bascule.accelerators.base import Accelerator
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard import audit, budget, sentinels, update
 from bascule.guard.budget import Intervals, Measured

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model.cache import Context
 from bascule.model.layers import RMSNorm, rotate_halves, rotate_neighbours
 from bascule.model.rope import score_gain

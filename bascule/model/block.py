@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model.attention import GroupedQueryAttention, LatentAttention
 from bascule.model.cache import Context
 from bascule.model.layers import RMSNorm, SwiGLU

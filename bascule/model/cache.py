@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 
 
 class Cache:

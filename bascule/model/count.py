@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

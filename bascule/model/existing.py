@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import gguf, origin
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fill, load_hf

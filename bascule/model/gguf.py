@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

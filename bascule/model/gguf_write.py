@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError, UsageError
 from bascule.model import hf_config
 from bascule.model.gguf import BLOCK, TOP

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError, nearest
 
 FAMILIES = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bascule.config import RopeScaling
+from bascule.config.model import RopeScaling
 from bascule.model import rope
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model.layers import SwiGLU, _same_dtype
 
 

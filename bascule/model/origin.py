@@ -8,7 +8,7 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
 from bascule.model import count, gguf, hf_config
 from bascule.records import ModelOrigin

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model.cache import Cache
 
 BLOCK = 16  # tokens

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from bascule.config import RopeScaling
+from bascule.config.model import RopeScaling
 
 
 def frequencies(size: int, theta: float, scaling: RopeScaling | None) -> Tensor:

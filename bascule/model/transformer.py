@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model.attention import cached_bias, padding_bias
 from bascule.model.block import Block, PredictionLayer
 from bascule.model.cache import Cache, Context, KVCache, LatentCache

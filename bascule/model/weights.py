@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bascule import draws
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
 from bascule.folder import write_atomic, write_json_atomic
 from bascule.model import hf_config

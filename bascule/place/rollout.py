@@ -25,7 +25,9 @@ import torch
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig, Recipe, read_resolved
+from bascule.config.load import read_resolved
+from bascule.config.model import ModelConfig
+from bascule.config.recipe import Recipe
 from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.errors import BasculeError, DeviceFault, OutOfMemory, UsageError, nearest
 from bascule.folder import RunFolder

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bascule.config import PRESETS, ModelConfig
+from bascule.config.model import PRESETS, ModelConfig
 from bascule.errors import RecipeError, nearest
 from bascule.plan.architecture import Latent, Shape, from_config
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bascule.config import PoolConfig, Recipe
+from bascule.config.recipe import Recipe
+from bascule.config.trust import PoolConfig
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape, from_config
 from bascule.plan.catalogue import find_chip

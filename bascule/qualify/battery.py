@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.folder import write_json_atomic
 from bascule.qualify import kept

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import UsageError, nearest
 from bascule.records import Evidence, Role
 

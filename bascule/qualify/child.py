@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import DeviceFault, UsageError
 from bascule.qualify.check import CHECKS, DTYPES, Ask
 from bascule.qualify.examine import examined, open_context, put

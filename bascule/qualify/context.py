@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bascule.accelerators.base import Accelerator, Work
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import DeviceFault
 from bascule.folder import write_json_atomic
 from bascule.qualify.check import DTYPES, Ask, command

@@ -11,7 +11,7 @@ import torch
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import OperatorMissing
 from bascule.qualify.check import BOTH, Ask, asks
 from bascule.qualify.context import CheckContext, ChipFailed, describe, dtype_name

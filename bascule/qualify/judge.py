@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.qualify.check import BOTH, CHECKS, required
 from bascule.records import Evidence, Role, Verdict, VerdictWord
 

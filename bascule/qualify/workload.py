@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bascule import draws
 from bascule.accelerators.base import Accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.qualify.trace import Trace

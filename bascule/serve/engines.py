@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import CheckFailed, UsageError
 
 FAST_LATENT, FAST_ROTARY = (

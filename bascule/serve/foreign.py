@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bascule.config import ModelConfig, whole_environment
+from bascule.config.environment import whole_environment
+from bascule.config.model import ModelConfig
 from bascule.errors import CheckFailed, DeviceFault, UsageError
 from bascule.infer.reference import Reference
 from bascule.serve.admission import Finding, examine, prompts

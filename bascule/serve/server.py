@@ -16,7 +16,8 @@ from typing import Any
 
 import uvicorn
 
-from bascule.config import Recipe, read_resolved
+from bascule.config.load import read_resolved
+from bascule.config.recipe import Recipe
 from bascule.data.tasks.registry import get as get_task
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.errors import BasculeError, UsageError

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bascule.config import ModelConfig, Recipe
+from bascule.config.model import ModelConfig
+from bascule.config.recipe import Recipe
 from bascule.data import chat, corpus
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem

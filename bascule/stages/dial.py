@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.model import count
 
 TOKENS_PER_PARAMETER = 20

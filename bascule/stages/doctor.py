@@ -13,7 +13,7 @@ import torch
 
 from bascule.accelerators import stack
 from bascule.accelerators.registry import REAL, open_accelerator
-from bascule.config import environment
+from bascule.config.environment import environment
 from bascule.errors import AcceleratorUnavailable
 from bascule.faults.catalogue import profiles
 from bascule.stages.answer import Answer

@@ -13,7 +13,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from bascule.config import Recipe, load_recipe
+from bascule.config.load import load_recipe
+from bascule.config.recipe import Recipe
 from bascule.errors import BasculeError, CheckFailed, Preempted, UsageError
 from bascule.fallback import rehearsal
 from bascule.faults import storage

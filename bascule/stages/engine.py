@@ -6,7 +6,7 @@ import asyncio
 import shlex
 from argparse import Namespace
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.errors import UsageError, nearest
 from bascule.folder import RunFolder

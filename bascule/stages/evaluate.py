@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from bascule.config import DataConfig
+from bascule.config.training import DataConfig
 from bascule.errors import CheckFailed
 from bascule.infer.evaluate import evaluate
 from bascule.infer.samples import SampleStore

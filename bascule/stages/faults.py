@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bascule.config import package_toml
+from bascule.config.load import package_toml
 from bascule.faults.catalogue import (
     DEFECTS_FILE,
     SEVERITIES,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import Recipe, read_resolved
+from bascule.config.load import read_resolved
+from bascule.config.recipe import Recipe
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError

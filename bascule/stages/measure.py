@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.errors import CheckFailed, RecipeError
 from bascule.infer.evaluate import Score, evaluate
 from bascule.ledger import Ledger

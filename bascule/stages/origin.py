@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from bascule.config import ModelConfig, Recipe
+from bascule.config.model import ModelConfig
+from bascule.config.recipe import Recipe
 from bascule.data import gguf_tokenizer
 from bascule.data.shards import SPLITS, Shards
 from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer

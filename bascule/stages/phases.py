@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
-from bascule.config import PretrainConfig, Recipe
+from bascule.config.recipe import Recipe
+from bascule.config.training import PretrainConfig
 from bascule.data import conversations
 from bascule.data.shards import Shards
 from bascule.data.tasks.base import Problem

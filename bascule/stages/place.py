@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.fallback.policy import condemned
 from bascule.ledger import Ledger, last, of_kind
 from bascule.place.placement import place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.folder import RunFolder
 from bascule.ledger import last, read_ledger
 from bascule.records import Placement

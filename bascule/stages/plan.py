@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from bascule.config import Recipe, load_recipe
+from bascule.config.load import load_recipe
+from bascule.config.recipe import Recipe
 from bascule.errors import UsageError
 from bascule.folder import write_atomic
 from bascule.ledger import Ledger, of_kind

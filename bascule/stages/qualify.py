@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bascule.config import ModelConfig, Recipe
+from bascule.config.model import ModelConfig
+from bascule.config.recipe import Recipe
 from bascule.errors import CheckFailed
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind

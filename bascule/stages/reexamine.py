@@ -12,7 +12,8 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bascule.config import Recipe, read_resolved
+from bascule.config.load import read_resolved
+from bascule.config.recipe import Recipe
 from bascule.errors import BasculeError, CheckFailed, Preempted, UsageError, nearest
 from bascule.fallback.policy import condemned
 from bascule.folder import RunFolder

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import Recipe, read_resolved
+from bascule.config.load import read_resolved
+from bascule.config.recipe import Recipe
 from bascule.data.shards import Text
 from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.data.tokenizer import Tokenizer

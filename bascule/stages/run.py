@@ -20,7 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
-from bascule.config import Recipe, load_recipe, read_resolved
+from bascule.config.load import load_recipe, read_resolved
+from bascule.config.recipe import Recipe
 from bascule.errors import (
     EXIT_SIGINT,
     BasculeError,

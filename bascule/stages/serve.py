@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from bascule.config import environment, read_resolved
+from bascule.config.environment import environment
+from bascule.config.load import read_resolved
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.serve.server import run as run_server

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.errors import (
     BasculeError,
     CheckFailed,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import read_resolved
+from bascule.config.load import read_resolved
 from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
     BasculeError,

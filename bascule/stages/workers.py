@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bascule.config import whole_environment
+from bascule.config.environment import whole_environment
 from bascule.guard.watchdog import Health, Watchdog
 
 

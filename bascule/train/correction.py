@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bascule.config import GrpoConfig
+from bascule.config.training import GrpoConfig
 
 MAX_LOG_RATIO = 20.0
 """A sum of log ratios is cut here before it becomes a ratio: e^20 is past every cap, e^89 would be infinite in fp32."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bascule.config import GrpoConfig
+from bascule.config.training import GrpoConfig
 from bascule.train.objective import choose
 from bascule.train.state import StateDict
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bascule.config import TrainConfig
+from bascule.config.training import TrainConfig
 from bascule.model.transformer import Output, Transformer
 from bascule.train.objective import Batch, Objective, token_logprobs
 from bascule.train.optimizer import SplitOptimizer

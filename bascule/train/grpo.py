@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bascule.config import GrpoConfig
+from bascule.config.training import GrpoConfig
 from bascule.errors import UsageError
 from bascule.model.routing import unpack
 from bascule.model.transformer import Output

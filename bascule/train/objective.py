@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bascule import draws
-from bascule.config import PretrainConfig, SftConfig
+from bascule.config.training import PretrainConfig, SftConfig
 from bascule.model.transformer import Output
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict

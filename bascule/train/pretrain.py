@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bascule.config import PretrainConfig
+from bascule.config.training import PretrainConfig
 from bascule.data.shards import Order, Text
 from bascule.model.transformer import Output
 from bascule.train import schedule

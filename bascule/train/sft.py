@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from bascule.config import SftConfig
+from bascule.config.training import SftConfig
 from bascule.errors import UsageError
 from bascule.model.transformer import Output
 from bascule.train import schedule

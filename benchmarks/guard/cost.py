@@ -22,7 +22,10 @@ import torch
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import GuardConfig, Recipe, TrainConfig, recipe_from
+from bascule.config.load import recipe_from
+from bascule.config.recipe import Recipe
+from bascule.config.training import TrainConfig
+from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard.guard import Guard
 from bascule.ledger import Ledger

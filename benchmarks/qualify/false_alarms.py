@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.qualify import examine
 from bascule.qualify.check import CHECKS, Ask, asks
 from bascule.qualify.workload import Workload

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.faults.catalogue import SEVERITIES, Profile, open_profile, profiles
 from bascule.qualify import examine
 from bascule.qualify.battery import run_battery

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.draws import integers, key
 from bascule.infer.batch import Batch
 from bascule.infer.row import Row

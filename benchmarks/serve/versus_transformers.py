@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from bascule import draws
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
 from bascule.model.transformer import Transformer

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig, SftConfig
+from bascule.config.model import ModelConfig
+from bascule.config.training import SftConfig
 from bascule.model.transformer import Transformer
 from bascule.model.weights import initialise, save_hf
 from bascule.train.objective import Batch

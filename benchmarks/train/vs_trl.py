@@ -58,7 +58,8 @@ def main() -> int:
 def prepared(folder: Path, sft_steps: int, steps: int) -> Any:
     """(stepper, objective) of ours; the same model, tokenizer and prompts in `folder` for the other side."""
     from bascule.accelerators.cpu import CpuAccelerator
-    from bascule.config import DataConfig, GrpoConfig, ModelConfig, SftConfig
+    from bascule.config.model import ModelConfig
+    from bascule.config.training import DataConfig, GrpoConfig, SftConfig
     from bascule.data import chat, corpus
     from bascule.data.tokenizer import Tokenizer
     from bascule.infer.engine import Engine

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bascule.config import DataConfig, TaskConfig
+from bascule.config.training import DataConfig, TaskConfig
 from bascule.data import corpus
 from bascule.data.tasks import registry
 from bascule.errors import RecipeError

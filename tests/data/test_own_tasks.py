@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bascule.config import DataConfig, TaskConfig
+from bascule.config.training import DataConfig, TaskConfig
 from bascule.data import corpus
 from bascule.data.tasks import registry
 from bascule.errors import RecipeError

@@ -26,7 +26,7 @@ R1 = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{{ '<assistant>
 
 
 def recipe():
-    from bascule.config import recipe_from
+    from bascule.config.load import recipe_from
 
     raw = {
         "name": "x", "pools": {"a": {"accelerator": "cpu"}},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from bascule.config import package_toml
+from bascule.config.load import package_toml
 from bascule.errors import RecipeError
 from bascule.faults import handbook
 from bascule.faults.build import CLASSES

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bascule import errors
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.faults.catalogue import profiles
 
 

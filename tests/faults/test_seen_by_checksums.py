@@ -7,7 +7,7 @@ import torch
 
 from bascule.accelerators.base import Work
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.guard.checksum import Checksums, Violation
 from bascule.model import weights
 from bascule.model.transformer import Transformer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.guard import audit
 from bascule.model import weights
 from bascule.model.transformer import Transformer

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.guard.budget import (
     Intervals,
     Measured,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bascule import errors
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.ledger import of_kind
 from bascule.records import Incident, Judgement, PoolReadmitted
 from bascule.train import checkpoint

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from bascule import errors
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.guard.hindsight import Earlier, earlier_steps, first_difference
 from bascule.ledger import of_kind
 from bascule.records import Judgement

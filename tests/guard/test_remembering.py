@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bascule.config import GuardConfig
+from bascule.config.trust import GuardConfig
 from bascule.guard.hindsight import led_to
 from bascule.ledger import of_kind
 from bascule.records import StepStats

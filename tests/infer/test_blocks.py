@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.infer.batch import Batch
 from bascule.infer.blocks import Blocks, OutOfBlocks
 from bascule.infer.engine import Engine

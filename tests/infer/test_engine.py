@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import NonFiniteLogits, UsageError
 from bascule.infer.batch import Batch
 from bascule.infer.engine import Engine

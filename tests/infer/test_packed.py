@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.infer import packed
 from bascule.model.transformer import Transformer
 from bascule.model.weights import initialise

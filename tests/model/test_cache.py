@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import count
 from bascule.model.transformer import Transformer
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.model import weights
 from bascule.model.routing import pack, replaying, routes_of, unpack
 from bascule.model.transformer import Transformer

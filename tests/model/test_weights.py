@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
 from bascule.model import weights
 from bascule.model.transformer import Transformer
@@ -47,7 +47,7 @@ def test_first_values_depend_on_the_seed_alone() -> None:
 
 def test_first_values_are_equal_in_another_process() -> None:
     code = (
-        "from bascule.config import ModelConfig; from bascule.model import weights; from bascule.model.transformer import Transformer\n"
+        "from bascule.config.model import ModelConfig; from bascule.model import weights; from bascule.model.transformer import Transformer\n"
         "model = Transformer(ModelConfig(preset='tick')); weights.initialise(model, 0); print(weights.fingerprint(model))"
     )
     found = subprocess.run(

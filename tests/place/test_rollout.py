@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig, recipe_from
+from bascule.config.load import recipe_from
+from bascule.config.model import ModelConfig
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import DeviceFault, NonFiniteLogits, SnapshotError
 from bascule.folder import RunFolder

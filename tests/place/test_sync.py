@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import SnapshotError
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, initialise

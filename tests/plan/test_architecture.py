@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bascule.config import PRESETS, ModelConfig
+from bascule.config.model import PRESETS, ModelConfig
 from bascule.errors import RecipeError
 from bascule.model import count
 from bascule.plan.architecture import from_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bascule.config import Recipe
+from bascule.config.recipe import Recipe
 from bascule.plan.options import device_family, price_pools
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.qualify import examine
 from bascule.qualify.battery import run_battery

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.qualify.check import CHECKS, asks, required
 from bascule.qualify.judge import Examined, model_sha256, outdated, verdicts

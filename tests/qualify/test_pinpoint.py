@@ -11,7 +11,7 @@ import torch
 
 from bascule.accelerators.base import Work
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.qualify import examine, pinpoint
 from bascule.qualify.check import CHECKS, Ask
 from bascule.qualify.checks import coverage, generation

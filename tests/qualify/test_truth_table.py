@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.faults.catalogue import load_profile, profiles
 from bascule.qualify import examine
 from bascule.qualify.battery import BatteryResult, run_battery

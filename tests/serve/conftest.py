@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from bascule.config import Recipe, recipe_from
+from bascule.config.load import recipe_from
+from bascule.config.recipe import Recipe
 from bascule.data.tokenizer import Tokenizer
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger

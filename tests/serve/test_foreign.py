@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import of_kind, read_ledger

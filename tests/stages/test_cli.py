@@ -82,7 +82,7 @@ def test_a_changed_recipe_under_a_half_finished_run_is_refused(tmp_path: Path) -
     recipe.write_text(RECIPE)
     folder = tmp_path / "out" / "r"
     folder.mkdir(parents=True)
-    code = f"from bascule.config import load_recipe; from pathlib import Path; print(load_recipe(Path({str(recipe)!r})).model_dump_json())"
+    code = f"from bascule.config.load import load_recipe; from pathlib import Path; print(load_recipe(Path({str(recipe)!r})).model_dump_json())"
     (folder / "recipe.json").write_text(
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

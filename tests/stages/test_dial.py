@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from bascule.config import ModelConfig, recipe_from
+from bascule.config.load import recipe_from
+from bascule.config.model import ModelConfig
 from bascule.errors import RecipeError
 from bascule.model import count
 from bascule.stages import dial

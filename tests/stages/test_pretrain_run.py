@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bascule.cli import main
-from bascule.config import load_recipe
+from bascule.config.load import load_recipe
 from bascule.errors import RecipeError
 from bascule.ledger import last, read_ledger
 from bascule.records import Evaluation, RunFinished, StepStats, TextEvaluation, TextOpened

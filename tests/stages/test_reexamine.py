@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bascule.cli import main
-from bascule.config import recipe_from
+from bascule.config.load import recipe_from
 from bascule.fallback import policy
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, of_kind

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bascule.config import Recipe, recipe_from
+from bascule.config.load import recipe_from
+from bascule.config.recipe import Recipe
 from bascule.errors import (
     BasculeError,
     DeviceFault,

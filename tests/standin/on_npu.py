@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import AcceleratorUnavailable
 from bascule.model import weights
 from bascule.model.transformer import Transformer

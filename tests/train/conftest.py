@@ -10,7 +10,8 @@ import torch
 
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import DataConfig, GrpoConfig, ModelConfig, SftConfig
+from bascule.config.model import ModelConfig
+from bascule.config.training import DataConfig, GrpoConfig, SftConfig
 from bascule.data import chat, corpus
 from bascule.data.tokenizer import Tokenizer
 from bascule.infer.engine import Engine

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bascule.config import GrpoConfig
+from bascule.config.training import GrpoConfig
 from bascule.train import correction
 from bascule.train.policy import ALGORITHMS, Clip
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bascule.config import GrpoConfig
+from bascule.config.training import GrpoConfig
 from bascule.train.curriculum import Curriculum, open_share
 from bascule.train.objective import choose
 

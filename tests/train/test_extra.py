@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig, SftConfig, TrainConfig
+from bascule.config.model import ModelConfig
+from bascule.config.training import SftConfig, TrainConfig
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.train import extra

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bascule.config import ModelConfig
+from bascule.config.model import ModelConfig
 from bascule.errors import SnapshotError
 from bascule.model import weights
 from bascule.model.transformer import Transformer

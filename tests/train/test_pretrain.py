@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.config import ModelConfig, PretrainConfig
+from bascule.config.model import ModelConfig
+from bascule.config.training import PretrainConfig
 from bascule.data.shards import Text
 from bascule.model import weights
 from bascule.model.transformer import Transformer
@@ -134,7 +135,7 @@ def test_wsd_stays_at_the_top_and_ends_low() -> None:
 
 def test_a_recorded_batch_gives_its_loss_again_without_the_text() -> None:
     """What `bascule replay` does: the incident brings the batch, the shards may be gone."""
-    from bascule.config import recipe_from
+    from bascule.config.load import recipe_from
     from bascule.stages.replay import _objective
 
     mine, phase = stepper(), objective()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bascule.config import SftConfig
+from bascule.config.training import SftConfig
 from bascule.errors import UsageError
 from bascule.train.objective import choose, collate, packed, token_logprobs
 from bascule.train.sft import Sft

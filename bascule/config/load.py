@@ -1,0 +1,120 @@
+"""From a TOML file and `--set` overrides to a checked recipe; every refusal names the key's path, the value, what is allowed, and the nearest right name."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from bascule.config.recipe import Recipe
+from bascule.config.training import TaskConfig
+from bascule.config.trust import PoolConfig
+from bascule.errors import RecipeError, nearest
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe, apply `key.path=value` overrides (values in TOML syntax, bare words are strings), check, freeze.
+
+    Raises RecipeError with the key's path, the value, what is allowed and the nearest right name.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"The recipe '{path}' does not exist. Give the path of a TOML file, for instance runs/demo.toml."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe '{path}' is not valid TOML: {error}.") from None
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(raw, override)
+    return recipe_from(raw, source=str(path))
+
+
+def recipe_from(raw: Mapping[str, Any], *, source: str) -> Recipe:
+    """Check a plain mapping as a recipe. `source` is named in the error."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(
+            "\n".join([f"The recipe {source} is refused:", *_explain(error)])
+        ) from None
+
+
+def read_resolved(path: Path) -> Recipe:
+    """Read a run folder's `recipe.json`. Raises RecipeError when it is missing or was written by an incompatible version."""
+    try:
+        return recipe_from(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"'{path.parent}' is not a run folder: it has no recipe.json. Give the folder under out/."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"'{path}' is damaged ({error}). Restore it from the recipe with the same overrides."
+        ) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, sign, text = override.partition("=")
+    if not sign or not dotted:
+        raise RecipeError(
+            f"--set '{override}' is not KEY.PATH=VALUE, for instance --set train.steps=20."
+        )
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = dotted.strip().split(".")
+    here = raw
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise RecipeError(f"--set {dotted}: '{parent}' is a value, not a section.")
+    here[leaf] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        if item["type"] == "extra_forbidden":
+            allowed = sorted(_allowed_at(item["loc"][:-1]))
+            lines.append(
+                f"  {where}: unknown key; allowed here: {', '.join(allowed)}.{nearest(str(item['loc'][-1]), allowed)}"
+            )
+        elif item["type"] == "missing":
+            lines.append(f"  {where}: is required and missing.")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = (
+                ""
+                if isinstance(item.get("input"), (dict, list))
+                else f" (given: {item.get('input')!r})"
+            )
+            lines.append(f"  {where}: {message}{given}")
+    return lines
+
+
+def _allowed_at(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at `location`; pool and task names are stepped over."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if part in section.model_fields:
+            annotation = section.model_fields[str(part)].annotation
+            if part == "pools":
+                section = PoolConfig
+            elif part == "tasks":
+                section = TaskConfig
+            elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                section = annotation
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def package_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file that ships inside the package (profiles, plan data). It is ours, so a mistake in it is a crash."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))

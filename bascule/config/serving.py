@@ -1,0 +1,31 @@
+"""The sections of the finished model: `[evaluate]`, `[serve]`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from bascule.config.section import Section
+
+
+class EvaluateConfig(Section):
+    samples: int = Field(
+        8, ge=1, description="samples per held-out problem, for pass@1 and pass@k at temperature 1"
+    )
+    min_pass_at_1: float | None = Field(
+        None, ge=0, le=1, description="gate: exit 3 when the final pass@1 is below this"
+    )
+
+
+class ServeConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_queue: int = Field(64, ge=1)
+    reproducible: bool = Field(
+        False,
+        description="equal bits whatever else is in the batch; a step costs 1.1 to 3.5 times as much",
+    )
+    audit_every: int = Field(
+        32,
+        ge=0,
+        description="every n-th answer is scored again on the CPU; 0 = never, and never when the CPU itself serves",
+    )
