@@ -27,6 +27,7 @@ Attribution = Literal[
     "unknown",
 ]
 SnapshotState = Literal["saved", "verified", "certified", "rejected"]
+Rung = Literal["start again", "another chip", "another pool"]
 
 
 class Record(BaseModel):
@@ -257,7 +258,8 @@ class PoolReadmitted(Record):
 
 
 class Migration(Record):
-    """Training moved (or went back on the same pool). Corrupt or uncertain steps are left behind and counted."""
+    """Training moved (or went back on the same pool). Corrupt or uncertain steps are left behind and counted. `rung`: of the
+    ladder of fallback/policy; `wait_s`: its back-off."""
 
     kind: Literal["migration"] = "migration"
     from_pool: str
@@ -267,6 +269,8 @@ class Migration(Record):
     steps_recomputed: int
     seconds_lost: float
     snapshot: str
+    rung: Rung | None = None
+    wait_s: float = 0.0
 
 
 class Continuation(Record):

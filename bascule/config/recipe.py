@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -10,7 +11,7 @@ from bascule.config.model import ModelConfig
 from bascule.config.section import Section
 from bascule.config.serving import EvaluateConfig, ServeConfig
 from bascule.config.training import DataConfig, GrpoConfig, PretrainConfig, SftConfig, TrainConfig
-from bascule.config.trust import GuardConfig, PoolConfig, QualifyConfig
+from bascule.config.trust import GuardConfig, PoolConfig, QualifyConfig, one_pool_a_chip
 from bascule.errors import nearest
 
 
@@ -35,6 +36,12 @@ class Recipe(Section):
     qualify: QualifyConfig = Field(default_factory=QualifyConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_pools_apart(cls, raw: Any) -> Any:
+        whole = isinstance(raw, Mapping) and isinstance(raw.get("pools"), Mapping)
+        return one_pool_a_chip(raw) if whole else raw
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -67,6 +74,15 @@ class Recipe(Section):
     def order(self) -> tuple[str, ...]:
         """All pools, preferred first; pools that `prefer` leaves out follow in the order written."""
         return self.prefer + tuple(pool for pool in self.pools if pool not in self.prefer)
+
+    def siblings(self, pool: str) -> tuple[str, ...]:
+        """The other chips of the same pool, in the order in which they are tried."""
+        family = self.pools[pool].chip_of
+        return tuple(
+            one
+            for one in self.order
+            if family and self.pools[one].chip_of == family and one != pool
+        )
 
     def phase_steps(self) -> dict[str, int]:
         """Steps of each phase in order, after `train.steps` has cut them."""

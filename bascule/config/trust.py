@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,12 +11,19 @@ from bascule.config.section import Section
 
 
 class PoolConfig(Section):
-    """Chips of one kind that a run may use. `accelerator` is a name for accelerators.open; `a|b` takes the first that opens."""
+    """Chips of one kind that a run may use. `accelerator` is a name for accelerators.open; `a|b` takes the first that opens.
+
+    In a recipe file a list, `accelerator = ["cuda:0", "cuda:1"]`, makes several chips: pool `gpu` becomes `gpu-0` and `gpu-1`, each with
+    verdicts of its own, side by side in the owner's order. When one fails the next takes over before another pool does.
+    """
 
     accelerator: str = Field(
         ...,
         min_length=1,
-        description="cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]; 'cuda|cpu' = first that opens",
+        description="cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]; 'cuda|cpu' = first that opens; a list = several chips, one after the other",
+    )
+    chip_of: str | None = Field(
+        None, description="the pool whose list named this chip; not to be set by hand"
     )
     price_per_hour: float | None = Field(None, ge=0)
     price_unit: str = "USD"
@@ -71,3 +79,36 @@ class GuardConfig(Section):
     transient_strikes: int = Field(
         2, ge=1, description="confirmed transient faults before a chip is condemned anyway"
     )
+
+
+def one_pool_a_chip(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's pools and order with every pool that lists several chips taken apart. Raises ValueError for a list that names none."""
+    pools: dict[str, Any] = {}
+    chips: dict[str, list[str]] = {}
+    for name, pool in raw["pools"].items():
+        named = pool.get("accelerator") if isinstance(pool, Mapping) else None
+        if not isinstance(named, list):
+            pools[name], chips[name] = pool, [name]
+            continue
+        if not named:
+            raise ValueError(
+                f'pools.{name}.accelerator: the list is empty; name a chip, e.g. ["cuda:0", "cuda:1"]'
+            )
+        chips[name] = [f"{name}-{number}" for number in range(len(named))]
+        for chip, accelerator in zip(chips[name], named, strict=True):
+            pools[chip] = {**pool, "accelerator": accelerator, "chip_of": name}
+    clash = [
+        chip
+        for name, parts in chips.items()
+        for chip in parts
+        if chip != name and chip in raw["pools"]
+    ]
+    if clash:
+        raise ValueError(
+            f"pools: '{clash[0]}' is a chip's name already, from a list of accelerators; call the other pool something else"
+        )
+    prefer = raw.get("prefer", ())
+    if not isinstance(prefer, list | tuple):
+        return {**raw, "pools": pools}  # refused later, by its type
+    order = [chip for name in prefer for chip in chips.get(name, [name])]
+    return {**raw, "pools": pools, "prefer": order}

@@ -2,17 +2,18 @@
 
     retry the step        the loop itself, inside one launch (guard and train)
     start again here      a transient fault, a death or a hang, while the budget lasts; waits longer each time
-    another pool          a condemned chip, a refused continuation, or an exhausted budget
+    another chip          of the same pool: a condemned chip, a refused continuation, or an exhausted budget
+    another pool          no chip of the pool is left, or so many failed at the same place that what they share is suspected
     stop                  no pool is left, or the ladder went round without a newer certified snapshot
 
-Nothing is remembered outside the ledger, so a supervisor that was killed and started again decides the same.
+A pool of several chips stands in the recipe as one pool a chip (config.PoolConfig.chip_of), side by side in the owner's order: each
+has its own verdicts and its own record here. Nothing is remembered outside the ledger, so a supervisor that was killed and started again decides the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from bascule.errors import NoPoolLeft
 from bascule.ledger import of_kind
@@ -24,10 +25,9 @@ from bascule.records import (
     PoolCondemned,
     PoolReadmitted,
     Role,
+    Rung,
     SnapshotEvent,
 )
-
-Action = Literal["start again", "move"]
 
 CONDEMNING = frozenset(
     {
@@ -41,7 +41,12 @@ CONDEMNING = frozenset(
 """Endings after which the chip is not asked again: proof, or something that waiting does not change."""
 
 LAUNCHES_PER_POOL = 3
-"""Launches on one pool that may end badly without a newer certified snapshot between them."""
+"""Launches on one chip that may end badly without a newer certified snapshot between them."""
+
+CHIPS_PER_POOL = 3
+"""Chips of one pool that may be lost without a newer certified snapshot between them: after that the others are left with it."""
+
+LONGEST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,11 @@ class Setback:
 
 @dataclass(frozen=True)
 class Move:
-    """What to do. `condemn`: the pool loses the role `train` first. `wait_s`: back-off before the launch."""
+    """What to do. `condemn`: pools that lose the role `train` first. `wait_s`: back-off before the launch."""
 
-    action: Action
+    rung: Rung
     pool: str
-    condemn: bool
+    condemn: tuple[str, ...]
     wait_s: float
     reason: str
 
@@ -82,36 +87,44 @@ def next_move(
     setback: Setback,
     place: Callable[[frozenset[tuple[str, Role]]], Placement],
     *,
+    siblings: Sequence[str] = (),
     budget: int = LAUNCHES_PER_POOL,
 ) -> Move:
     """Decide what follows `setback`, which is already in `records` (as an incident or a migration) or about to be.
 
-    `place` is place.placement.place with verdicts and the owner's order filled in: condemned pools in, placement out.
-    Raises NoPoolLeft, with the story so far, when nothing can be tried.
+    `place` is place.placement.place with verdicts and the owner's order filled in: condemned pools in, placement out. `siblings`:
+    the other chips of the failed pool. Raises NoPoolLeft, with the story so far, when nothing can be tried.
     """
     earlier = bad_launches(records)
     here = 1 + sum(pool == setback.pool for pool in earlier)
-    out = set(condemned(records))
     if setback.ending not in CONDEMNING and here < budget:
-        wait = 0.0 if setback.ending == "RollbackNeeded" else min(60.0, 2.0 ** (here - 1))
-        return Move(
-            "start again",
-            setback.pool,
-            False,
-            wait,
-            f"{setback.ending} {here} of {budget - 1} allowed on '{setback.pool}' since the last certified snapshot",
-        )
-    out.add((setback.pool, "train"))
-    try:
-        placement = place(frozenset(out))
-    except NoPoolLeft as nothing:
-        raise NoPoolLeft(f"{nothing} What happened: {_story(records, setback)}") from None
+        wait = 0.0 if setback.ending == "RollbackNeeded" else _back_off(here)
+        why = f"{setback.ending} {here} of {budget - 1} allowed on '{setback.pool}' since the last certified snapshot"
+        return Move("start again", setback.pool, (), wait, why)
     why = (
         setback.reason
         if setback.ending in CONDEMNING
         else f"{here} launches on '{setback.pool}' ended badly without a newer certified snapshot; last: {setback.reason}"
     )
-    return Move("move", placement.train, True, 0.0, why)
+    condemn = (setback.pool, *_left_with(setback.pool, siblings, earlier))
+    lost: set[tuple[str, Role]] = {(pool, "train") for pool in condemn}
+    try:
+        to = place(condemned(records) | lost).train
+    except NoPoolLeft as nothing:
+        raise NoPoolLeft(f"{nothing} What happened: {_story(records, setback)}") from None
+    wait = _back_off(len({pool for pool in earlier if pool != setback.pool}))
+    return Move("another chip" if to in siblings else "another pool", to, condemn, wait, why)
+
+
+def _left_with(pool: str, siblings: Sequence[str], earlier: Sequence[str]) -> tuple[str, ...]:
+    """The chips that are not tried any more because too many of their kind failed at the same place."""
+    lost = {pool, *(one for one in earlier if one in siblings)}
+    return tuple(one for one in siblings if one not in lost) if len(lost) >= CHIPS_PER_POOL else ()
+
+
+def _back_off(failures: int) -> float:
+    """Seconds: none before anything failed, then 1, 2, 4 and so on. What a restart cannot mend, time sometimes does (a driver)."""
+    return min(LONGEST_WAIT_S, 2.0 ** (failures - 1)) if failures else 0.0
 
 
 def bad_launches(records: Sequence[AnyRecord]) -> list[str]:

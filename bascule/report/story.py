@@ -239,6 +239,8 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
                 if record.from_pool != record.to_pool
                 else f"went back on {record.to_pool}"
             )
+            where += " (another chip of the same pool)" if record.rung == "another chip" else ""
+            where += f" after a wait of {record.wait_s:.0f} s" if record.wait_s else ""
             return [
                 (
                     "warn",

@@ -128,8 +128,13 @@ def folder_name(recipe: str, fault: str) -> str:
 
 def _planted(arguments: Namespace, pool: str, fault: str, name: str) -> Recipe:
     plain = load_recipe(Path(arguments.recipe), list(arguments.overrides))
-    planted = planted_on(plain.pools[pool].accelerator, fault)
-    changes = [f'pools.{pool}.accelerator="{planted}"', f'name="{name}"']
+    planted = json.dumps(planted_on(plain.pools[pool].accelerator, fault))
+    family = plain.pools[pool].chip_of
+    if family:  # of a pool of several chips the fault strikes the one that trains
+        chips = {one: json.dumps(plain.pools[one].accelerator) for one in (pool, *plain.siblings(pool))}  # fmt: skip
+        chips[pool] = planted
+        planted = f"[{', '.join(chips[one] for one in sorted(chips, key=list(plain.pools).index))}]"
+    changes = [f"pools.{family or pool}.accelerator={planted}", f'name="{name}"']
     return load_recipe(Path(arguments.recipe), [*arguments.overrides, *changes])
 
 

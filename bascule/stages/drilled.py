@@ -70,6 +70,7 @@ class Drilled:
     innocent_condemned: list[str] = field(default_factory=list)
     unfit_for: list[str] = field(default_factory=list)
     moved_to: str | None = None
+    rungs: list[str] = field(default_factory=list)
     continuation_verified: bool | None = None
     steps_recomputed: int = 0
     seconds_lost: float = 0.0
@@ -103,6 +104,7 @@ def look(drilled: Drilled, folder: RunFolder, *, from_attempt: int = 1) -> None:
     drilled.unfit_for = sorted(role for role, one in verdicts.items() if one.verdict == "unfit")
     moves = of_kind(records, Migration)
     drilled.moved_to = moves[-1].to_pool if moves else None
+    drilled.rungs = [one.rung for one in moves if one.rung]
     drilled.steps_recomputed = sum(one.steps_recomputed for one in moves)
     drilled.seconds_lost = sum(one.seconds_lost for one in moves)
     drilled.recovery_s = _recovery_s(records)
@@ -171,7 +173,7 @@ def story(drilled: Drilled) -> list[str]:
         lines.append(f"called   {', '.join(dict.fromkeys(drilled.attributions)) or 'nothing'}; {drilled.pool} condemned for {', '.join(drilled.condemned)}")  # fmt: skip
     if drilled.moved_to:
         proof = {None: "not asked", True: "verified", False: "REFUSED"}[drilled.continuation_verified]  # fmt: skip
-        lines.append(f"cost     {drilled.steps_recomputed} steps computed again on {drilled.moved_to} (continuation {proof}); training again after {_seconds(drilled.recovery_s)}")  # fmt: skip
+        lines.append(f"cost     {drilled.steps_recomputed} steps computed again on {drilled.moved_to} ({', '.join(drilled.rungs)}; continuation {proof}); training again after {_seconds(drilled.recovery_s)}")  # fmt: skip
     if drilled.weights_equal is not None:
         lines.append(f"weights  {'equal' if drilled.weights_equal else 'DIFFER FROM'} those of the undisturbed run")  # fmt: skip
     return [*lines, drilled.verdict]
@@ -179,13 +181,13 @@ def story(drilled: Drilled) -> list[str]:
 
 def table(drills: Sequence[Drilled]) -> list[str]:
     """The truth table: one line a cell."""
-    head = ("fault", "fired", "seen at, by", "called", "again", "back in", "weights", "")
+    head = ("fault", "fired", "seen at, by", "called", "ladder", "again", "back in", "weights", "")
     rows = [head]
     for one in drills:
         rows.append((
             one.fault, f"{one.fired}x from {one.first_fired_step}" if one.first_fired_step else f"{one.fired}x",
             f"{one.seen[0].step} {one.seen[0].by}" if one.seen else "-", ", ".join(dict.fromkeys(one.attributions)) or "-",
-            str(one.steps_recomputed) if one.moved_to else "-", _seconds(one.recovery_s) if one.moved_to else "-",
+            ", ".join(one.rungs) or "-", str(one.steps_recomputed) if one.moved_to else "-", _seconds(one.recovery_s) if one.moved_to else "-",
             {None: "-", True: "equal", False: "DIFFER"}[one.weights_equal], one.verdict,
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]

@@ -333,13 +333,23 @@ class Supervisor:
             pool, str(ending.error), failed_step, ending.message, ending.incident_id
         )
         try:
-            move = policy.next_move(records, setback, lambda out: self._place(records, out))
+            move = policy.next_move(
+                records,
+                setback,
+                lambda out: self._place(records, out),
+                siblings=self.recipe.siblings(pool),
+            )
         except NoPoolLeft as nothing:
             self._condemn(pool, "train", ending)
             raise OutOfMemory(str(nothing)) if ending.error == "OutOfMemory" else nothing from None
-        if move.condemn:
-            self._condemn(pool, "train", replace(ending, message=move.reason))
-        self._go_back(pool, move.pool, failed_step)
+        for lost in move.condemn:
+            why = (
+                move.reason
+                if lost == pool
+                else f"left with the chips of its kind that failed at the same place; last: {move.reason}"
+            )
+            self._condemn(lost, "train", replace(ending, message=why))
+        self._go_back(pool, move, failed_step)
         until = time.monotonic() + move.wait_s
         while time.monotonic() < until and not self.should_stop():
             time.sleep(POLL_S)
@@ -383,7 +393,7 @@ class Supervisor:
         self.deaths[pool] = self.deaths.get(pool, 0) + 1
         return self.deaths[pool]
 
-    def _go_back(self, pool: str, to_pool: str, failed_step: int) -> None:
+    def _go_back(self, pool: str, move: policy.Move, failed_step: int) -> None:
         """Choose the snapshot to go on from; later ones are rejected. What it costs is recorded."""
         trusted: SnapshotState = "certified" if self.recipe.guard.enabled else "verified"
         choice = migrate.choose(self.folder.snapshots, self.ledger, trusted=trusted)
@@ -391,17 +401,22 @@ class Supervisor:
         again = max(0, failed_step - 1 - choice.step)
         self.ledger.append(
             Migration(
-                pool=to_pool,
+                pool=move.pool,
                 from_pool=pool,
-                to_pool=to_pool,
+                to_pool=move.pool,
                 failed_at_step=failed_step,
                 resumed_from_step=choice.step,
                 steps_recomputed=again,
                 seconds_lost=max(0.0, time.time() - reached_s),
                 snapshot=choice.path.name,
+                rung=move.rung,
+                wait_s=move.wait_s,
             )
         )
-        say(f"back to step {choice.step} (certified), on {to_pool}; {again} steps to compute again")
+        wait = f" in {move.wait_s:.0f} s" if move.wait_s else ""
+        say(
+            f"{move.rung}: back to step {choice.step} (certified), on {move.pool}{wait}; {again} steps to compute again"
+        )
         self.from_certified = True
 
     def _reached(self, step: int) -> float:

@@ -66,7 +66,7 @@ def setback(ending: str, pool: str = "r2") -> Setback:
 
 def test_a_condemned_chip_is_left_at_once_for_the_next_pool_of_the_owners_order() -> None:
     move = next_move([certified(5)], setback("ChipCondemned"), placing)
-    assert (move.action, move.pool, move.condemn) == ("move", "b", True)
+    assert (move.rung, move.pool, move.condemn) == ("another pool", "b", ("r2",))
 
 
 @pytest.mark.parametrize("ending", ["Hang", "Death", "RollbackNeeded"])
@@ -76,18 +76,68 @@ def test_what_may_be_bad_luck_is_tried_again_here_until_the_budget_is_spent(endi
     for _ in range(3):
         moves.append(next_move(records, setback(ending), placing))
         records.append(went_back("r2"))
-    assert [(move.action, move.pool) for move in moves] == [
+    assert [(move.rung, move.pool) for move in moves] == [
         ("start again", "r2"),
         ("start again", "r2"),
-        ("move", "b"),
+        ("another pool", "b"),
     ]
     assert moves[0].wait_s <= moves[1].wait_s
 
 
 def test_progress_refills_the_budget_and_the_same_snapshot_again_is_not_progress() -> None:
     stuck = [certified(5), went_back("r2"), certified(5), went_back("r2")]
-    assert next_move(stuck, setback("Death"), placing).action == "move"
-    assert next_move([*stuck, certified(10)], setback("Death"), placing).action == "start again"
+    assert next_move(stuck, setback("Death"), placing).rung == "another pool"
+    assert next_move([*stuck, certified(10)], setback("Death"), placing).rung == "start again"
+
+
+def down_the_ladder(order: tuple[str, ...], ending: str) -> list[policy.Move]:
+    """Every launch ends with `ending`, nothing is certified any more: the moves until no pool is left. `a0`, `a1`, ...: chips of a."""
+    records: list[AnyRecord] = [certified(5)]
+    pool, moves = order[0], []
+    verdicts = [one.model_copy(update={"pool": pool}) for one in VERDICTS[:2] for pool in order]
+    while True:
+        siblings = [one for one in order if one[0] == pool[0] and one != pool]
+        try:
+            move = next_move(
+                records,
+                setback(ending, pool),
+                lambda out: place(verdicts, order, out),
+                siblings=siblings,
+            )
+        except NoPoolLeft:
+            return moves
+        moves.append(move)
+        records += [
+            PoolCondemned(pool=one, role="train", incident_id=None, reason="")
+            for one in move.condemn
+        ]
+        records.append(went_back(pool))
+        pool = move.pool
+
+
+def test_the_rungs_are_start_again_then_another_chip_then_another_pool_each_with_its_wait() -> None:
+    proven = down_the_ladder(("a0", "a1", "b0"), "ChipCondemned")
+    assert [(move.rung, move.pool) for move in proven] == [
+        ("another chip", "a1"),
+        ("another pool", "b0"),
+    ]
+    unlucky = down_the_ladder(("a0", "a1", "b0"), "Death")
+    assert [(move.rung, move.pool, move.wait_s) for move in unlucky] == [
+        ("start again", "a0", 1.0),
+        ("start again", "a0", 2.0),
+        ("another chip", "a1", 0.0),
+        ("start again", "a1", 1.0),
+        ("start again", "a1", 2.0),
+        ("another pool", "b0", 1.0),
+        ("start again", "b0", 1.0),
+        ("start again", "b0", 2.0),
+    ]
+
+
+def test_the_chips_of_a_kind_that_fails_one_after_the_other_are_not_all_tried() -> None:
+    moves = down_the_ladder((*(f"a{n}" for n in range(6)), "b0"), "ChipCondemned")
+    assert [move.pool for move in moves] == ["a1", "a2", "b0"]
+    assert moves[-1].condemn == ("a2", "a3", "a4", "a5")
 
 
 def test_no_pool_left_tells_the_story_so_far() -> None:
@@ -145,10 +195,10 @@ def test_the_ladder_always_ends(endings: list[str]) -> None:
             return
         since_progress += 1
         assert since_progress <= policy.LAUNCHES_PER_POOL * len(ORDER)
-        if move.condemn:
-            assert move.pool != pool
-            records.append(
-                PoolCondemned(pool=pool, role="train", incident_id=None, reason=move.reason)
-            )
+        assert move.pool not in move.condemn
+        records += [
+            PoolCondemned(pool=one, role="train", incident_id=None, reason=move.reason)
+            for one in move.condemn
+        ]
         records.append(went_back(pool))
         pool = move.pool
