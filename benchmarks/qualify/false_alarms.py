@@ -1,6 +1,6 @@
 """Does the qualification cry wolf? Clean batteries on the CPU over seeds, types, models and shapes: the bar is 0 alarms in 200.
 
-    python benchmarks/qualify/false_alarms.py                      200 batteries: some 40 core-minutes; goes on where it was stopped
+    python benchmarks/qualify/false_alarms.py                      200 batteries: some 40 core-minutes (12 CPU-seconds each); goes on where it was stopped
     python benchmarks/qualify/false_alarms.py --count 20 --opinfo  some, and PyTorch's operator samples, CPU against CPU
 
 Each battery is the quick one, in this process, on a workload of its own: battery n has seed n, and type, model, rows and tokens in turn (so
@@ -46,12 +46,15 @@ def main() -> None:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     done = {line["battery"]: line for line in _lines(arguments.results)}
     with arguments.results.open("a", encoding="utf-8") as out:
+        out.write("\n" if _torn(arguments.results) else "")
         for number in range(arguments.count):
             if number in done:
                 continue
             done[number] = _battery(number)
             out.write(json.dumps(done[number]) + "\n")
             out.flush()
+            for alarm in done[number]["alarms"]:
+                print(f"battery {number} ({done[number]['what']}): {alarm}", flush=True)
     _summary([line for number, line in done.items() if number < arguments.count])
     if arguments.opinfo:
         _opinfo()
@@ -109,6 +112,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue
+
+
+def _torn(path: Path) -> bool:
+    return path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
 
 
 def _arguments() -> argparse.Namespace:
