@@ -175,6 +175,12 @@ class Shape:
         """Model FLOPs of one trained token: forward and backward, recomputation not counted."""
         return 6 * self.active_weights + 3 * self.attention_flops(sequence)
 
+    def cached(self, context: float) -> float:
+        """Tokens' worth of a whole token's cache that a context of this many tokens keeps: a window's layers keep no more."""
+        if not 0 < self.window < context:
+            return context
+        return context - self.local_layers / self.layers * (context - self.window)
+
     def cache_bytes(self, *, element_bytes: float = 2) -> float:
         """Key-value (or latent) cache of one token over all layers."""
         width = (

@@ -279,11 +279,10 @@ def _rounded(value: Any) -> Any:
 
 
 def fit_serving(rows: Sequence[Row]) -> dict[str, Any]:
-    """The inference model's constants and regression, as plain values. So few points cannot fit the regression's sizes: they
-    stay as guessed."""
+    """The inference model's constants and regression, as plain values."""
     used = [row for row in rows if usable_serving(row)]
     c = fit_constants(serving_points(used))
-    process = build_serving(used, c)
+    process = fit_sizes(build_serving(used, c), rounds=40, pull=0.01)
     return serving_plain(c, process, interval_width(process))
 
 

@@ -14,22 +14,22 @@ from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
 from bascule.plan.catalogue import Chip, chip_like
 from bascule.plan.job import precision_class
+from bascule.plan.mlperf import MEAN_OF_LIMIT, NODE, Scenario, scenario
 from bascule.plan.models import plain_name, shape_like
 from bascule.plan.serving import WEIGHT_BYTES, ServeConstants, Serving, rate
 from bascule.plan.table import Row, number, tokens
 
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024
-ASSUMED_INTERACTIVE_MS = 15.0  # a benchmark's interactive scenario, where the row prints no limit
+FEW = 8.0  # sequences a chip up to which engines draft three tokens
 ASSUMED_ACCEPTANCE = 0.7  # of a draft token, where a row names none
-SEQUENCES_A_CHIP = 32.0  # of a replica whose size is not printed
+TOKENS_A_CHIP = (
+    320e3  # of cache, in a replica whose size is not printed: what wide deployments of R1 keep
+)
+FILLED = 0.6  # of the memory, by the weights of the smallest replica that people use
+GIANT = 3e11  # parameters from which a replica is spread over more chips than its weights need
 CHIPS_A_NODE, MOST_CHIPS = 8, 128
+BALANCED = re.compile(r"(perfect|ideal|force|assume)\w*[^;.]{0,20}(balanc|eplb)|balanced experts")
 NAMED_SIZE = re.compile(r"(?:EP|TP|DP|NVL)(\d+)")
-MLPERF = {
-    "deepseek-r1": (800, 3900),
-    "llama-2-70b": (294, 294),
-    "llama-3.1-8b": (778, 128),
-    "llama-3.1-405b": (9400, 680),
-}  # mean lengths of its data sets, rounded; assumed
 TRAINED_AT_4_BIT = ("deepseek-v4", "gpt-oss")  # 4-bit weights, wider products
 SOFTWARE = ("disagg sglang", "disagg", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek")
 
@@ -59,11 +59,9 @@ def serving_of(row: Row) -> Serving:
     fewest = roomy_replica(shape, chip, weight_bytes)
     chips = known or fewest
     front = min(chips - 1, round(chips * _prefill_share(row))) if phase == "both" else 0
-    limit = milliseconds(row["slo_tpot_ms"])
-    if limit is None and "interactive" in row["phase"].lower():
-        limit = ASSUMED_INTERACTIVE_MS
-    if limit is None and "offline" in row["phase"].lower():
-        limit = 1e6
+    bench = scenario(f"{row['family']} {row['phase']}", plain_name(row["model"]))
+    limit = _limit_ms(row, bench)
+    batch = _batch(row, chips - front)
     point = Serving(
         shape=shape,
         chip=chip,
@@ -72,31 +70,61 @@ def serving_of(row: Row) -> Serving:
         phase=phase,
         prompt=prompt,
         completion=completion,
-        batch=_batch(row, chips - front),
+        batch=batch,
         tpot_s=limit / 1e3 if limit else 0.05 if phase == "decode" else 0.1,
-        split=shape.moe and not re.search(r"\bTP\d*\b", row["deployment"]),
-        accepted=accepted(row["spec_decode"]),
+        split=shape.moe and experts_spread(row["deployment"]),
+        accepted=accepted(row["spec_decode"] or (bench.drafts if bench else ""), batch),
         prefill_chips=front,
+        group=group_of(row["deployment"]),
         weight_bytes=weight_bytes,
         cached=_cached(row["prefix_cache"]),
         averaged="average" in row["notes"],
+        varied=bench is not None,
+        balanced=bool(BALANCED.search(f"{row['deployment']} {row['notes']}".lower())),
         software=_software(row),
     )
-    if known and (front or phase == "prefill" or NAMED_SIZE.search(row["deployment"])):
+    if known and (
+        front or point.group or phase == "prefill" or NAMED_SIZE.search(row["deployment"])
+    ):
         return point
-    return best_replica(
-        point, fewest, known, None if known else number(row, "batch_or_concurrency")
-    )
+    if bench:
+        size = max(fewest, NODE if shape.moe and shape.parameters > GIANT else 1)
+        return replace(point, chips=min(known or size, size))
+    sequences = None if known else number(row, "batch_or_concurrency")
+    if sequences and "aggregat" in row["deployment"].lower().replace("disaggregat", ""):
+        return replace(
+            point, chips=fewest, batch=sequences / fewest, split=shape.moe and fewest > NODE
+        )
+    return best_replica(point, fewest, known, sequences)
+
+
+def _limit_ms(row: Row, bench: Scenario | None) -> float | None:
+    """The limit on a token's mean time: the row's own, else its benchmark's; none offline (a thousand seconds)."""
+    own = milliseconds(row["slo_tpot_ms"])
+    if own:
+        return own * MEAN_OF_LIMIT if bench else own
+    if bench and bench.token_ms:
+        return bench.token_ms
+    if "high-throughput" in f"{row['phase']} {row['published_unit']} {row['deployment']}".lower():
+        return 100.0
+    return 1e6 if bench or "offline" in row["phase"].lower() else None
 
 
 def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | None) -> Serving:
     """Where nobody printed how many chips serve together: the power of two that serves most tokens a chip within the limit, up
-    to the whole system. Where only the concurrency is known, as many as give a chip of a large sparse model 32 sequences."""
+    to the whole system. Where only the concurrency is known, a giant is spread until a chip keeps 320 thousand tokens."""
     if sequences and p.batch is not None:
         chips = fewest
-        while p.shape.moe and chips < 256 and sequences / (2 * chips) >= SEQUENCES_A_CHIP:
+        while (
+            p.shape.parameters > GIANT
+            and chips < 256
+            and sequences * p.context / (2 * chips) >= TOKENS_A_CHIP
+        ):
             chips *= 2
-        return replace(p, chips=chips, batch=p.batch * p.chips / chips)
+        alone = (
+            p.split and chips <= NODE and not p.group
+        )  # nobody spreads experts inside one node unless they say so
+        return replace(p, chips=chips, batch=p.batch * p.chips / chips, split=p.split and not alone)
     least = min(fewest, most or fewest)
     ceiling = most or (MOST_CHIPS if p.shape.moe and p.phase != "prefill" else fewest)
     sizes = [least << i for i in range(10) if least << i <= ceiling]
@@ -131,6 +159,20 @@ def chips_of(row: Row) -> int | None:
     return max(sizes) if sizes else None
 
 
+def experts_spread(words: str) -> bool:
+    """Whether experts are spread with data-parallel attention: unless the words name tensor parallelism and no expert's."""
+    return bool(re.search(r"\bD?EP(?!1\b)\d+|DP-?attn", words)) or not re.search(
+        r"\bTP(?!1\b)\d*\b", words
+    )
+
+
+def group_of(words: str) -> int | None:
+    """Chips that share one copy of the weights, where the deployment names them: its decoding side's EP, else TP."""
+    side = words[words.find("decode") :] if "decode" in words else words
+    sizes = re.findall(r"\b(?:D?EP|TP)(\d+)", side)
+    return max(int(size) for size in sizes) if sizes else None
+
+
 def _prefill_share(row: Row) -> float:
     """Share of the chips that only prefill, where a disaggregated deployment names both sides."""
     split = re.search(r"(\d+)P\s*\+?\s*(\d+)D", row["deployment"])
@@ -160,15 +202,17 @@ def milliseconds(text: str) -> float | None:
     return {"s": 1e3 * value, "tok": 1e3 / value}.get(found[2] or "", value)
 
 
-def accepted(text: str) -> float:
-    """Tokens a decoding step yields: `MTP 1 (70% accept)` is 1.7; each further draft token is accepted after the one before."""
+def accepted(text: str, batch: float | None = None) -> float:
+    """Tokens a decoding step yields: `MTP 1 (70% accept)` is 1.7; each further draft token is accepted after the one before.
+    Where nobody counts the drafts, a chip with few sequences (`batch`) has arithmetic to spare for three."""
     word = text.lower()
     if not word or word in ("none", "no", "off", "-", "0"):
         return 1.0
     share = re.search(r"([\d.]+)\s*%", word)
     drafts = re.search(r"\b(\d)\b(?!\s*%)", word)
     rate = float(share[1]) / 100 if share else ASSUMED_ACCEPTANCE
-    return sum(rate**i for i in range(1 + min(int(drafts[1]) if drafts else 1, 8)))
+    count = int(drafts[1]) if drafts else 3 if batch is not None and batch <= FEW else 1
+    return sum(rate**i for i in range(1 + min(count, 8)))
 
 
 def _cached(text: str) -> float:
@@ -177,10 +221,9 @@ def _cached(text: str) -> float:
 
 
 def roomy_replica(shape: Shape, chip: Chip, weight_bytes: float) -> int:
-    """The smallest power of two of chips whose memory the weights fill less than half; eight at least for sparse giants."""
-    need = shape.parameters * weight_bytes / (0.45 * (chip.memory_gb or 64.0) * 1e9)
-    least = max(8.0 if shape.moe and shape.parameters > 5e10 else 1.0, need)
-    return int(2 ** math.ceil(math.log2(least) - 1e-9))
+    """The smallest power of two of chips whose memory the weights fill to three fifths at most."""
+    need = shape.parameters * weight_bytes / (FILLED * (chip.memory_gb or 64.0) * 1e9)
+    return int(2 ** math.ceil(math.log2(max(1.0, need)) - 1e-9))
 
 
 def _software(row: Row) -> str:
@@ -190,8 +233,9 @@ def _software(row: Row) -> str:
 
 def _lengths(row: Row) -> tuple[float, float]:
     prompt, completion = tokens(row, "isl"), tokens(row, "osl")
-    if prompt is None and "mlperf" in row["phase"].lower():
-        prompt, completion = MLPERF.get(plain_name(row["model"]), (None, None))
+    bench = scenario(f"{row['family']} {row['phase']}", plain_name(row["model"]))
+    if prompt is None and bench:
+        return bench.prompt, bench.completion
     if prompt is None and (cached := tokens(row, "kv_len")) is not None:
         return cached, completion or 1.0
     return prompt or ASSUMED_PROMPT, completion or (

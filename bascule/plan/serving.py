@@ -37,11 +37,14 @@ class ServeConstants:
 
     memory: float = math.log(0.70)  # share of memory bandwidth reached
     compute: float = math.log(0.55)  # share of the matrix peak in decoding
-    prefill: float = math.log(0.45)  # the same in prefill
+    prefill: float = math.log(0.5)  # the same in prefill
+    narrow: float = math.log(0.7)  # further share at 4 bit
+    routed: float = math.log(1.5)  # routed experts' products cost more: few rows each
     experts: float = math.log(
         1.4
-    )  # experts' weights cost more to read: few rows each, uneven loads
-    attention: float = math.log(0.45)
+    )  # spread experts: the busiest chip's share of rows and weights over the mean
+    attention: float = math.log(0.45)  # share of the matrix peak in attention that decodes
+    flash: float = math.log(0.6)  # the same over a prompt
     layer: float = math.log(75e-6)  # launch and synchronisation floor of a layer
     layer_moe: float = math.log(1.5)  # further factor where the layer routes tokens to experts
     sequence: float = math.log(8e-6)  # scheduling and sampling a sequence and step
@@ -55,8 +58,11 @@ SERVE_PRIOR_SD = ServeConstants(
     memory=0.17,
     compute=0.21,
     prefill=0.21,
+    narrow=0.21,
+    routed=0.21,
     experts=0.17,
     attention=0.28,
+    flash=0.21,
     layer=0.35,
     layer_moe=0.21,
     sequence=0.56,
@@ -74,8 +80,9 @@ class Serving:
 
     `split`: experts are spread and attention is data-parallel (else tensor-parallel over the replica's chips). `phase` is
     prefill, decode, or both (prompts and completions share the chips). `prefill_chips`: chips of `chips` that only prefill
-    (the others only decode). `weight_bytes` None: as the precision says. `cached`: share of prompt tokens found in a cache.
-    `averaged`: a production average, idle hours included.
+    (the others only decode). `group`: decoding chips that share one copy of the weights (None: all of them). `weight_bytes` None: as the precision says. `cached`: share of prompt tokens found in a cache.
+    `averaged`: a production average, idle hours included. `varied`: completions differ in length as their mean is long, so
+    that the long ones fill the decoding steps. `balanced`: every expert gets as many rows, by force.
     """
 
     shape: Shape
@@ -90,20 +97,28 @@ class Serving:
     split: bool = True
     accepted: float = 1.0
     prefill_chips: int = 0
+    group: int | None = None
     weight_bytes: float | None = None
     cached: float = 0.0
     averaged: bool = False
+    varied: bool = False
+    balanced: bool = False
     software: str = "unknown"
 
     @property
     def context(self) -> float:
         """Mean tokens in the cache of a sequence while it decodes."""
-        return self.prompt + self.completion / 2
+        return self.prompt + self.completion * (1.0 if self.varied else 0.5)
 
     @property
     def decoding(self) -> int:
         """Chips that decode."""
         return max(1, self.chips - self.prefill_chips)
+
+    @property
+    def replica(self) -> int:
+        """Decoding chips that hold the model together."""
+        return min(self.group or self.decoding, self.decoding)
 
     @property
     def element_bytes(self) -> float:
@@ -119,7 +134,7 @@ class Serving:
     @property
     def copies(self) -> int:
         """A latent cache cannot be cut by heads: tensor parallelism keeps it once a chip."""
-        return self.decoding if self.shape.latent and not self.split else 1
+        return self.replica if self.shape.latent and not self.split else 1
 
 
 def measured_share(chip: Chip) -> float:
@@ -129,20 +144,39 @@ def measured_share(chip: Chip) -> float:
     return 1.0
 
 
+def matrix_rate(p: Serving, c: ServeConstants, share: float) -> float:
+    """FLOP/s of matrix products that reach this (logarithmic) share of the peak."""
+    narrow = math.exp(c.narrow) if p.precision == "fp4" and p.chip.fp4_tflops else 1.0
+    return gemm_peak(p.chip, p.precision) * math.exp(share) * measured_share(p.chip) * narrow
+
+
+def unevenness(p: Serving, c: ServeConstants) -> float:
+    """Rows of the busiest chip's experts over the mean; 1 where experts are not spread or the source says they were balanced."""
+    return math.exp(c.experts) if p.split and p.replica > 1 and not p.balanced else 1.0
+
+
+def used_weights(p: Serving, c: ServeConstants) -> float:
+    """Matmul weights a token uses, a routed expert's counted as often as it costs more than a dense one; drafts aside."""
+    s = p.shape
+    routed = s.moe_layers * s.topk * s.expert_weights
+    plain = s.active_weights - s.mtp_layers * s.mtp_weights - routed
+    return plain + routed * math.exp(c.routed) * unevenness(p, c)
+
+
 def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
     """Seconds of one decoding step with `batch` sequences a decoding chip, by component; memory and compute overlap, so their
     parts are scaled to the root of their summed squares."""
-    s, chip, n = p.shape, p.chip, p.decoding
+    s, chip, n = p.shape, p.chip, p.replica
     everyone = batch * n
     dense = s.parameters - s.expert_parameters - s.head_weights
     touched = 1 - (1 - s.topk / s.experts) ** (everyone * p.accepted) if s.moe else 0.0
     weights = dense if p.split and s.moe else dense / n
-    weights += s.expert_parameters * touched / n * math.exp(c.experts)
-    seen = min(p.context, 4.0 * s.selected) if s.selected else p.context
-    active = s.active_weights - s.mtp_layers * s.mtp_weights
+    weights += s.expert_parameters * touched / n * unevenness(p, c)
+    seen = min(p.context, 4.0 * s.selected) if s.selected else s.cached(p.context)
+    active = used_weights(p, c)
     good = everyone / (everyone + math.exp(c.rows))
-    rate = gemm_peak(chip, p.precision) * math.exp(c.compute) * measured_share(chip)
-    span = min(p.context, s.selected) if s.selected else p.context
+    rate = matrix_rate(p, c, c.compute)
+    span = min(p.context, s.selected) if s.selected else s.cached(p.context)
     bandwidth = memory_bytes_s(chip) * math.exp(c.memory)
     read = {
         "weights": weights * p.element_bytes / bandwidth,
@@ -175,7 +209,7 @@ def _span_flops(s: Shape) -> float:
 
 def _collectives(p: Serving, tokens: float) -> float:
     """Seconds of collectives for `tokens` a chip: two all-to-alls in each MoE layer, or two all-reduces in each layer."""
-    s, n = p.shape, p.decoding
+    s, n = p.shape, p.replica
     if n == 1:
         return 0.0
     if p.split and s.moe:
@@ -186,10 +220,10 @@ def _collectives(p: Serving, tokens: float) -> float:
 def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
     """Chip-seconds of one prompt token, those found in the prompt cache included."""
     s = p.shape
-    active = s.active_weights - s.mtp_layers * s.mtp_weights - s.head_weights
-    rate = gemm_peak(p.chip, p.precision) * math.exp(c.prefill) * measured_share(p.chip)
+    active = used_weights(p, c) - s.head_weights
+    rate = matrix_rate(p, c, c.prefill)
     attention = s.attention_flops(max(1, int(p.prompt))) / (
-        gemm_peak(p.chip, "bf16") * math.exp(c.attention)
+        gemm_peak(p.chip, "bf16") * math.exp(c.flash)
     )
     moved = 0.5 * math.exp(c.exposed) * _collectives(p, 1.0)
     return (2 * active / rate + attention + moved) * (1 - p.cached)
@@ -197,11 +231,11 @@ def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
 
 def memory_batch(p: Serving) -> float:
     """Sequences a decoding chip that its memory can hold beside the weights; at least a hundredth."""
-    s, n = p.shape, p.decoding
+    s, n = p.shape, p.replica
     dense = s.parameters - s.expert_parameters
     held = (dense if p.split and s.moe else dense / n) + s.expert_parameters / n
     room = MEMORY_USABLE * (p.chip.memory_gb or 64.0) * 1e9 - held * p.element_bytes
-    return max(0.01, room / (p.cache_bytes * (p.prompt + p.completion) * p.copies))
+    return max(0.01, room / (p.cache_bytes * p.shape.cached(p.prompt + p.completion) * p.copies))
 
 
 def token_s(p: Serving, c: ServeConstants, batch: float) -> float:
