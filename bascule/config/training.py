@@ -148,6 +148,11 @@ class TrainConfig(Section):
     keep_snapshots: int = Field(
         3, ge=2, description="certified generations kept; one must always lie behind the newest"
     )
+    snapshots: str | None = Field(
+        None,
+        min_length=1,
+        description="fsspec URL (s3://, gs://, file://) that holds a copy of every snapshot, under the run's name; a run folder without snapshots takes up from there",
+    )
     router_bias_speed: float = Field(
         1e-3, ge=0, description="auxiliary-loss-free balancing, sign update (DeepSeek-V3)"
     )

@@ -45,6 +45,7 @@ from bascule.records import (
 from bascule.report.story import summary
 from bascule.stages import origin, place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
+from bascule.train.store import check_url
 
 
 def main(arguments: Namespace) -> Answer:
@@ -72,6 +73,8 @@ def run(
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)
         try:
+            if recipe.train.snapshots:
+                check_url(recipe.train.snapshots)
             origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)

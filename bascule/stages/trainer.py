@@ -57,6 +57,7 @@ from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, NoJudge, Stepper
+from bascule.train.store import SnapshotStore
 from bascule.train.writer import SnapshotWriter
 
 
@@ -150,8 +151,11 @@ class Trainer:
             self.recipe.phase_steps(), folder.snapshots, self.recipe.train.snapshot_every_steps
         )
         self.writer = SnapshotWriter(
-            self._on_saved, on_wait=lambda: self._beat(self.stepper.step, "snapshot")
+            self._on_saved,
+            on_wait=lambda: self._beat(self.stepper.step, "snapshot"),
+            after_each=self._store_away,
         )
+        self.store = self._open_store(self.recipe.train.snapshots)
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
         self.measure.refuse_too_long()
         self._said: set[str] = set()
@@ -195,9 +199,10 @@ class Trainer:
         state = TrainState(
             recipe_sha256=hashlib.sha256(self.folder.recipe.read_bytes()).hexdigest()
         )
-        path, passed_over = checkpoint.newest(
-            self.folder.snapshots, at_least=self._trusted() if start == "certified" else "saved"
-        )
+        trusted: SnapshotState = self._trusted() if start == "certified" else "saved"
+        path, passed_over = checkpoint.newest(self.folder.snapshots, at_least=trusted)
+        if path is None and self.store and self._fetch():
+            path, passed_over = checkpoint.newest(self.folder.snapshots, at_least=trusted)
         for reason in passed_over:
             self.ledger.warn("snapshot passed over", reason)
         if path is None:
@@ -280,6 +285,23 @@ class Trainer:
             self.folder.snapshots, self.recipe.train.keep_snapshots, at_least=self._trusted()
         )
 
+    def _store_away(self) -> None:
+        """In the writer's thread. A store that is away for a while stops nobody: what it missed goes there with the next snapshot."""
+        if self.store is None:
+            return
+        try:
+            self.store.catch_up(self.folder.snapshots)
+        except OSError as error:
+            self.ledger.warn("snapshot not stored", f"{self.store.root}: {error}; the run folder has it, and the next snapshot tries again")  # fmt: skip
+
+    def _fetch(self) -> bool:
+        """Bring back what the store holds of a run whose folder is gone."""
+        assert self.store is not None
+        brought = self.store.fetch(self.folder.snapshots)
+        if brought:
+            self.ledger.warn("taken up from the store", f"the run folder had no usable snapshot; {', '.join(brought)} came from {self.store.root}")  # fmt: skip
+        return bool(brought)
+
     def _on_phase(self, phase: str, step: int) -> None:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
         phases = list(self.recipe.phase_steps())
@@ -314,6 +336,12 @@ class Trainer:
             )
         model, _ = existing.load(path, positions=self.course.model.max_position_embeddings)
         return model
+
+    def _open_store(self, url: str | None) -> SnapshotStore | None:
+        if url is None:
+            return None
+        digest = hashlib.sha256(self.folder.recipe.read_bytes()).hexdigest()
+        return SnapshotStore(url, self.recipe.name, digest)
 
     def _new_guard(self) -> Guard:
         referee = open_accelerator("cpu")

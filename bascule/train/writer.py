@@ -28,14 +28,17 @@ def _nothing(*_: object) -> None:
 
 
 class SnapshotWriter:
-    """`on_saved(step, path)` runs in the thread once a snapshot is durable; `on_wait` in the loop, while it has to wait."""
+    """`on_saved(step, path)` runs in the thread once a snapshot is durable, `after_each` there after every job; `on_wait` in the
+    loop, while it has to wait."""
 
     def __init__(
         self,
         on_saved: Callable[[int, Path], None] = _nothing,
         on_wait: Callable[[], None] = _nothing,
+        after_each: Callable[[], None] = _nothing,
     ) -> None:
         self._on_saved = on_saved
+        self._after_each = after_each
         self._on_wait = on_wait
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._jobs: deque[futures.Future[None]] = deque()
@@ -90,4 +93,5 @@ class SnapshotWriter:
             return
         self._failed = True
         work()
+        self._after_each()
         self._failed = False
