@@ -47,7 +47,7 @@ def main() -> None:
     done = {line["battery"]: line for line in _lines(arguments.results)}
     with arguments.results.open("a", encoding="utf-8") as out:
         out.write("\n" if _torn(arguments.results) else "")
-        for number in range(arguments.count):
+        for number in range(arguments.first, arguments.count):
             if number in done:
                 continue
             done[number] = _battery(number)
@@ -121,6 +121,9 @@ def _torn(path: Path) -> bool:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument(
+        "--first", type=int, default=0, help="begin with this battery (to share the work)"
+    )
     parser.add_argument("--results", type=Path, default=Path("out/false_alarms.jsonl"))
     parser.add_argument("--opinfo", action="store_true", help="PyTorch's operator samples as well")
     return parser.parse_args()
