@@ -105,7 +105,8 @@ ALIASES = {
     "trn1": "Trainium1", "trn2": "Trainium2", "trn3": "Trainium3", "s5000": "MTT S5000", "s4000": "MTT S4000",
     "ppu": "PPU (T-Head)",
     "c500": "MetaX C500", "h100-96gb-500w(meta)": "H100-96 500W", "atlas900a2": "Ascend 910B",
-    "ascend(a3,typenotprinted)": "Ascend 910C",
+    "ascend(a3,typenotprinted)": "Ascend 910C", "atlas800ia2": "Ascend 910B", "atlas800ta2": "Ascend 910B", "atlas900a3": "Ascend 910C",
+    "atlas800ia3": "Ascend 910C", "atlas800ta3": "Ascend 910C", "cloudmatrix384": "Ascend 910C", "tpu7x": "TPU7x Ironwood",
 }  # fmt: skip
 
 
@@ -137,10 +138,26 @@ MAKERS = {
     "Intel": r"gaudi|^(intel|habana)",
     "Moore Threads": r"^(mtt|moore|s\d000)",
 }
+# Makers of whom nothing usable is published: their training chips are of this one's class.
+OF_A_CLASS = re.compile(
+    r"kunlun|p800|baidu|cambricon|mlu|hygon|\bdcu|biren|^br\d|metax|^c\d00|enflame|iluvatar|t-?head|^ppu"
+)
+CLASS = "Ascend 910B"
+FORMS = re.compile(
+    r"gb|sxm|pcie|nvl|hbm|xlarge|super|pod|node|npu|gpu|die|card|chip|ultra|trillium|ironwood|xtrans"
+)
 LIKENESS = {
     True: 0.4,
     False: 0.6,
 }  # by whether the name itself tells the maker, or only the table does
+
+
+def _goes_by(key: str, word: str) -> bool:
+    """Whether a table's words hold this name, and what follows it is a size, a form or a bin, not another model's letter."""
+    if key not in word:
+        return False
+    rest = word[word.index(key) + len(key) :]
+    return not re.match(r"[a-z]", rest) or bool(FORMS.match(rest))
 
 
 def chip_like(name: str, vendor: str = "") -> Chip:
@@ -154,19 +171,26 @@ def chip_like(name: str, vendor: str = "") -> Chip:
     word = _key(name)
     keys = {_key(alias): target for alias, target in ALIASES.items()}
     keys |= {_key(chip): chip for chip in chips()}
-    inside = [key for key in keys if key in word and len(key) >= 3]
+    inside = [key for key in keys if len(key) >= 3 and _goes_by(key, word)]
     if inside:
         return chips()[keys[max(inside, key=len)]]
+    if OF_A_CLASS.search(f"{name.strip()} {vendor}".lower()):
+        note = f"nothing usable is published on '{name}'; {CLASS} stands in for its class"
+        return replace(chips()[CLASS], basis="stand-in", note=note)
     told = next((one for one, form in MAKERS.items() if re.search(form, name.strip().lower())), "")
     maker = told or vendor
     scored = [
-        (difflib.SequenceMatcher(None, _key(alias), word).ratio(), target)
+        (
+            round(difflib.SequenceMatcher(None, _key(alias), word).ratio(), 1),
+            chips()[target].year or 0,
+            target,
+        )
         for alias, target in keys.items()
         if chips()[target].vendor == maker
     ]
     if not scored or max(scored)[0] < LIKENESS[bool(told)]:
         raise refusal
-    nearest_one = chips()[max(scored)[1]]
+    nearest_one = chips()[max(scored)[2]]  # of names equally alike, the newest
     note = f"'{name}' is not in the catalogue; {nearest_one.name} stands in for it"
     return replace(nearest_one, basis="stand-in", note=note)
 

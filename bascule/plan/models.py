@@ -113,6 +113,15 @@ ALIASES = {
     "llama-3-8b": "llama-3.1-8b",
     "llama-3-70b": "llama-3.1-70b",
     "llama-3.3-70b": "llama-3.1-70b",
+    "llama-70b": "llama-3.1-70b",
+    "llama-8b": "llama-3.1-8b",
+    "llama-405b": "llama-3.1-405b",
+    "qwen-7b": "qwen2.5-7b",
+    "qwen-14b": "qwen2.5-14b",
+    "qwen-32b": "qwen2.5-32b",
+    "qwq-32b": "qwen2.5-32b",
+    "qwen2.5-vl-72b": "qwen2.5-72b",
+    "glm-5.1": "glm-5",
     "glm-4.6": "glm-4.5",
     "glm-4.7": "glm-4.5",
     "kimi-k2.5": "kimi-k2",
@@ -187,7 +196,9 @@ def shape_like(name: str, total_b: float | None, active_b: float | None) -> Shap
     """The model that a table's own words mean: by name where we have its shape and its count agrees within a fifth, else a
     stand-in with its published counts (in billions); None when there are none."""
     word = plain_name(name)
-    known = sorted((one for one in named() if word.startswith(one)), key=len, reverse=True)
+    if "distill-" in word:  # the student's shape is the one that runs
+        word = word.split("distill-")[1]
+    known = sorted((one for one in named() if _same_model(word, one)), key=len, reverse=True)
     v3 = word.startswith(("deepseek-v3", "deepseek-r1")) and "deepseek-v3.2" not in known
     for one in ["v3"] if v3 else [word, *known]:
         try:
@@ -196,16 +207,56 @@ def shape_like(name: str, total_b: float | None, active_b: float | None) -> Shap
             continue
         if not total_b or abs(math.log(shape.parameters / (abs(total_b) * 1e9))) < 0.2:
             return shape
-    if not total_b or total_b < 0 or (active_b or 0) < 0:
+    if (total_b or 0) < 0 or (active_b or 0) < 0:
+        return None
+    if not total_b:
+        total_b, active_b = counts_in(name)
+    if not total_b:
         return None
     return stand_in(name, total_b * 1e9, (active_b or 0.0) * 1e9)
+
+
+def _same_model(word: str, known: str) -> bool:
+    """Whether a name begins with a known one and does not go on to another generation (`mistral-large-3`)."""
+    return word.startswith(known) and not re.match(r"[-.]?\d(?!\d)", word[len(known) :])
+
+
+# Counts that a name does not tell, in billions, from memory.
+UNTOLD = {
+    "step-3": (321.0, 38.0),
+    "longcat-flash": (560.0, 27.0),
+    "dots.llm1": (142.0, 14.0),
+    "mistral-large-3": (675.0, 41.0),
+    "hunyuan-a13b": (80.0, 13.0),
+}
+
+
+def counts_in(name: str) -> tuple[float | None, float | None]:
+    """Total and active parameters in billions that a name tells: `ERNIE-4.5-300B-A47B`, `Ling-1T`, `Hunyuan-A13B`."""
+    active = re.search(r"\bA(\d+(?:\.\d+)?)B", name, re.IGNORECASE)
+    for house, counts in UNTOLD.items():
+        if name.lower().startswith(house):
+            return counts
+    total = re.search(r"(?<![A-Za-z\d.])(\d+(?:\.\d+)?)\s?([BT])\b", name, re.IGNORECASE)
+    used = float(active[1]) if active else None
+    if total:
+        return float(total[1]) * (1000 if total[2].upper() == "T" else 1), used
+    return (used / USUAL_ACTIVE if used else None), used
+
+
+USUAL_ACTIVE = (
+    0.1  # share of a sparse model's parameters that a token uses, where only one count is told
+)
 
 
 def stand_in(name: str, total: float, active: float) -> Shape:
     """A plausible shape with these counts (`active` 0: not printed). Where it is sparse the cache is latent for the houses that
     use one, eight heads' keys and values elsewhere."""
-    sparse = re.search(r"moe|a\d+b|flash|deepseek|kimi|maverick|mixtral", name.lower())
-    active = active or (0.07 * total if sparse else total)
+    sparse = re.search(
+        r"moe|a\d+b|flash|deepseek|kimi|maverick|mixtral|-1t\b|step-?3|longcat|ling|pangu",
+        name.lower(),
+    )
+    active = active or (USUAL_ACTIVE * total if sparse else total)
     if active > 0.6 * total:
         layers = 80 if total > 5e10 else 32
         hidden = max(512, round(math.sqrt(total / layers / 13.3) / 128) * 128)

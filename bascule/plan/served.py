@@ -16,8 +16,15 @@ from bascule.plan.catalogue import Chip, chip_like
 from bascule.plan.job import precision_class
 from bascule.plan.mlperf import MEAN_OF_LIMIT, NODE, Scenario, scenario
 from bascule.plan.models import plain_name, shape_like
-from bascule.plan.serving import WEIGHT_BYTES, ServeConstants, Serving, rate
-from bascule.plan.table import Row, number, tokens
+from bascule.plan.serving import (
+    LEAST_BATCH,
+    WEIGHT_BYTES,
+    ServeConstants,
+    Serving,
+    memory_batch,
+    rate,
+)
+from bascule.plan.table import Row, chips_in, number, tokens
 
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024
 FEW = 8.0  # sequences a chip up to which engines draft three tokens
@@ -27,7 +34,7 @@ TOKENS_A_CHIP = (
 )
 FILLED = 0.6  # of the memory, by the weights of the smallest replica that people use
 GIANT = 3e11  # parameters from which a replica is spread over more chips than its weights need
-CHIPS_A_NODE, MOST_CHIPS = 8, 128
+MOST_CHIPS = 128
 BALANCED = re.compile(r"(perfect|ideal|force|assume)\w*[^;.]{0,20}(balanc|eplb)|balanced experts")
 NAMED_SIZE = re.compile(r"(?:EP|TP|DP|NVL)(\d+)")
 TRAINED_AT_4_BIT = ("deepseek-v4", "gpt-oss")  # 4-bit weights, wider products
@@ -52,10 +59,12 @@ def target_of(row: Row) -> tuple[str, float] | None:
 def serving_of(row: Row) -> Serving:
     """A row as an operating point, from its inputs alone. Raises RecipeError for a chip or a model nobody knows."""
     shape, chip = served_shape(row), chip_like(row["chip"], row["vendor"])
-    precision, weight_bytes = precision_of(row, shape)
+    known = chips_of(row)
+    precision, weight_bytes = precision_of(
+        row, shape, (known or MOST_CHIPS) * (chip.memory_gb or 64.0)
+    )
     phase = phase_of(row)
     prompt, completion = _lengths(row)
-    known = chips_of(row)
     fewest = roomy_replica(shape, chip, weight_bytes)
     chips = known or fewest
     front = min(chips - 1, round(chips * _prefill_share(row))) if phase == "both" else 0
@@ -72,7 +81,10 @@ def serving_of(row: Row) -> Serving:
         completion=completion,
         batch=batch,
         tpot_s=limit / 1e3 if limit else 0.05 if phase == "decode" else 0.1,
-        split=shape.moe and experts_spread(row["deployment"]),
+        split=shape.moe
+        and experts_spread(
+            row["deployment"], alone=phase == "both" and not bench and chips <= NODE
+        ),
         accepted=accepted(row["spec_decode"] or (bench.drafts if bench else ""), batch),
         prefill_chips=front,
         group=group_of(row["deployment"]),
@@ -83,19 +95,33 @@ def serving_of(row: Row) -> Serving:
         balanced=bool(BALANCED.search(f"{row['deployment']} {row['notes']}".lower())),
         software=_software(row),
     )
-    if known and (
-        front or point.group or phase == "prefill" or NAMED_SIZE.search(row["deployment"])
-    ):
-        return point
-    if bench:
-        size = max(fewest, NODE if shape.moe and shape.parameters > GIANT else 1)
-        return replace(point, chips=min(known or size, size))
+    return holding(_sized(row, point, known, fewest))
+
+
+def _sized(row: Row, p: Serving, known: int | None, fewest: int) -> Serving:
+    """The point on as many chips as the row names for one replica, or as rules say."""
+    named = p.prefill_chips or p.group or NAMED_SIZE.search(row["deployment"])
+    if known and (named or p.phase == "prefill"):
+        return p
+    if p.varied:
+        size = max(fewest, NODE if p.shape.moe and p.shape.parameters > GIANT else 1)
+        return replace(p, chips=min(known or size, size))
     sequences = None if known else number(row, "batch_or_concurrency")
     if sequences and "aggregat" in row["deployment"].lower().replace("disaggregat", ""):
         return replace(
-            point, chips=fewest, batch=sequences / fewest, split=shape.moe and fewest > NODE
+            p, chips=fewest, batch=sequences / fewest, split=p.shape.moe and fewest > NODE
         )
-    return best_replica(point, fewest, known, sequences)
+    return best_replica(p, fewest, known, sequences)
+
+
+def holding(p: Serving) -> Serving:
+    """A published point ran, so its weights fitted: without spread attention, or else on twice the chips, and so on."""
+    if memory_batch(p) <= LEAST_BATCH and p.split:
+        p = replace(p, split=False)
+    while memory_batch(p) <= LEAST_BATCH and p.chips < 1024:
+        group = p.group and 2 * p.group
+        p = replace(p, chips=2 * p.chips, group=group, batch=p.batch and p.batch / 2)
+    return p
 
 
 def _limit_ms(row: Row, bench: Scenario | None) -> float | None:
@@ -136,9 +162,17 @@ def phase_of(row: Row) -> str:
     return "prefill" if "prefill" in word else "decode" if "decod" in word else "both"
 
 
-def precision_of(row: Row, shape: Shape) -> tuple[str, float]:
-    """Class of the matrix products and bytes of a weight: 4-bit weights often meet wider activations."""
+def precision_of(row: Row, shape: Shape, room_gb: float = math.inf) -> tuple[str, float]:
+    """Class of the matrix products and bytes of a weight: 4-bit weights often meet wider activations. A precision nobody
+    printed is the widest whose weights leave a quarter of the memory."""
     text = row["precision"].upper()
+    if not text:
+        fits = (
+            name
+            for name in ("bf16", "fp8")
+            if shape.parameters * WEIGHT_BYTES[name] < 0.75e9 * room_gb
+        )
+        text = next(fits, "fp4").upper()
     if re.search(r"INT4|W4A16|AWQ|GPTQ", text):
         return "bf16", WEIGHT_BYTES["fp4"]
     if "W4A8" in text or ("FP4" in text and shape.name.startswith(TRAINED_AT_4_BIT)):
@@ -149,21 +183,21 @@ def precision_of(row: Row, shape: Shape) -> tuple[str, float]:
 
 def chips_of(row: Row) -> int | None:
     """Chips of one replica: a count, a count of nodes, else what the deployment names (`48P+16D`, EP144, NVL72)."""
-    text, words = row["chips"], row["deployment"]
-    found = number(row, "chips")
-    if found is not None and found >= 1:
-        return round(found) * (CHIPS_A_NODE if re.search(r"\d\s*(nodes|servers)", text) else 1)
+    words = row["deployment"]
+    if found := chips_in(row):
+        return found
     if split := re.search(r"(\d+)P\s*\+\s*(\d+)D", words):
         return int(split[1]) + int(split[2])
     sizes = [int(size) for size in NAMED_SIZE.findall(words)]
     return max(sizes) if sizes else None
 
 
-def experts_spread(words: str) -> bool:
-    """Whether experts are spread with data-parallel attention: unless the words name tensor parallelism and no expert's."""
-    return bool(re.search(r"\bD?EP(?!1\b)\d+|DP-?attn", words)) or not re.search(
-        r"\bTP(?!1\b)\d*\b", words
-    )
+def experts_spread(words: str, *, alone: bool = False) -> bool:
+    """Whether experts are spread with data-parallel attention: where the words name expert parallelism; else unless they name
+    tensor parallelism, or the service is `alone` in one node, where nobody spreads experts without saying so."""
+    if re.search(r"\bD?EP(?!1\b)\d+|DP-?attn|wide.?EP|disagg", words, re.IGNORECASE):
+        return True
+    return not alone and not re.search(r"\bTP(?!1\b)\d*\b", words)
 
 
 def group_of(words: str) -> int | None:
@@ -175,7 +209,9 @@ def group_of(words: str) -> int | None:
 
 def _prefill_share(row: Row) -> float:
     """Share of the chips that only prefill, where a disaggregated deployment names both sides."""
-    split = re.search(r"(\d+)P\s*\+?\s*(\d+)D", row["deployment"])
+    split = re.search(r"(\d+)P\s*\+?\s*(\d+)D", row["deployment"]) or re.search(
+        r"(\d+)\s*prefill\D{0,30}?(\d+)\s*(?:\w+ )?decod", row["deployment"].lower()
+    )
     return int(split[1]) / (int(split[1]) + int(split[2])) if split else 0.0
 
 

@@ -29,6 +29,7 @@ WEIGHT_BYTES = {
     "fp4": 0.5625,
 }  # 4-bit formats carry a scale for every 16 or 32 values
 MEMORY_USABLE = 0.88
+LEAST_BATCH = 0.01  # sequences a chip; what is left where the weights alone fill the memory
 
 
 @dataclass(frozen=True)
@@ -251,12 +252,14 @@ def token_s(p: Serving, c: ServeConstants, batch: float) -> float:
 
 def chosen_batch(p: Serving, c: ServeConstants) -> float:
     """The batch per decoding chip: given, else the largest whose token time keeps the limit, memory permitting. A limit below
-    one and a half times the floor was reached with software whose floor is lower: it counts as that much."""
+    one and a half times the floor was reached with software whose floor is lower: it counts as that much. Spread experts are
+    kept busy by a sequence a chip at least: nobody would spread them for less."""
     most = memory_batch(p)
     if p.batch is not None:
         return min(p.batch, most)
-    limit = max(p.tpot_s or 0.1, 1.5 * token_s(p, c, 0.01))
-    low, high = 0.01, most
+    fewest = min(most, 1.0 if p.split and p.replica > 1 else LEAST_BATCH)
+    limit = max(p.tpot_s or 0.1, 1.5 * token_s(p, c, fewest))
+    low, high = LEAST_BATCH, most
     if token_s(p, c, high) <= limit:
         return high
     for _ in range(24):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,6 +100,19 @@ def tokens(row: Row, key: str) -> float | None:
     if value is None or value <= 0:
         return None
     return value * 1.024 if re.search(r"\d\s?[kK]\b", row.get(key) or "") else value
+
+
+CHIPS_A_NODE = 8
+
+
+def chips_in(row: Row) -> int | None:
+    """The cell `chips` as a count: `64 nodes` is 512, `2 x 8` is 16; None when blank or below 1."""
+    text, count = row.get("chips") or "", number(row, "chips")
+    if count is None or count < 1:
+        return None
+    if product := re.match(r"\s*(\d+)\s*[x\u00d7]\s*(\d+)", text):
+        return int(product[1]) * int(product[2])
+    return round(count) * (CHIPS_A_NODE if re.match(r"[\d,. ]+(nodes?|servers?)\b", text) else 1)
 
 
 def whole(row: Row, key: str, default: int) -> int:
@@ -216,20 +230,18 @@ def _windows(model: str, note: str, layers: int) -> tuple[int, int]:
 
 def job_of(row: Row) -> Job:
     """A row of runs.csv as a job, from its inputs alone. Raises RecipeError naming what is missing."""
-    chips, sequence = number(row, "chips"), number(row, "seq_len")
-    if not chips or not sequence:
-        raise RecipeError(
-            f"Row {row.get('id')}: the number of chips or the sequence length is missing."
-        )
-    layout = layout_of(row, int(chips))
+    shape = shape_of(row)
+    chips = chips_in(row) or _printed_split(row)
+    sequence = tokens(row, "seq_len") or ASSUMED_SEQUENCE
+    layout = layout_of(row, chips, spread=shape.moe and shape.parameters > SPREAD)
     batch = number(row, "global_batch_seqs") or layout.micro_batch * layout.dp * (
         4 * layout.pp if layout.pp > 1 else 1
     )
     notes = row.get("notes", "")
     return Job(
-        shape=shape_of(row),
+        shape=shape,
         chip=chip_like(row["chip"], row["vendor"]),
-        chips=int(chips),
+        chips=chips,
         sequence=int(sequence),
         global_batch=max(1, round(batch)),
         precision=precision_class(row.get("precision", "")),
@@ -240,15 +252,31 @@ def job_of(row: Row) -> Job:
     )
 
 
-def layout_of(row: Row, chips: int) -> Layout:
-    """The row's layout; blanks filled by rule."""
+ASSUMED_SEQUENCE = 4096.0
+SPREAD = 1e11  # parameters from which nobody trains a sparse model without pipeline and expert parallelism
+SPREAD_PIPELINE, SPREAD_EXPERTS = 8, 64
+
+
+def _printed_split(row: Row) -> int:
+    """Chips of a run whose number nobody printed: what its layout needs, a node at least."""
+    return max(CHIPS_A_NODE, math.prod(whole(row, key, 1) for key in ("tp", "pp", "cp", "dp")))
+
+
+def layout_of(row: Row, chips: int, *, spread: bool = False) -> Layout:
+    """The row's layout; blanks filled by rule. `spread`: a large sparse model, which is not run fully sharded alone."""
     sharding = row.get("sharding", "").lower()
+    bare = not any(row.get(key) for key in ("tp", "pp", "ep")) and not sharding
+    if bare and spread and chips >= SPREAD_EXPERTS:
+        pp = SPREAD_PIPELINE if chips >= SPREAD_PIPELINE * SPREAD_EXPERTS else 1
+        row = {**row, "pp": str(pp), "ep": str(SPREAD_EXPERTS), "sharding": "zero-1"}
+        sharding = "zero-1"
     tp, cp = min(whole(row, "tp", 1), chips), whole(row, "cp", 1)
     pp = min(
         whole(row, "pp", 1), max(1, chips // (tp * cp))
     )  # a layout printed for a larger run cannot exceed the chips
     unknown = not row.get("tp") and not row.get("pp") and not sharding
-    zero = 3 if "fsdp" in sharding or unknown else 0 if sharding == "ddp" else 1
+    whole_shards = re.search(r"fsdp|hsdp|full.?shard|zero-?3", sharding)
+    zero = 3 if whole_shards or unknown else 0 if sharding == "ddp" else 1
     zero = 2 if "shard_grad_op" in sharding or "zero-2" in sharding else zero
     overlap = row.get("schedule_overlap", "")
     vpp = _virtual(row, pp)
@@ -266,7 +294,9 @@ def layout_of(row: Row, chips: int) -> Layout:
         pp=pp,
         vpp=vpp,
         cp=cp,
-        ep=whole(row, "ep", 1),
+        ep=whole(
+            row, "ep", SPREAD_EXPERTS if spread and zero < 3 and chips >= SPREAD_EXPERTS else 1
+        ),
         dp=max(1, chips // (tp * pp * cp)),
         zero=zero,
         micro_batch=whole(

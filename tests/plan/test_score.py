@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bascule.plan.score import (
     summarise,
 )
 from bascule.plan.served import serving_of
+from bascule.plan.serving import shipped_serving
 from bascule.plan.table import job_of, read_rows
 
 ROWS = read_rows(DATA / "runs.csv")
@@ -162,3 +164,41 @@ def test_no_recalled_row_is_shipped() -> None:
             assert not row["verified"].startswith("recall")
             if name == "runs.csv":
                 assert "recall" not in row["verified"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"chip": "Kunlun P800", "vendor": "Baidu"},
+        {"chip": "Ascend 910D", "vendor": "Huawei"},
+        {"chip": "GB300 NVL72"},
+        {"model": "GLM-5", "params_total_B": "", "params_active_B": ""},
+        {"model": "ERNIE-4.5-300B-A47B", "params_total_B": "", "params_active_B": ""},
+        {"model": "DeepSeek-R1-Distill-Llama-70B", "params_total_B": "", "params_active_B": ""},
+        {"precision": "", "chips": "8"},
+        {"precision": "BF16", "chips": "8"},
+        {"chips": "2 x 8"},
+        {"chips": "1 node"},
+        {"deployment": "", "chips": "", "batch_or_concurrency": ""},
+        {"isl": "8k", "osl": "1k", "spec_decode": "MTP"},
+    ],
+)
+def test_an_odd_inference_row_is_neither_refused_nor_absurd(changed: dict[str, str]) -> None:
+    row = next(
+        r for r in read_rows(DATA / "inference.csv") if r["id"] == "ix-r1-mi300x-b200-vs-mi300x-1"
+    )
+    asked = serving_of({**row, "id": "fresh", **changed})
+    value = shipped_serving().predict(asked)[0]
+    assert 10 < value < 20_000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"chips": ""}, {"seq_len": ""}, {"tp": "", "pp": "", "ep": "", "sharding": ""}, {"chips": "32 nodes"}, {"precision": ""}],
+)  # fmt: skip
+def test_a_blank_training_cell_costs_accuracy_not_the_row(changed: dict[str, str]) -> None:
+    row = next(
+        row for row in ROWS if row["model"] == "DeepSeek-V3" and row["chip"].startswith("H100")
+    )
+    (one,) = score_training([{**row, "id": "fresh", **changed}])
+    assert one.predicted is not None and abs(math.log(one.predicted / one.published)) < 0.7
