@@ -19,7 +19,7 @@ from bascule.infer.linear import Precision
 from bascule.infer.row import Row
 from bascule.infer.runner import Runner
 from bascule.infer.sampling import Knobs
-from bascule.infer.speak import HOST, speak
+from bascule.infer.speak import HOST, draw, speak
 from bascule.model.pages import BLOCK
 from bascule.model.transformer import Transformer
 
@@ -33,6 +33,8 @@ class Batch:
     `share`: rows that begin alike share blocks, also with rows that left. `reproducible`: equal bits whatever else runs (runner.py);
     then nothing is shared across requests, because a prefix read by another request was read in other chunks.
     `precision` is that of the large matrices of a larger model (linear.py). `preemptions` counts rows sent back for want of blocks.
+    `speculate`: while at most so many rows run, the prediction layer guesses a token ahead (draft.py); of `guessed` ones `kept` were
+    right. A row that ran beside more rows than that goes on without guesses.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Batch:
         share: bool = False,
         reproducible: bool = False,
         precision: Precision = "fp32",
+        speculate: int = 0,
     ) -> None:
         self.model = model
         self.slots = slots
@@ -54,13 +57,15 @@ class Batch:
         self.reproducible = reproducible
         self.rows: list[Row] = []
         self.preempted: list[Row] = []
-        self.preemptions = 0
+        self.preemptions = self.guessed = self.kept = 0
         most = slots * blocks_for(length)
         count = most if tokens is None else min(most, max(tokens // BLOCK, blocks_for(length)))
         self.blocks = Blocks(count)
         self._runner = Runner(
-            model, count, length=length, pad_id=pad_id, fixed=reproducible, precision=precision
-        )
+            model, count, length=length, pad_id=pad_id, fixed=reproducible, precision=precision, speculate=speculate > 0,
+        )  # fmt: skip
+        self._drafter = self._runner.drafter
+        self._speculate = speculate
         self._eos_id = eos_id
         self._share = share and not reproducible
         self._tables = np.zeros((slots, blocks_for(length)), dtype=np.int64)
@@ -105,8 +110,8 @@ class Batch:
             self._check_length(row)
         texts = [group[0].text for group in groups]
         tables = [self._take(blocks_for(len(text))) for text in texts]
-        logits_GV = self._runner.read_together(texts, tables)
-        return self._enter(groups, tables, [len(text) for text in texts], logits_GV)
+        said = self._runner.read_together(texts, tables)
+        return self._enter(groups, tables, [len(text) for text in texts], *said)
 
     def prefill(self, row: Row) -> Prefill:
         """Begin to read a row's text in chunks, after the longest prefix that is still known. `enter` or `drop` it afterwards."""
@@ -125,26 +130,76 @@ class Batch:
 
     def enter(self, rows: Sequence[Row], prefill: Prefill) -> list[Row]:
         """Let rows of one text start from its prefill, which is done. Returns the rows that said a token."""
-        assert prefill.logits_BV is not None
+        assert prefill.logits_BV is not None and prefill.hidden_BD is not None
         if self._share:
             self.blocks.keep(prefill.text, prefill.blocks)
-        return self._enter([rows], [prefill.blocks], [len(prefill.text)], prefill.logits_BV)
+        lengths = [len(prefill.text)]
+        return self._enter([rows], [prefill.blocks], lengths, prefill.logits_BV, prefill.hidden_BD)
 
     def step(self) -> list[Row]:
-        """One more token read for every row. Returns the rows that spoke, in the order of their places before anyone left."""
+        """One more token read for every row, two where a guess was right. Returns the rows that spoke, in the order of their places
+        before anyone left; a row that said two tokens comes twice."""
         self._grow()
         if not self.rows:
             return []
-        count = len(self.rows)
-        reach = blocks_for(int(self._read[:count].max()) + 1)
-        tables = self._tables if self.reproducible else self._tables[:, :reach]
-        logits_BV = self._runner.step(
-            [row.token(row.read) for row in self.rows], tables[:count], self._read[:count]
-        )
-        self._read[:count] += 1
-        for row in self.rows:
+        count, rows = len(self.rows), list(self.rows)
+        guesses = self._guess()
+        ahead = [at for at, row in enumerate(rows) if row in guesses]
+        read = np.concatenate([self._read[:count], self._read[ahead] + 1])
+        tables = self._tables[[*range(count), *ahead]]
+        if not self.reproducible:
+            tables = tables[:, : blocks_for(int(read.max()) + 1)]
+        tokens = [*(row.token(row.read) for row in rows), *(guesses[rows[at]] for at in ahead)]
+        logits, hidden = self._runner.step(tokens, tables, read)
+        for row, hidden_D in zip(rows, hidden, strict=False):
             row.read += 1
-        return self._speak(list(self.rows), logits_BV)
+            row.unpaired = [hidden_D] if row.unpaired else None
+        self._read[:count] += 1
+        spoke = self._speak(rows, logits[:count])
+        after = {rows[at]: number for number, at in enumerate(ahead, start=count)}
+        right = [row for row in self.rows if row in after and row.token(row.read) == guesses[row]]
+        if not right:
+            return spoke
+        self.kept += len(right)
+        for row in right:
+            row.read += 1
+            row.unpaired = [*(row.unpaired or ()), hidden[after[row]]]
+        self._read[: len(self.rows)] = [row.read for row in self.rows]
+        return spoke + self._speak(right, logits[[after[row] for row in right]])
+
+    def _guess(self) -> dict[Row, int]:
+        """The next token of the rows that may have two more, as the prediction layer sees it."""
+        if self._drafter is None:
+            return {}
+        asking = [
+            row
+            for row in self.rows
+            if self._may_guess(row) and row.read + 1 < len(row.blocks) * BLOCK
+        ]
+        for row in self.rows:
+            if row not in asking:
+                row.unpaired = None  # it stays so: a pair left out would be missing for good
+        if not asking:
+            return {}
+        pairs = [(row, row.read + 1 - back) for row in asking for back in range(len(row.unpaired or ()), 0, -1)]  # fmt: skip
+        places = [self.rows.index(row) for row, _ in pairs]
+        last = [at for at, (row, slot) in enumerate(pairs) if slot == row.read]
+        slots = np.array([slot for _, slot in pairs])
+        logits_BV = self._drafter.guess(
+            torch.stack([hidden_D for row in asking for hidden_D in row.unpaired or ()]),
+            [row.token(slot) for row, slot in pairs],
+            self._tables[places, : blocks_for(int(slots.max()) + 1)], slots, last,
+        )  # fmt: skip
+        guesses, _ = draw(asking, logits_BV.to(HOST), self._settings(asking))
+        self.guessed += len(asking)
+        return {
+            row: row.token(row.read + 1) if row.read + 1 < row.size else guess
+            for row, guess in zip(asking, guesses.tolist(), strict=True)
+        }
+
+    def _may_guess(self, row: Row) -> bool:
+        few = len(self.rows) <= self._speculate
+        return few and row.unpaired is not None and row.sampling.max_tokens - len(row.said) >= 2
 
     def cancel(self, row: Row) -> None:
         """Drop a row whose reader went away. A row that already left is no matter."""
@@ -164,6 +219,7 @@ class Batch:
         tables: Sequence[list[int]],
         lengths: Sequence[int],
         logits_GV: Tensor,
+        hidden_GD: Tensor,
     ) -> list[Row]:
         entered, source = [], []
         for at, (group, blocks, length) in enumerate(zip(groups, tables, lengths, strict=True)):
@@ -172,6 +228,7 @@ class Batch:
                     self._send_back(row)
                     continue
                 row.blocks, row.read = own, length
+                row.unpaired = None if self._drafter is None else [hidden_GD[at]]
                 self._seat(row)
                 entered.append(row)
                 source.append(at)
@@ -190,6 +247,8 @@ class Batch:
                 continue
             for source, target in zip(blocks[full:], own, strict=True):
                 self._runner.pages.copy(source, target)
+                if self._drafter is not None:
+                    self._drafter.pages.copy(source, target)
             self.blocks.share(blocks[:full])
             tables.append([*blocks[:full], *own])
         return tables
@@ -209,9 +268,9 @@ class Batch:
         self._knobs = None
 
     def _grow(self) -> None:
-        """A block for every row whose last one is full; who arrived last gives way to the others."""
+        """A block for every row whose last one is full, or would be with a guess; who arrived last gives way to the others."""
         for row in sorted(self.rows, key=lambda one: one.arrived):
-            while row.blocks and row.read == len(row.blocks) * BLOCK:
+            while row.blocks and row.read + self._may_guess(row) >= len(row.blocks) * BLOCK:
                 try:
                     new = self._take(1)
                 except OutOfBlocks:
@@ -223,6 +282,8 @@ class Batch:
     def _take(self, count: int) -> list[int]:
         taken = self.blocks.take(count)
         self._runner.pages.clean(taken)
+        if self._drafter is not None:
+            self._drafter.pages.clean(taken)
         return taken
 
     def _preempt(self, row: Row) -> None:
@@ -253,7 +314,7 @@ class Batch:
     def _remove(self, at: int) -> None:
         row, last = self.rows[at], len(self.rows) - 1
         self.blocks.release(row.blocks)
-        row.blocks, row.read = [], 0
+        row.blocks, row.read, row.unpaired = [], 0, None
         if at != last:
             self.rows[at] = self.rows[last]
             self._tables[at], self._read[at] = self._tables[last], self._read[last]
@@ -286,6 +347,7 @@ class Prefill:
         self.known = known
         self.read = known
         self.logits_BV: Tensor | None = None
+        self.hidden_BD: Tensor | None = None
         self._runner = runner
 
     @property
@@ -295,7 +357,9 @@ class Prefill:
     def advance(self, tokens: int = CHUNK) -> int:
         """Read at most `tokens` more (always CHUNK in reproducible mode); returns how many. `logits_BV` is set with the last one."""
         chunk = self.text[self.read : self.read + (CHUNK if self._runner.fixed else tokens)]
-        logits_BV = self._runner.read_on(chunk, self.blocks, self.read)
+        logits_BV, self.hidden_BD = self._runner.read_on(
+            chunk, self.blocks, self.read, self.hidden_BD
+        )
         self.read += len(chunk)
         if self.read == len(self.text):
             self.logits_BV = logits_BV

@@ -11,6 +11,7 @@ Letters: B rows, S slots, D hidden, H heads, C latent, R rotary, A = C+R, E expe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bascule.model.attention import LATENT_NORM_EPS, LatentAttention
-from bascule.model.block import Block
+from bascule.model.block import Block, PredictionLayer
 from bascule.model.cache import Cache
 from bascule.model.moe import MoE
 from bascule.model.transformer import Transformer
@@ -70,16 +71,35 @@ class PackedDecoder:
                 _pack_layer(block) for block in model.model.layers if isinstance(block, Block)
             ]
             self._w_head = model.lm_head.weight * model.model.norm.weight
+            self._ahead: list[_Layer] = []
+            for ahead in model.mtp:
+                assert isinstance(ahead, PredictionLayer)
+                gains = torch.cat([ahead.enorm.weight, ahead.hnorm.weight])
+                self._w_pair = ahead.eh_proj.weight * gains
+                self._w_ahead_head = model.lm_head.weight * ahead.norm.weight
+                self._ahead.append(_pack_layer(ahead.block))
 
-    def step(self, tokens_B: Tensor, cache: Cache) -> Tensor:
-        """Append one token to every row of `cache`; the logits of the next, (B, V). Same effect as `model(tokens, cache=cache)`."""
-        batch, width = tokens_B.shape[0], self._latent + self._rope
+    def step(self, tokens_B: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Append one token to every row of `cache`; the logits of the next, (B, V), and what the last norm makes of the row before
+        its gain, (B, D). Same effect as `model(tokens, cache=cache)`."""
+        x_BD = F.embedding(tokens_B, self._model.model.embed_tokens.weight)
+        unit_BD = _unit(self._run(x_BD, self._layers, cache), self._eps)
+        return F.linear(unit_BD, self._w_head), unit_BD
+
+    def draft(self, hidden_ND: Tensor, next_N: Tensor, cache: Cache, last: Sequence[int]) -> Tensor:
+        """Append one pair to every row of `cache`; the logits after those rows that `last` names."""
+        embedded_ND = F.embedding(next_N, self._model.model.embed_tokens.weight)
+        both = torch.cat([_unit(embedded_ND, self._eps), _unit(hidden_ND, self._eps)], -1)
+        x_ND = self._run(F.linear(both, self._w_pair), self._ahead, cache)
+        return F.linear(_unit(x_ND[last], self._eps), self._w_ahead_head)
+
+    def _run(self, x_BD: Tensor, layers: Sequence[_Layer], cache: Cache) -> Tensor:
+        batch, width = x_BD.shape[0], self._latent + self._rope
         positions_B1 = cache.open(1, ragged=False)
         rotary = self._model.model.rotary
         cos, sin = rotary.cos_PR[positions_B1], rotary.sin_PR[positions_B1]
         bias = _bias(positions_B1, cache) if cache.ragged else None
-        x_BD = F.embedding(tokens_B, self._model.model.embed_tokens.weight)
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(layers):
             wide = F.linear(_unit(x_BD, self._eps), layer.w_in).view(
                 batch, self._heads + 1, width + self._rope
             )
@@ -95,7 +115,7 @@ class PackedDecoder:
             x_BD = torch.addmm(x_BD, mean.flatten(1), layer.w_out.t())
             x_BD = self._feed_forward(x_BD, layer)
         cache.close(1)
-        return F.linear(_unit(x_BD, self._eps), self._w_head)
+        return x_BD
 
     def _look_back(self, q_BHA: Tensor, cached_BSA: Tensor, bias: Tensor | None) -> Tensor:
         keys = cached_BSA.transpose(1, 2)

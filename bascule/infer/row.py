@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bascule.infer.sampling import Draws, Sampling
 
@@ -25,7 +26,8 @@ class Constraint(Protocol):
 @dataclass(eq=False)
 class Row:
     """`said` are the tokens of the completion so far; `finish` is set when it ends. `blocks` hold the first `read` tokens;
-    `arrived` is its number in the order of arrival.
+    `arrived` is its number in the order of arrival. `unpaired`: the hidden states of the tokens read last that the prediction layer
+    has not paired yet (draft.py), the newest last; None for a row without guesses.
 
     A row may begin with tokens said already (an engine that failed said them, or the row was preempted): they are read again,
     and its random numbers go on where they left off. `top`: how many alternatives to note in `tops` for each token, None for
@@ -44,6 +46,7 @@ class Row:
     read: int = 0
     blocks: list[int] = field(default_factory=list)
     arrived: int = 0
+    unpaired: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.sampling, self.index)

@@ -19,14 +19,7 @@ def speak(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs, eos_id: int) -> 
     CUDA, and a chip that computes wrong logits should not also be trusted to choose. The price is one copy of the logits a step.
     """
     logits_BV = logits_BV.to(HOST)
-    if not bool(torch.isfinite(logits_BV.sum())):
-        _refuse(rows, logits_BV)
-    uniform = (
-        [0.0] * len(rows) if knobs.all_greedy else [row.draws.at(len(row.said)) for row in rows]
-    )
-    settings, said = [row.sampling for row in rows], [row.said for row in rows]
-    extra = _forbid(rows, logits_BV, edits(settings, said, logits_BV.shape[1], HOST))
-    tokens_B, logprobs_B = choose(logits_BV, knobs, uniform, extra)
+    tokens_B, logprobs_B = draw(rows, logits_BV, knobs)
     if any(row.top is not None for row in rows):
         _note_top(rows, logits_BV, tokens_B)
     for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
@@ -38,6 +31,18 @@ def speak(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs, eos_id: int) -> 
             row.finish = "stop"
         elif len(row.said) >= row.sampling.max_tokens:
             row.finish = "length"
+
+
+def draw(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:
+    """What each row would say next and its log-probability, with the row's own random number, edits and grammar. Nothing is noted."""
+    if not bool(torch.isfinite(logits_BV.sum())):
+        _refuse(rows, logits_BV)
+    uniform = (
+        [0.0] * len(rows) if knobs.all_greedy else [row.draws.at(len(row.said)) for row in rows]
+    )
+    settings, said = [row.sampling for row in rows], [row.said for row in rows]
+    extra = _forbid(rows, logits_BV, edits(settings, said, logits_BV.shape[1], HOST))
+    return choose(logits_BV, knobs, uniform, extra)
 
 
 def _note_top(rows: Sequence[Row], logits_BV: Tensor, tokens_B: Tensor) -> None:

@@ -27,22 +27,29 @@ class Pages:
     """`pools` [L, K, N, BLOCK, E]: one for MLA (latent and turned key), keys and values for GQA. Memory is touched when first used."""
 
     def __init__(
-        self, config: ModelConfig, blocks: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        blocks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        layers: int | None = None,
     ) -> None:
+        layers = config.num_hidden_layers if layers is None else layers
         self.latent = config.attention == "mla"
         heads, width = (
             (1, config.kv_lora_rank + config.qk_rope_head_dim)
             if self.latent
             else (config.num_key_value_heads, config.head_dim)
         )
-        shape = (config.num_hidden_layers, heads, blocks + 1, BLOCK, width)
+        shape = (layers, heads, blocks + 1, BLOCK, width)
         self.pools = tuple(
             torch.empty(shape, device=device, dtype=dtype) for _ in range(1 if self.latent else 2)
         )
         self.blocks_KNA = [[layer.flatten(2) for layer in pool] for pool in self.pools]
         self.tokens_KSE = [[layer.flatten(1, 2) for layer in pool] for pool in self.pools]
         self.block_bytes = sum(pool[:, :, 0].numel() * pool.element_size() for pool in self.pools)
-        self.token_layer_bytes = self.block_bytes // BLOCK // config.num_hidden_layers
+        self.token_layer_bytes = self.block_bytes // BLOCK // layers
         self._scratch = [torch.empty(0, device=device, dtype=dtype) for _ in self.pools]
         self.clean([0])
 
@@ -78,14 +85,16 @@ class PagedCache(Cache):
     `read_B` is what each has read. Both lie on the host, and so does the arithmetic on them. The batch counts tokens, not `close`.
 
     `width` overrides how many slots a read returns (at least the longest row after the call): fixed shapes for equal bits.
+    `first` is the slot of a row's first entry. The same blocks may be named by several rows: all write before any reads.
     """
 
     def __init__(
-        self, pages: Pages, tables_BM: NDArray[np.int64], read_B: NDArray[np.int64], *, width: int | None = None
+        self, pages: Pages, tables_BM: NDArray[np.int64], read_B: NDArray[np.int64], *, width: int | None = None, first: int = 0
     ) -> None:  # fmt: skip
         self._pages, self._tables, self._read, self._width = pages, tables_BM, read_B, width
         self._device = pages.pools[0].device
-        self.capacity = tables_BM.shape[1] * BLOCK
+        self._first = first
+        self.capacity = tables_BM.shape[1] * BLOCK - first
         self.longest = int(read_B.max())
         self.ragged = width is not None or int(read_B.min()) != self.longest
         self._tables_BM = torch.from_numpy(tables_BM).to(self._device)
@@ -93,8 +102,9 @@ class PagedCache(Cache):
     def open(self, tokens: int, *, ragged: bool) -> Tensor:
         positions_BT = self._read[:, None] + np.arange(tokens)
         # Padding may lie past the last block of a short row's table: it goes to block 0.
-        at_block = np.minimum(positions_BT // BLOCK, self._tables.shape[1] - 1)
-        at_BT = np.take_along_axis(self._tables, at_block, 1) * BLOCK + positions_BT % BLOCK
+        slots_BT = positions_BT + self._first
+        at_block = np.minimum(slots_BT // BLOCK, self._tables.shape[1] - 1)
+        at_BT = np.take_along_axis(self._tables, at_block, 1) * BLOCK + slots_BT % BLOCK
         self._at = torch.from_numpy(at_BT.ravel()).to(self._device)
         self.longest = self._width or self.longest + tokens
         self.ragged = self.ragged or ragged
@@ -115,7 +125,7 @@ class PagedCache(Cache):
         for start in range(0, rows, step):
             part = slice(start, start + step)
             found = self._pages.gather(layer, self._tables_BM[part])
-            cut = [one[:, :, : self.longest] for one in found]
+            cut = [one[:, :, self._first : self._first + self.longest] for one in found]
             yield (
                 part,
                 (cut[0][0],)

@@ -87,6 +87,7 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         at_B: Tensor | None = None,
+        every: bool = False,
         ahead: bool = False,
         documents: Tensor | None = None,
     ) -> Output:
@@ -94,7 +95,8 @@ class Transformer(nn.Module):
 
         `mask` [B, T] is true for real tokens (attention.py); not needed for right-padded training batches. With `cache`, T tokens
         are appended to every row, or as many as `mask` says are real: real ones first. `positions_BT` overrides the rotary
-        positions. `at_B` asks for the logits after one token of each row only (index into T): logits are then [B, 1, V].
+        positions. `at_B` asks for the logits after one token of each row only (index into T): logits are then [B, 1, V], and the
+        hidden states are those of that token too unless `every` asks for all (for `look_ahead`).
         `ahead` also runs the prediction layer over the whole call (for training; not together with `cache` or `at_B`).
         `documents` [B, T] numbers the documents packed into a row: no token sees another document's (with `mask`, without `cache`).
         Raises ValueError when a position exceeds `max_position_embeddings`.
@@ -107,6 +109,7 @@ class Transformer(nn.Module):
                 loads.append(loads_E)
         if cache is not None:
             cache.close(tokens_BT.shape[1] if mask is None else mask.sum(1))
+        whole_BTD = x_BTD
         if at_B is not None:
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), at_B].unsqueeze(1)
         hidden_BTD, ahead_BTV = self.model.norm(x_BTD), None
@@ -116,9 +119,10 @@ class Transformer(nn.Module):
                 documents=None if documents is None else documents[:, 1:],
             )  # fmt: skip
             loads += [] if loads_E is None else [loads_E]
-        return Output(
-            self._logits(hidden_BTD), torch.stack(loads) if loads else None, hidden_BTD, ahead_BTV
-        )
+        logits_BTV = self._logits(hidden_BTD)
+        if every:
+            hidden_BTD = self.model.norm(whole_BTD)
+        return Output(logits_BTV, torch.stack(loads) if loads else None, hidden_BTD, ahead_BTV)
 
     def draft(
         self,
@@ -131,8 +135,23 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logits fp32, hidden, expert loads) of the prediction layer for pairs of a hidden state and the token after it.
 
-        `cache` comes from `new_draft_cache` and holds the pairs before. Raises ValueError when the model has no such layer.
+        `cache` holds the pairs before. Raises ValueError when the model has no such layer.
         """
+        ahead_BTD, loads_E = self.look_ahead(
+            hidden_BTD, next_BT, mask=mask, cache=cache, documents=documents
+        )
+        return self._logits(ahead_BTD), ahead_BTD, loads_E
+
+    def look_ahead(
+        self,
+        hidden_BTD: Tensor,
+        next_BT: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`draft` without its logits: what the head would read, and the loads. Reading a prompt wants no guesses, only the cache."""
         if not self.mtp:
             raise ValueError(
                 "Asked to look a token ahead; the model has num_nextn_predict_layers=0. Set it to 1 in the recipe and train it."
@@ -143,7 +162,7 @@ class Transformer(nn.Module):
         )
         if cache is not None:
             cache.close(next_BT.shape[1] if mask is None else mask.sum(1))
-        return self._logits(ahead_BTD), ahead_BTD, loads_E
+        return ahead_BTD, loads_E
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden_BTD)
@@ -178,22 +197,10 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, length: int, device: torch.device | str | None = None) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens, on the model's device unless another is named."""
-        return self._empty_cache(self.config.num_hidden_layers, batch, length, device)
-
-    def new_draft_cache(
-        self, batch: int, length: int, device: torch.device | str | None = None
-    ) -> Cache:
-        """An empty cache for `draft`: the prediction layer remembers pairs of its own."""
-        return self._empty_cache(1, batch, length, device)
-
-    def _empty_cache(
-        self, layers: int, batch: int, length: int, device: torch.device | str | None
-    ) -> Cache:
         weight = self.lm_head.weight
         kind = LatentCache if self.config.attention == "mla" else KVCache
-        return kind.empty(
-            self.config, layers, batch, length, torch.device(device or weight.device), weight.dtype
-        )
+        layers, place = self.config.num_hidden_layers, torch.device(device or weight.device)
+        return kind.empty(self.config, layers, batch, length, place, weight.dtype)
 
     def moe_layers(self) -> list[MoE]:
         """The expert layers in the order of `expert_loads`: the trunk's, then the prediction layer's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from transformers.modeling_layers import MtpModel
 from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
 from bascule.model import count, weights
+from bascule.model.pages import PagedCache, Pages
 from bascule.model.transformer import Transformer
 
 CONFIG = ModelConfig(preset="tick", num_nextn_predict_layers=1)
@@ -92,8 +94,11 @@ def test_drafting_from_a_cache_equals_drafting_over_the_whole() -> None:
     model, tokens = _model().requires_grad_(False), _tokens()
     output = model(tokens, ahead=True)
     assert output.ahead_BTV is not None
-    cache = model.new_draft_cache(3, 16)
+    pages = Pages(model.config, 6, torch.device("cpu"), torch.float32, layers=1)
+    pages.clean(range(7))
+    tables = np.array([[1, 2], [3, 4], [5, 6]])
     for at, pieces in ((0, 4), (4, 1), (5, 10)):
+        cache = PagedCache(pages, tables, np.full(3, at), first=1)
         logits, _, _ = model.draft(
             output.hidden_BTD[:, at : at + pieces], tokens[:, at + 1 : at + 1 + pieces], cache=cache
         )
