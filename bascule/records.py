@@ -26,7 +26,7 @@ Attribution = Literal[
     "capacity",
     "unknown",
 ]
-SnapshotState = Literal["saved", "verified", "certified", "rejected"]
+SnapshotState = Literal["saved", "verified", "witnessed", "certified", "rejected"]
 Rung = Literal["start again", "another chip", "another pool"]
 
 
@@ -244,6 +244,15 @@ class Coverage(Record):
     detail: str
 
 
+class ProductsChecked(Record):
+    """Products that the guard looked at by `step`, of `steps` steps, since its last such record; all were right."""
+
+    kind: Literal["products_checked"] = "products_checked"
+    step: int
+    products: int
+    steps: int
+
+
 class PoolCondemned(Record):
     kind: Literal["pool_condemned"] = "pool_condemned"
     role: Role
@@ -385,7 +394,7 @@ class Telemetry(Record):
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
-    | WeightsSynced | Mismatch | Evaluation | Coverage | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
+    | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),
 ]  # fmt: skip
 

@@ -105,7 +105,7 @@ def rig(
         muon_learning_rate=muon,
     )
     guard = Guard(
-        config or GuardConfig(checksum_every_steps=4, audit_every_steps=7),
+        config or GuardConfig(checksum_every_steps=4, audit_every_steps=7, rule_out_rate=0.05),
         ledger,
         folder,
         "chip",

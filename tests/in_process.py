@@ -76,7 +76,7 @@ def recipe(accelerator: str, *, spare: str = "cpu", **settings: Any) -> Recipe:
         "data": {"train_problems": 128, "eval_problems": 1},
         "sft": {"steps": 16, "batch_sequences": 8, "warmup_steps": 4},
         "train": {"phases": ["sft"], "snapshot_every_steps": 4},
-        "guard": {"checksum_every_steps": 2, "audit_every_steps": 3},
+        "guard": {"checksum_every_steps": 2, "audit_every_steps": 3, "rule_out_rate": 0.02},
     }
     merged = {
         name: {**small.get(name, {}), **value} if isinstance(value, dict) else value

@@ -69,6 +69,12 @@ class GuardConfig(Section):
         ge=0,
         description="sequences of the step after a snapshot that the referee replays to certify it; 0 = all",
     )
+    rule_out_rate: float = Field(
+        0.001,
+        gt=0,
+        le=1,
+        description="a snapshot is certified once the products checked since would have shown, with 95 %, a lasting fault that strikes this share of products",
+    )
     spike_sigma: float = Field(
         8.0, gt=0, description="robust z-score of loss and gradient norm that raises an alarm"
     )

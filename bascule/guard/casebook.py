@@ -16,7 +16,16 @@ from bascule.guard.budget import Intervals
 from bascule.guard.replay import Finding, StepProposal
 from bascule.guard.sentinels import Cry
 from bascule.ledger import Ledger
-from bascule.records import Alarm, Coverage, Incident, Judgement, PoolReadmitted, SnapshotEvent
+from bascule.records import (
+    Alarm,
+    Coverage,
+    Incident,
+    Judgement,
+    PoolReadmitted,
+    ProductsChecked,
+    SnapshotEvent,
+    SnapshotState,
+)
 
 REFUSED = ("data", "transient chip fault", "persistent chip fault", "software")
 """Attributions after which the step did not commit."""
@@ -58,9 +67,14 @@ class Casebook:
             )
         )  # fmt: skip
 
-    def certified(self, step: int, name: str, sha256: str, reason: str) -> None:
+    def checked(self, step: int, products: int) -> None:
+        self.ledger.append(ProductsChecked(step=step, products=products, steps=1))
+
+    def snapshot(
+        self, step: int, state: SnapshotState, name: str, sha256: str, reason: str
+    ) -> None:
         self.ledger.append(
-            SnapshotEvent(step=step, state="certified", path=f"snapshots/{name}", sha256=sha256, reason=reason)
+            SnapshotEvent(step=step, state=state, path=f"snapshots/{name}", sha256=sha256, reason=reason)
         )  # fmt: skip
 
     def incident(

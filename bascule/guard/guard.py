@@ -9,6 +9,8 @@ The guard knows neither the trainer nor its files: what it needs of them are the
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
 import time
@@ -27,6 +29,7 @@ from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard import audit, budget, sentinels, update
 from bascule.guard.budget import Intervals, Measured
+from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 from bascule.guard.court import Case, Court
@@ -51,14 +54,16 @@ class Snapshots(Protocol):
     """What the guard needs of snapshots: train/writer, which does it once the snapshot is on disk, or train/checkpoint, which
     does it at once (a module can be a Protocol's implementation)."""
 
-    def certify(
+    def witness(
         self, path: Path, proposal: Any, reason: str, done: Callable[[str], None]
     ) -> None: ...
+
+    def certify(self, path: Path, reason: str, done: Callable[[str], None]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A snapshot that waits for its certification by the step that follows it."""
+    """A snapshot that waits for the step that follows it, its witness."""
 
     step: int
     path: Path
@@ -116,7 +121,9 @@ class Guard:
         self._expected: update.Expected | None = None
         self._bits: tuple[int, Tensor] | None = None
         self._pending: Pending | None = None
-        self._unchecked_since_certified = 0
+        self._candidates = recalled(
+            ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
+        )
         self._judged = False
         self._probation_until = self.book.probation_end()
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
@@ -214,6 +221,7 @@ class Guard:
         watch, cries = self._watch.fold(seen)
         for cry in cries:
             self.book.alarm(proposal.step, cry)
+        products = self._products()
         spoilt = self._last_update(proposal.step, stepper)
         violations = self._checksums.violations() if self._checksums is not None else []
         suspicions = [*spoilt, *(cry for cry in cries if cry.suspect)]
@@ -222,13 +230,16 @@ class Guard:
         ]
         start = time.perf_counter()
         suspicions += self._audit(proposal)
+        if not suspicions:
+            self._count(proposal.step, products)
         if not suspicions and self._pending is not None:
             probe = self._probe(proposal, stepper)
-            suspicions += self._certify(probe, stepper)
+            suspicions += self._witness(probe, stepper)
             if suspicions:
                 proposal, violations = probe.proposal, probe.violations
         if suspicions:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
+        self._certify_due()
         self._accept(proposal, watch)
         if self._capture is not None:
             measure = not self._same_kernels()
@@ -243,7 +254,8 @@ class Guard:
             self._look_back(proposal)
         self._pending = None
         self._bits = None
-        self._unchecked_since_certified += self._checksums is None
+        if self._checksums is None:
+            self._candidates = self._candidates.skipped()
         if self._recent and self._recent[-1].phase != proposal.phase:
             self._recent.clear()
         self._recent.append(proposal.batch)
@@ -353,7 +365,7 @@ class Guard:
         Called before the first step of a launch, it says that training resumes from a snapshot nobody certified yet.
         """
         if not self._judged and step > 0:
-            self._unchecked_since_certified += 1
+            self._candidates = self._candidates.skipped()
         self._pending = Pending(step, path)
 
     @property
@@ -363,15 +375,47 @@ class Guard:
 
     def certify_last(self, propose: Callable[..., Any], batch: Any, stepper: Recomputer) -> bool:
         """Certify the run's last snapshot, after which no step follows: `propose(batch, attempt=n)` computes one that is never
-        committed. Returns False when the batch is empty or was refused; raises as `judge` does."""
+        committed, and as many more follow as the certificate needs. Returns False when the batch is empty or was refused; raises
+        as `judge` does."""
         self.court.refused.discard(batch.step)
         for attempt in range(2):
             if self._pending is None:
                 break
             proposal = propose(batch, attempt=attempt)
             if proposal.grads and self.judge(proposal, stepper):
-                return True
+                others = [one for one in self._recent if one.phase == batch.phase]
+                return self._examine(batch.step + 1, others, stepper)
         return False
+
+    def _examine(self, first: int, batches: Sequence[Any], stepper: Recomputer) -> bool:
+        """The closing examination: recent batches as steps that were never planned, under full checks, until no snapshot waits."""
+        step, allowed = first, 2 * self._candidates.needed
+        while self._candidates.waiting and step < first + allowed:
+            batch = dataclasses.replace(batches[step % len(batches)], step=step)
+            one = again(stepper, batch, 0)
+            if one.violations:
+                worst = one.violations[0]
+                cry = self.book.suspect(step, "closing checksum", worst.ratio, str(worst))
+                seen = self._seen(one.proposal)
+                self._settle(one.proposal, stepper, seen, cry, one.violations, False)
+            elif not one.products:
+                break
+            else:
+                self._count(step, [one.products])
+                self._certify_due()
+            step += 1
+        return not self._candidates.waiting
+
+    def _products(self) -> list[int]:
+        """How many products were checked since the last step was judged, by each of the modes that looked."""
+        modes = (self._checksums, self._commit_checksums, self._score_checksums)
+        return [mode.products_checked for mode in modes if mode is not None]
+
+    def _count(self, step: int, products: Sequence[int]) -> None:
+        """They were right: that speaks for the snapshots that wait."""
+        if sum(products):
+            self._candidates = self._candidates.checked(sum(products))
+            self.book.checked(step, sum(products))
 
     def _probe(self, proposal: StepProposal, stepper: Recomputer) -> Again:
         """The step that follows the snapshot, or some of its sequences, on the chip with every product checked."""
@@ -382,8 +426,8 @@ class Guard:
             return Again(proposal)
         return again(stepper, batch, proposal.attempt)
 
-    def _certify(self, probe: Again, stepper: Recomputer) -> list[Cry]:
-        """Hold the probe against the referee. Equal: the snapshot is certified, with the probe as its witness."""
+    def _witness(self, probe: Again, stepper: Recomputer) -> list[Cry]:
+        """Hold the probe against the referee. Equal: the probe is the snapshot's witness, and what is due is certified."""
         assert self._pending is not None
         proposal = probe.proposal
         for violation in probe.violations[:1]:
@@ -398,17 +442,27 @@ class Guard:
             ]
         step, path = self._pending.step, self._pending.path
         reason = f"{_sequences(proposal.batch)} sequences of step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
-        self.snapshots.certify(
+        self.snapshots.witness(
             path,
             proposal,
             reason,
-            lambda sha256: self.book.certified(step, path.name, sha256, reason),
+            lambda sha256: self.book.snapshot(step, "witnessed", path.name, sha256, reason),
         )
-        if self._probation_until is not None and self._pending.step >= self._probation_until:
-            self._probation_until = None
+        self._candidates = self._candidates.witnessed(step, path)
         self._pending = None
-        self._unchecked_since_certified = 0
+        self._certify_due()
         return []
+
+    def _certify_due(self) -> None:
+        """Certify what has waited long enough, oldest first (candidates.py)."""
+        while (one := self._candidates.due()) is not None:
+            self._candidates = self._candidates.certified(one)
+            self.snapshots.certify(one.path, one.says, functools.partial(self._certified, one))
+            if self._probation_until is not None and one.step >= self._probation_until:
+                self._probation_until = None
+
+    def _certified(self, one: Candidate, sha256: str) -> None:
+        self.book.snapshot(one.step, "certified", one.path.name, sha256, one.says)
 
     # ---- settling an alarm
 
@@ -435,7 +489,7 @@ class Guard:
             model=stepper.model,
             cry=cry,
             finding=finding,
-            unchecked=self._unchecked_since_certified,
+            unchecked=self._candidates.unchecked,
             state_is_hit=state_is_hit,
             probation=self._probation_until is not None,
         )

@@ -221,11 +221,12 @@ def moved_weights(model: nn.Module, key: int, ulps: int) -> Iterator[None]:
 
 @dataclass
 class Again:
-    """One computation of a step under full checksums."""
+    """One computation of a step under full checksums. `products`: how many were checked."""
 
     proposal: Any
     violations: list[Violation] = field(default_factory=list)
     product: Product | None = None
+    products: int = 0
 
 
 def again(
@@ -241,7 +242,10 @@ def again(
     proposal = stepper.recompute(batch, accelerator, attempt, watch)
     found = [violation for mode in modes for violation in mode.violations()]
     return Again(
-        proposal, found, next((mode.kept for mode in modes if mode.kept is not None), None)
+        proposal,
+        found,
+        next((mode.kept for mode in modes if mode.kept is not None), None),
+        sum(mode.products_checked for mode in modes),
     )
 
 

@@ -4,7 +4,7 @@
       model.safetensors  optimizer.safetensors  objective.safetensors   tensors by name
       state.json         step, phase, circumstances, everything that is not a tensor
       manifest.json      sha256 and size of each file above
-      trust.json         saved | verified | certified | rejected, the reason, the witness; rewritten as trust changes
+      trust.json         saved | verified | witnessed | certified | rejected, the reason, the witness; rewritten as trust changes
 
 A snapshot is written under a temporary name, flushed to disk and renamed, so a folder with the right name is whole or was
 damaged later; `verify` tells. No pickle anywhere: a snapshot from a suspect machine must not run code.
@@ -39,7 +39,13 @@ from bascule.train.storage import (
     write_tensors,
 )
 
-_RANK: dict[SnapshotState, int] = {"rejected": -1, "saved": 0, "verified": 1, "certified": 2}
+_RANK: dict[SnapshotState, int] = {
+    "rejected": -1,
+    "saved": 0,
+    "verified": 1,
+    "witnessed": 2,
+    "certified": 3,
+}
 _PARTS = ("model", "optimizer", "objective")
 
 
@@ -264,10 +270,16 @@ def set_trust(
     return after
 
 
-def certify(path: Path, proposal: Proposal, reason: str, done: Callable[[str], None]) -> None:
-    """Record the good step after the snapshot as its witness, call it certified, and then `done` with its hash."""
-    witness = write_witness(path / "witness.safetensors", proposal)
-    set_trust(path, "certified", reason, witness=witness)
+def witness(path: Path, proposal: Proposal, reason: str, done: Callable[[str], None]) -> None:
+    """Record the good step after the snapshot as its witness, and then `done` with the snapshot's hash."""
+    kept = write_witness(path / "witness.safetensors", proposal)
+    set_trust(path, "witnessed", reason, witness=kept)
+    done(sha256(path))
+
+
+def certify(path: Path, reason: str, done: Callable[[str], None]) -> None:
+    """Call a witnessed snapshot certified, and then `done` with its hash."""
+    set_trust(path, "certified", reason)
     done(sha256(path))
 
 

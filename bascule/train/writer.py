@@ -65,13 +65,16 @@ class SnapshotWriter:
         self._give(work)
         return checkpoint.path_of(folder, step)
 
-    def certify(
+    def witness(
         self, path: Path, proposal: Proposal, reason: str, done: Callable[[str], None]
     ) -> None:
-        """As checkpoint.certify, once the snapshot at `path` is on disk. The gradients are copied now."""
+        """As checkpoint.witness, once the snapshot at `path` is on disk. The gradients are copied now."""
         grads = {name: grad.detach().to("cpu", copy=True) for name, grad in proposal.grads.items()}
         kept = dataclasses.replace(proposal, grads=grads)
-        self._give(lambda: checkpoint.certify(path, kept, reason, done))
+        self._give(lambda: checkpoint.witness(path, kept, reason, done))
+
+    def certify(self, path: Path, reason: str, done: Callable[[str], None]) -> None:
+        self._give(lambda: checkpoint.certify(path, reason, done))
 
     def check(self) -> None:
         """Raise what failed since the last look (OSError, SnapshotError). Does not wait."""

@@ -44,7 +44,7 @@ from bascule.stages.faults import families
 from bascule.train import checkpoint
 from bascule.train.objective import Objective
 
-STEPS, EVERY, LAST_ONSET = 24, 8, 14
+STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 32
 MIX = {"zeroed": 0.51, "bit_flip": 0.48, "nan": 0.01}
 RATES, STRIDES = (0.002, 0.02, 0.1), (61, 499)
 GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot")
@@ -179,7 +179,7 @@ def _recipe(accelerator: str, preset: str, guard: dict[str, Any]) -> Any:
     return campaign.in_process.recipe(
         accelerator, model={"preset": preset}, sft={"steps": STEPS},
         train={"snapshot_every_steps": EVERY, "keep_snapshots": 100},
-        guard={"checksum_every_steps": 64, "audit_every_steps": 200, **guard},
+        guard={"checksum_every_steps": CHECKED_EVERY, "audit_every_steps": 200, "rule_out_rate": 0.001, **guard},
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ REFEREE = CpuAccelerator("referee")
 
 @pytest.fixture
 def left(tmp_path: Path, guarded: ModuleType) -> Path:
-    """A run of 7 steps; the snapshot of step 5 is certified by step 6."""
-    guarded.rig(tmp_path).run(7, every=5)
+    """A run of 8 steps; the snapshot of step 5 is witnessed by step 6, and certified after step 8, whose products are checked."""
+    guarded.rig(tmp_path).run(8, every=5)
     return tmp_path
 
 

@@ -56,7 +56,8 @@ CONDEMNED = {
     "intermittent": {"checksum", "finite"},
     "stuck-lane": {"checksum"},
     "cache-line": {"checksum"},
-    "rsqrt-off": {"certification", "audit"},
+    "rsqrt-off": {"checksum"},
+    'gain-0.2-percent?ops=["_log_softmax"]&amount=1.001': {"checksum"},
     "saved-activation": {"memory", "checksum", "certification"},
     "stale-copy": {"certification", "audit", "checksum"},
     "stale-replay": {"checksum"},
@@ -66,7 +67,7 @@ CONDEMNED = {
     "mask-slip": {"checksum", "certification", "audit"},
 }
 # Every row costs a core-second or two; these say little that the others do not.
-SLOW = {"stuck-lane", "cache-line", "rsqrt-off", "stale-replay", "ignores-strides", "attention-backward", "first-layer-gradient", "sign", "bit-flip"}  # fmt: skip
+SLOW = {"stuck-lane", "cache-line", "stale-replay", "ignores-strides", "attention-backward", "first-layer-gradient", "sign", "bit-flip"}  # fmt: skip
 
 # Ends in an exception that the supervisor classifies (tests/guard/test_watchdog.py says how).
 RAISED = {
@@ -128,7 +129,7 @@ def run(root: Path, profile: str, *, seed: int = 0):  # type: ignore[no-untyped-
         root,
         f"sim:{profile}@cpu",
         seed=seed,
-        config=GuardConfig(checksum_every_steps=2, audit_every_steps=3),
+        config=GuardConfig(checksum_every_steps=2, audit_every_steps=3, rule_out_rate=0.02),
     )
     rig.run(STEPS, every=4)
     return rig
