@@ -5,8 +5,8 @@ bmm and baddbmm below it is checked, so the forward product and both backward pr
 the model knowing. r has random signs and sizes: a vector of ones would not see swapped columns, nor rows that sum to zero by
 construction. The bound per row comes from numerics.checksum_bound (feasibility.md 6: 0 false alarms in 655,422 checks).
 
-Fused attention is held to laws of its own (guard/attention). Not covered: norms, routing and other operators that are no products;
-audits and the replays at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
+Fused attention, softmax and RMS norm are held to laws of their own (guard/attention, guard/invariants). Not covered: routing, rotation
+and other operators that have no law; audits and the replays at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
 does not share that fault.
 """
 
@@ -20,12 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule import draws, numerics
 from bascule.guard.attention import FUSED, attention_ratio
+from bascule.guard.invariants import LAWS, rms_norm_ratio
 
 aten = torch.ops.aten
+
+_OTHER, _LAW = (-1, -1, None), (-2, -2, None)
 
 # What each operator multiplies: positions of A and B among the arguments, and of the added term, if any. One table with the
 # fused operators (None): a step dispatches some 1,500 operators, and each look-up hashes one in Python.
@@ -35,8 +40,8 @@ _CHECKED: dict[Any, tuple[int, int, int | None] | None] = {
     aten.addmm.default: (1, 2, 0),
     aten.baddbmm.default: (1, 2, 0),
     **dict.fromkeys(FUSED),
+    **dict.fromkeys(LAWS, _LAW),
 }
-_OTHER = (-1, -1, None)
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,21 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
     keep: bool = False
     kept: Product | None = None
     _checks: dict[int, _Check] = field(default_factory=dict)
+    _laws: list[tuple[int, _Check]] = field(default_factory=list)
     _count: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._norms = _Norms(self)
+
+    def __enter__(self) -> Checksums:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._norms.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._norms.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -108,6 +124,9 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
         output = func(*args, **(kwargs or {}))
         places = _CHECKED.get(func, _OTHER)
         if places is _OTHER:
+            return output
+        if places is _LAW:
+            self._obey(func.overloadpacket.__name__, LAWS[func](args, output), output)
             return output
         index, self._count = self._count, self._count + 1
         if self.only is None or self.only(index):
@@ -127,10 +146,11 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
 
     def violations(self) -> list[Violation]:
         """All wrong products in the order they ran. Waits for the chip once."""
-        if not self._checks:
+        checks = sorted([*self._checks.items(), *self._laws], key=lambda one: one[0])
+        if not checks:
             return []
-        ratios = torch.stack([check.ratio for check in self._checks.values()]).tolist()
-        pairs = zip(self._checks.items(), ratios, strict=True)
+        ratios = torch.stack([check.ratio for _, check in checks]).tolist()
+        pairs = zip(checks, ratios, strict=True)
         return [
             self._violation(index, check, ratio)
             for (index, check), ratio in pairs
@@ -138,8 +158,9 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
         ]
 
     def worst_ratio(self) -> float:
-        """The largest error over its bound of all products of the step: how much room the bound had."""
-        return max((float(check.ratio) for check in self._checks.values()), default=0.0)
+        """The largest error over its bound of all products and laws of the step: how much room the bound had."""
+        checks = [*self._checks.values(), *(check for _, check in self._laws)]
+        return max((float(check.ratio) for check in checks), default=0.0)
 
     def _check(
         self,
@@ -182,6 +203,13 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
                 "attention", shape, torch._C._current_autograd_node(), (0, 0), ratio
             )
 
+    def _obey(self, op: str, ratio: Tensor, output: Tensor, touches: int = 0) -> None:
+        """Note an operator that is no product; it is counted at the place of the product that follows it."""
+        n = output.shape[-1] if output.dim() else 1
+        shape = (output.numel() // max(1, n), n, n)
+        check = _Check(op, shape, torch._C._current_autograd_node(), (touches, 0), ratio)
+        self._laws.append((self._count, check))
+
     def _violation(self, index: int, check: _Check, ratio: float) -> Violation:
         name, direction = self._describe(check)
         return Violation(
@@ -217,6 +245,42 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
                 if found:
                     return found
         return ""
+
+
+class _Norms(TorchFunctionMode):  # type: ignore[misc]
+    """Sees RMS norm as one function: where there is no fused kernel the dispatcher sees only its pieces."""
+
+    def __init__(self, checksums: Checksums) -> None:
+        super().__init__()
+        self.checksums = checksums
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is functional.rms_norm:
+            self._judge(output, *args, **(kwargs or {}))
+        return output
+
+    def _judge(
+        self,
+        output: Tensor,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> None:
+        if len(normalized_shape) != 1:
+            return
+        dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+        probe = _probe(output.shape[-1], dtype, output.device)
+        touches = 0 if weight is None else weight.untyped_storage().data_ptr()
+        ratio = rms_norm_ratio(input, weight, eps, output, probe)
+        self.checksums._obey("rms_norm", ratio, output, touches)
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""The truth table of the checksums (products and attention): which planted faults they must catch within one step, and when to stay silent."""
+"""The truth table of the checksums (products, attention, softmax, norms): which planted faults they must catch within one step, and when to stay silent."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ CAUGHT = [
     "buffer-1024?amount=64",
     "softmax-0.99",  # by the laws of attention
 ]
+# Only by the laws of softmax and norms (guard/invariants): no product and no attention of these steps is wrong.
+LAWS = {
+    'gain-0.2-percent?ops=["_log_softmax"]&amount=1.0001': "_log_softmax",
+    'zeroed?ops=["_log_softmax_backward_data"]&rate=1': "_log_softmax_backward_data",
+    'gain-0.2-percent?ops=["mean"]': "rms_norm",
+    'zeroed?ops=["pow"]&rate=1': "rms_norm",
+    "rsqrt-off": "rms_norm",
+}
 SILENT = ["clean", "ascend-r2", "infer-bad", "slow", "transient", "ageing"]
 # Not a matter of matrix products, or too small for a bound on rounding: replays, audits and qualification are for these.
 BLIND = ["jitter", "drop-best", "bit-rot?rate=1", "saturating"]
@@ -50,6 +58,12 @@ def violations(name: str) -> list[Violation]:
 @pytest.mark.parametrize("name", CAUGHT)
 def test_the_checksums_catch(name: str) -> None:
     assert violations(name)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_only_the_laws_of_softmax_and_norms_catch(name: str) -> None:
+    found = {violation.op for violation in violations(name)}
+    assert LAWS[name] in found <= set(LAWS.values())
 
 
 @pytest.mark.parametrize("name", SILENT)

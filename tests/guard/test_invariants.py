@@ -1,0 +1,154 @@
+"""Laws of softmax, its logarithm, RMS norm and updates: right results keep them with room to spare, small wrongs break them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bascule.guard.checksum import Checksums
+from bascule.guard.invariants import (
+    SPECTRAL_REACH,
+    adamw_reach,
+    log_softmax_backward_ratio,
+    log_softmax_ratio,
+    muon_reach,
+    rms_norm_ratio,
+    softmax_backward_ratio,
+    softmax_ratio,
+)
+from bascule.train.optimizer import SplitOptimizer, orthogonalise
+
+aten = torch.ops.aten
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SHAPES = [(64, 7), (32, 128), (4, 5, 1000), (2, 20_000)]
+
+
+def numbers(seed: int, shape, dtype, scale=1.0):  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def both_ways(x, dy, softmax):  # type: ignore[no-untyped-def]
+    forward, backward = (
+        (aten._softmax, aten._softmax_backward_data)
+        if softmax
+        else (aten._log_softmax, aten._log_softmax_backward_data)
+    )
+    y = forward(x, -1, False)
+    return y, backward(dy, y, -1, x.dtype)
+
+
+def worst(x, dy, y, dx, softmax) -> float:  # type: ignore[no-untyped-def]
+    if softmax:
+        return float(torch.maximum(softmax_ratio(x, y, -1), softmax_backward_ratio(dy, y, dx, -1)))
+    ratios = log_softmax_ratio(x, y, -1), log_softmax_backward_ratio(dy, y, dx, -1)
+    return float(torch.maximum(*ratios))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softmax", [True, False])
+def test_right_softmaxes_use_less_than_half_of_what_is_allowed(softmax: bool, dtype) -> None:  # type: ignore[no-untyped-def]
+    for seed, shape in enumerate(SHAPES):
+        for scale in (1e-4, 1.0, 30.0):
+            x, dy = numbers(seed, shape, dtype, scale), numbers(seed + 9, shape, dtype, 1e-5)
+            assert worst(x, dy, *both_ways(x, dy, softmax), softmax) < 0.5, (shape, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_norms_use_less_than_half_of_what_is_allowed(dtype) -> None:  # type: ignore[no-untyped-def]
+    for seed, shape in enumerate(SHAPES):
+        for scale in (1e-4, 1.0, 1e3):
+            x = numbers(seed, shape, dtype, scale)
+            weight = numbers(seed + 1, shape[-1:], dtype)
+            probe = numbers(3, shape[-1:], torch.float32 if dtype != torch.float64 else dtype)
+            y = F.rms_norm(x, shape[-1:], weight, 1e-6)
+            assert float(rms_norm_ratio(x, weight, 1e-6, y, probe)) < 0.5, (shape, scale)
+
+
+def test_small_wrongs_break_them() -> None:
+    x, dy = numbers(0, (32, 128), torch.float32), numbers(1, (32, 128), torch.float32)
+    for softmax in (True, False):
+        y, dx = both_ways(x, dy, softmax)
+        for wrong_y in (y * 1.0001, y.clone().index_fill_(0, torch.tensor(3), 0.0)):
+            assert worst(x, dy, wrong_y, dx, softmax) > 1
+        dropped = dx.clone()
+        dropped[5, 7] = 0
+        assert worst(x, dy, y, dropped, softmax) > 1
+        assert worst(x, dy, y, dx + 1e-5, softmax) > 1
+    y, dx = both_ways(x, dy, True)
+    negative = y.clone()
+    negative[0, 0], negative[0, 1] = -y[0, 0], y[0, 1] + 2 * y[0, 0]  # the sum is still one
+    assert worst(x, dy, negative, dx, True) == math.inf
+    y, dx = both_ways(x, dy, False)
+    swapped = y.flip(-1)  # still a distribution, of other tokens
+    assert worst(x, dy, swapped, dx, False) > 1
+    weight, probe = numbers(2, (128,), torch.float32), numbers(3, (128,), torch.float32)
+    y = F.rms_norm(x, (128,), weight, 1e-6)
+    one_off = y.clone()
+    one_off[4, 9] += 1e-3
+    for wrong in (y * 1.0001, one_off, -y, y.flip(-1), y * math.nan):
+        assert not float(rms_norm_ratio(x, weight, 1e-6, wrong, probe)) <= 1
+
+
+def test_rows_that_were_bad_before_blame_nobody() -> None:
+    x = numbers(0, (4, 16), torch.float32)
+    x[1, 3], x[2, 5] = math.nan, math.inf
+    dy = torch.ones_like(x)
+    y, dx = both_ways(x, dy, False)
+    assert float(log_softmax_ratio(x, y, -1)) <= 1
+    masked = torch.full((2, 8), -math.inf)
+    masked[0, :4] = 1.0  # the second row attends to nothing: NaN by definition
+    assert float(softmax_ratio(masked, masked.softmax(-1), -1)) <= 1
+    y = F.rms_norm(x, (16,), None, 1e-6)
+    assert float(rms_norm_ratio(x, None, 1e-6, y, torch.ones(16))) <= 1
+
+
+def test_the_watched_step_sees_norm_and_softmax_and_names_the_norm() -> None:
+    weight = torch.ones(8, requires_grad=True)
+    x = numbers(0, (4, 8), torch.float32).requires_grad_()
+    watch = Checksums(names={weight.untyped_storage().data_ptr(): "norm.weight"})
+    with watch:
+        F.cross_entropy(F.rms_norm(x, (8,), weight, 1e-6), torch.arange(4)).backward()
+    assert watch.violations() == [] and watch.products_seen == 0
+    assert [check.op for _, check in watch._laws] == [
+        "rms_norm",
+        "_log_softmax",
+        "_log_softmax_backward_data",
+    ]
+    watch._laws[0][1].ratio.fill_(math.nan)
+    assert "rms_norm #0 of norm.weight (forward" in str(watch.violations()[0])
+
+
+def test_no_gradients_move_adamw_beyond_its_reach_and_the_worst_come_close() -> None:
+    worst_seen = 0.0
+    for kind in ("constant", "growing", "random", "one big one last"):
+        p = torch.zeros(64)
+        optimizer = SplitOptimizer({"bias": p}, learning_rate=1.0)
+        for step in range(1, 41):
+            grad = {
+                "constant": torch.ones(64),
+                "growing": torch.full((64,), (0.95 / 0.9) ** step),
+                "random": numbers(step, (64,), torch.float32),
+                "one big one last": torch.full((64,), 1e6 if step == 40 else 1e-6),
+            }[kind]
+            before = p.clone()
+            optimizer.step({"bias": grad}, factor=1.0)
+            share = float((p - before).abs().max()) / adamw_reach(optimizer.betas, step)
+            assert share <= 1.0 + 1e-4, (kind, step)
+            worst_seen = max(worst_seen, share)
+    assert worst_seen > 0.99
+
+
+def test_orthogonalised_matrices_stay_within_muons_reach() -> None:
+    longest = 0.0
+    for seed, (rows, columns) in enumerate([(4, 4), (16, 64), (48, 96), (1, 30)]):
+        for spread in (0.0, 1.0, 6.0):  # singular values from equal to over six decades
+            scale = torch.logspace(0, -spread, rows).diag()
+            x = scale @ numbers(seed, (rows, columns), torch.float32)
+            out = orthogonalise(x[None])[0]
+            longest = max(longest, float(torch.linalg.matrix_norm(out, 2)))
+            assert float(out.norm()) <= muon_reach(rows, columns)
+    assert 0.9 < longest <= SPECTRAL_REACH
