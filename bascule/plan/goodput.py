@@ -25,7 +25,10 @@ class FailureRate:
     source: str
 
 
-LLAMA3 = "Llama 3: 419 unexpected in 54 days on 16,384 H100 = 3.79; Meta RSC-1/RSC-2 (arXiv:2410.21680) 6.50 / 2.34"
+LLAMA3 = (
+    "Llama 3: 419 unexpected in 54 days on 16,384 H100 = 3.79; Meta RSC-1/RSC-2 (arXiv:2410.21680) 6.50 / 2.34; "
+    "504 B200 (arXiv:2605.09370): 10 GPU failures in 55 days = 2.9"
+)
 RATES: dict[str, FailureRate] = {
     "NVIDIA": FailureRate(3.79, 2.34, 6.50, LLAMA3),
     "AMD": FailureRate(3.79, 2.0, 10.0, f"no published rate; NVIDIA's range widened ({LLAMA3})"),
@@ -33,7 +36,7 @@ RATES: dict[str, FailureRate] = {
         3.0,
         1.6,
         10.0,
-        "TPU v4 (Zu et al., NSDI 2024): outages in about 1 % of jobs, hardware alone 0.08 % of four-chip machines a day (as recalled) = 1.6; software causes on top, taken as NVIDIA's",
+        "TPU v4 (Zu et al., NSDI 2024, usenix.org/conference/nsdi24/presentation/zu): hardware outages in about 1 % of jobs; 0.08 % of four-chip machines a day (as recalled) = 1.6 is the lower end; software causes on top, taken as NVIDIA's",
     ),
     "Huawei": FailureRate(
         6.5,

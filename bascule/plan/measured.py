@@ -12,7 +12,7 @@ from bascule.folder import RunFolder
 from bascule.ledger import of_kind, read_ledger
 from bascule.plan.catalogue import Chip, find_chip, with_measured
 from bascule.plan.goodput import Recovery
-from bascule.records import AnyRecord, Evidence, Migration
+from bascule.records import AnyRecord, Evidence, Incident, Migration, StepStats
 
 # What `speed.step` measured, by the name that `options.price_pools` knows, in giga-units.
 FIGURES = {
@@ -71,6 +71,15 @@ def _chip(pool: str, seen: dict[str, float | str]) -> Chip:
 
 
 def recovery_of(records: Sequence[AnyRecord]) -> Recovery | None:
-    """Detection and restart as the run's own fallbacks took them (median); None when it never had to move."""
+    """Detection and restart as the run itself (a drill, most likely) took them: from its last good step to the incident, and from
+    there to the first step elsewhere; medians. None when it never had to move."""
     lost = [move.seconds_lost for move in of_kind(records, Migration) if move.seconds_lost > 0]
-    return Recovery(detect_s=0.0, restart_s=statistics.median(lost)) if lost else None
+    if not lost:
+        return None
+    good = [step.time_s for step in of_kind(records, StepStats)]
+    seen = [
+        incident.time_s - before[-1]
+        for incident in of_kind(records, Incident)
+        if incident.rollback and (before := [time for time in good if time <= incident.time_s])
+    ]
+    return Recovery(detect_s=statistics.median(seen or [0.0]), restart_s=statistics.median(lost))

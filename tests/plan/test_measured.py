@@ -12,7 +12,7 @@ from bascule.ledger import Ledger
 from bascule.plan.answer import answer
 from bascule.plan.catalogue import find_chip
 from bascule.plan.measured import chips_of, pools_of, read_run, recovery_of
-from bascule.records import Evidence, Migration
+from bascule.records import Evidence, Incident, Migration, StepStats
 
 
 def run_of(folder: Path, *, gemm: float, lost: tuple[float, ...] = ()) -> Path:
@@ -53,6 +53,27 @@ def test_a_slower_chip_takes_longer_and_the_runs_fallbacks_say_how_long_recovery
     assert "measured on this machine" in slow.step.basis
     assert recovery_of(read_run(tmp_path / "300000.0")).restart_s == 50.0
     assert slow.ask.recovery.down_s == 50.0
+
+
+def test_detection_is_the_time_from_the_last_good_step_to_the_incident(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", gemm=5e5, lost=(40.0,))
+    ledger = Ledger(RunFolder(folder).ledger)
+    ledger.append(
+        StepStats(
+            time_s=100.0,
+            step=8,
+            phase="sft",
+            loss=1.0,
+            grad_norm=1.0,
+            learning_rate=1e-3,
+            tokens=8,
+            seconds=1.0,
+        )
+    )
+    ledger.append(
+        Incident(time_s=107.0, incident_id="1", step=9, sentinel="watchdog", attribution="persistent chip fault", action="condemn", evidence="e", rollback=True)
+    )  # fmt: skip
+    assert recovery_of(read_run(folder)).detect_s == pytest.approx(7.0)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
