@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, budget, sentinels, update
+from bascule.guard import audit, budget, invariants, sentinels, update
 from bascule.guard.budget import Intervals, Measured
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
@@ -120,6 +120,8 @@ class Guard:
         self._capture: audit.Capture | None = None
         self._expected: update.Expected | None = None
         self._bits: tuple[int, Tensor] | None = None
+        self._reach: Mapping[str, tuple[float, float]] = {}
+        self._moved: tuple[int, Tensor, Tensor] | None = None
         self._pending: Pending | None = None
         self._candidates = recalled(
             ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
@@ -185,14 +187,16 @@ class Guard:
     def _watch_commit(self, step: int, model: nn.Module) -> Iterator[None]:
         """The update's own products (Muon's iteration). A wrong one is found after the weights have changed, so it is judged
         with the next step, and leads to a rollback."""
+        follows = self._moved is not None and self._moved[0] == step - 1
+        before = self._moved[2] if self._moved and follows else self._lengths_of(model)
         if not self.watches(step):
             yield
-            self._bits = (step + 1, self._bits_of(model))
-            return
-        self._commit_checksums, self._committing = Checksums(names=self._names_of(model)), step
-        with self._commit_checksums:
-            yield
+        else:
+            self._commit_checksums, self._committing = Checksums(names=self._names_of(model)), step
+            with self._commit_checksums:
+                yield
         self._bits = (step + 1, self._bits_of(model))
+        self._moved = (step, before, self._lengths_of(model))
 
     def _names_of(self, model: nn.Module) -> dict[int, str]:
         if self._names[0] != id(model):
@@ -200,10 +204,16 @@ class Guard:
         return self._names[1]
 
     def _bits_of(self, model: nn.Module) -> Tensor:
+        return update.bit_sums(self._parameters_of(model))
+
+    def _lengths_of(self, model: nn.Module) -> Tensor:
+        return invariants.lengths(self._parameters_of(model))
+
+    def _parameters_of(self, model: nn.Module) -> list[nn.Parameter]:
         """Walking the module tree for its parameters takes longer than adding up a small model's bits: walked once."""
         if self._parameters[0] != id(model):
             self._parameters = (id(model), list(model.parameters()))
-        return update.bit_sums(self._parameters[1])
+        return self._parameters[1]
 
     # ---- judging
 
@@ -241,6 +251,7 @@ class Guard:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
         self._certify_due()
         self._accept(proposal, watch)
+        self._reach = stepper.reach(proposal)
         if self._capture is not None:
             measure = not self._same_kernels()
             self._expected = update.expect(proposal, stepper, self.referee, measure=measure)
@@ -326,6 +337,7 @@ class Guard:
             cries.append(
                 self.book.suspect(wrong.step, "update audit", wrong.error, str(wrong), wrong.bound)
             )
+        cries += self._overreach(step, stepper.model)
         known = self._bits is not None and self._bits[0] == step
         rotten = (
             update.changed(self._bits[1], self._bits_of(stepper.model), stepper.model)
@@ -336,6 +348,17 @@ class Guard:
             detail = f"the bits of {rotten} changed while nobody wrote to it"
             cries.append(self.book.suspect(step, "memory", math.inf, detail))
         return cries
+
+    def _overreach(self, step: int, model: nn.Module) -> list[Cry]:
+        """Every update is held to the most that its optimizer can do: a wrong product inside Muon's iteration throws weights far."""
+        if self._moved is None or self._moved[0] != step - 1 or not self._reach:
+            return []
+        names = [name for name, _ in model.named_parameters()]
+        far = invariants.overreach(self._moved[1], self._moved[2], self._reach, names)
+        if far is None:
+            return []
+        detail = f"the update of step {step - 1} moved {far[0]} {far[1]:.3g} times as far as its optimizer can"
+        return [self.book.suspect(step - 1, "update size", far[1], detail, 1.0)]
 
     def _audit(self, proposal: StepProposal) -> list[Cry]:
         if self._capture is None:

@@ -3,10 +3,9 @@
     softmax         no entry below zero, rows sum to one;  backward: rows of dX sum to zero
     log-softmax     exp of rows sums to one, and Y - X is one number a row;  backward: rows of dX sum to zero
     RMS norm        for y = w x / rms(x): p.y = p.(w x) / rms(x) for a fixed p, and |y| = |w x| / rms(x)
-    AdamW           |update| <= rate * reach: Cauchy and Schwarz on the two running means
-    Muon            Newton-Schulz leaves singular values below SPECTRAL_REACH, so no update is longer than that a direction
+    an update       no parameter's length changes by more than its optimizer can move it (train/optimizer.reach)
 
-Functions give the largest break of a law over its bound, a scalar on the chip: over 1, or NaN, is a break. Bounds are the rounding of
+The first functions give the largest break of a law over its bound, a scalar on the chip: over 1, or NaN, is a break. Bounds are the rounding of
 the sums involved, u their unit, n the row's length. A row whose inputs are not finite obeys no law; the operator that made them so is
 the one to name.
 """
@@ -14,7 +13,7 @@ the one to name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ aten = torch.ops.aten
 MARGIN = 8.0
 """As for attention. The largest breaks seen in clean use stand in tests/guard/test_invariants.py, which measures them."""
 
-SPECTRAL_REACH = 1.25
-"""Largest singular value after five quintic steps with Jordan's coefficients: the polynomial's maximum on [0, 1] iterated is 1.205."""
+LENGTH_ROUNDING = 1e-4
+"""Share of a 2-norm that two ways of adding up millions of squares may differ by; an update that matters moves more."""
 
 
 @torch.no_grad()
@@ -85,22 +84,23 @@ def rms_norm_ratio(
     return _worst(torch.maximum(along, energy) / room, length)
 
 
-def adamw_reach(betas: tuple[float, float], steps_taken: int) -> float:
-    """The largest |first / sqrt(second)|, both without bias, that any gradients can lead to in `steps_taken` steps.
-
-    first and second are sums over past gradients g_k with weights (1 - b1) b1^k and (1 - b2) b2^k; by Cauchy and Schwarz
-    first^2 <= second * (1 - b1)^2 / (1 - b2) * sum (b1^2 / b2)^k. For (0.9, 0.95) it falls from 1 and ends at 1.16.
-    """
-    b1, b2 = betas
-    q = b1 * b1 / b2
-    steps = steps_taken if q == 1.0 else (1.0 - q**steps_taken) / (1.0 - q)
-    raw = (1.0 - b1) / math.sqrt(1.0 - b2) * math.sqrt(steps)
-    return raw * math.sqrt(1.0 - b2**steps_taken) / (1.0 - b1**steps_taken)
+@torch.no_grad()
+def lengths(parameters: Sequence[Tensor]) -> Tensor:
+    """(P,) 2-norms, in one call and without a wait."""
+    return torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters))])
 
 
-def muon_reach(rows: int, columns: int) -> float:
-    """The largest 2-norm of one orthogonalised matrix: every direction of the shorter side at most SPECTRAL_REACH."""
-    return SPECTRAL_REACH * math.sqrt(min(rows, columns))
+def overreach(
+    before: Tensor, after: Tensor, reach: Mapping[str, tuple[float, float]], names: Sequence[str]
+) -> tuple[str, float] | None:
+    """The parameter whose length changed most beyond its optimizer's reach, and by how many times; None where all kept within. No
+    vector's length changes by more than the length of what was added. `reach`: by name, (length, share of the present length)."""
+    room = torch.tensor([reach.get(name, (math.inf, 0.0)) for name in names])
+    old, new = before.cpu(), after.cpu()
+    ratio = (new - old).abs() / (room[:, 0] + (room[:, 1] + LENGTH_ROUNDING) * old)
+    worst = int(torch.where(ratio.isnan(), math.inf, ratio).argmax())
+    share = float(ratio[worst])
+    return None if share <= 1.0 else (names[worst], share)
 
 
 # Operators that the dispatcher sees by themselves: (arguments, output) to ratio. RMS norm is seen as a function (guard/checksum):

@@ -79,7 +79,8 @@ class StepProposal(Protocol):
 
 class Recomputer(Protocol):
     """What the guard asks of train's Stepper: the same weights, any batch, any chip, nothing changed. `rehearse` gives the
-    weights by name that committing a proposal would leave, worked out on the given chip."""
+    weights by name that committing a proposal would leave, worked out on the given chip; `reach` how far it can move each at most
+    (2-norm, share of the parameter's own length)."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -93,6 +94,8 @@ class Recomputer(Protocol):
     ) -> Any: ...
 
     def rehearse(self, proposal: Any, accelerator: Accelerator) -> Mapping[str, Tensor]: ...
+
+    def reach(self, proposal: Any) -> Mapping[str, tuple[float, float]]: ...
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from bascule.train.state import StateDict
 # Quintic with the steepest slope at zero that keeps singular values within about [0.7, 1.2] (Jordan 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
+SPECTRAL_REACH = 1.25
+"""No singular value comes out larger: on [0, 1] the five quintics stay below 1.21."""
 
 # Lookups, the head, the router and every norm see sparse or per-feature gradients: orthogonalising them hurts.
 _NOT_A_MATRIX = re.compile(r"embed|lm_head|norm|\bgate\.weight|router|bias")
@@ -40,6 +42,19 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
         poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
         x_NRC = torch.baddbmm(x_NRC, poly_NRR, x_NRC, beta=a)
     return x_NRC
+
+
+def adamw_reach(betas: tuple[float, float], steps_taken: int) -> float:
+    """The largest |first / sqrt(second)|, both without bias, that any gradients can lead to in `steps_taken` steps.
+
+    first and second are sums over past gradients with weights (1 - b1) b1^k and (1 - b2) b2^k; by Cauchy and Schwarz
+    first^2 <= second * (1 - b1)^2 / (1 - b2) * sum (b1^2 / b2)^k. For (0.9, 0.95) it lies between 1 and 1.2.
+    """
+    b1, b2 = betas
+    q = b1 * b1 / b2
+    terms = steps_taken if q == 1.0 else (1.0 - q**steps_taken) / (1.0 - q)
+    raw = (1.0 - b1) * math.sqrt(terms / (1.0 - b2))
+    return raw * math.sqrt(1.0 - b2**steps_taken) / (1.0 - b1**steps_taken)
 
 
 @dataclass
@@ -141,6 +156,24 @@ class SplitOptimizer:
             p.mul_(1.0 - rate * self.weight_decay)
         spread = (second / (1.0 - beta2**self.steps_taken)).sqrt_().add_(self.eps)
         p.addcdiv_(first, spread, value=-rate / (1.0 - beta1**self.steps_taken))
+
+    def reach(self, factor: float) -> dict[str, tuple[float, float]]:
+        """By name, how far the next `step` can move a parameter whatever the gradients are: (2-norm, share of its own length)."""
+        found: dict[str, tuple[float, float]] = {}
+        rate = factor * self.muon_learning_rate
+        for name in (name for stack in self._stacks for name in stack.names):
+            p = self.parameters[name]
+            rows, columns = p.shape[-2:]
+            directions = p.numel() / max(rows, columns)
+            scale = math.sqrt(max(1.0, rows / columns) * directions)
+            found[name] = (rate * SPECTRAL_REACH * scale, rate * self.weight_decay)
+        rate = factor * self.learning_rate
+        most = adamw_reach(self.betas, self.steps_taken + 1)
+        for name in self._first:
+            p = self.parameters[name]
+            decay = self.weight_decay if is_matrix(name, p) else 0.0
+            found[name] = (rate * most * math.sqrt(p.numel()), rate * decay)
+        return found
 
     def state_dict(self) -> StateDict:
         """`steps_taken`, and by parameter name `momentum/…` (Muon) or `first/…` and `second/…` (AdamW); tensors are copies."""

@@ -138,6 +138,11 @@ class Stepper:
                     self.model.update_router_bias(proposal.expert_loads, self.router_bias_speed)
         self.step = proposal.step
 
+    def reach(self, proposal: Proposal) -> dict[str, tuple[float, float]]:
+        """How far `commit` can move each parameter at most, whatever the gradients (optimizer.reach)."""
+        objective, optimizer = self._phase(proposal.phase)
+        return optimizer.reach(objective.learning_rate(proposal.step)[0])
+
     def rehearse(self, proposal: Proposal, accelerator: Accelerator) -> StateDict:
         """The weights and router biases that `commit` would leave, worked out on a copy on another chip. Changes nothing.
 

@@ -191,6 +191,19 @@ def test_a_one_off_is_called_transient_and_the_chip_trains_on(tmp_path: Path) ->
     assert sorted(set(rig.steps)) == list(range(1, STEPS + 1)) and rig.certified[-1] == 4
 
 
+def test_an_update_that_goes_too_far_is_seen_by_its_size_alone_and_is_left_behind(
+    tmp_path: Path,
+) -> None:
+    """No product is wrong, and step 4 is not audited. The step after it finds the weights further than AdamW can move them."""
+    profile = 'gain-0.2-percent?ops=["addcdiv_"]&amount=1.5&onset_step=4&until_step=4'
+    with pytest.raises(errors.RollbackNeeded):
+        run(tmp_path, profile)
+    seen = records(tmp_path)
+    assert [alarm.sentinel for alarm in seen.alarms] == ["update size"]
+    assert "times as far as its optimizer can" in seen.alarms[0].detail
+    assert 4 not in seen.certified
+
+
 def test_the_weights_after_a_discarded_one_off_are_those_of_an_undisturbed_run(
     tmp_path: Path,
 ) -> None:

@@ -10,16 +10,15 @@ from torch.nn import functional as F
 
 from bascule.guard.checksum import Checksums
 from bascule.guard.invariants import (
-    SPECTRAL_REACH,
-    adamw_reach,
+    lengths,
     log_softmax_backward_ratio,
     log_softmax_ratio,
-    muon_reach,
+    overreach,
     rms_norm_ratio,
     softmax_backward_ratio,
     softmax_ratio,
 )
-from bascule.train.optimizer import SplitOptimizer, orthogonalise
+from bascule.train.optimizer import SPECTRAL_REACH, SplitOptimizer, adamw_reach, orthogonalise
 
 aten = torch.ops.aten
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -150,5 +149,32 @@ def test_orthogonalised_matrices_stay_within_muons_reach() -> None:
             x = scale @ numbers(seed, (rows, columns), torch.float32)
             out = orthogonalise(x[None])[0]
             longest = max(longest, float(torch.linalg.matrix_norm(out, 2)))
-            assert float(out.norm()) <= muon_reach(rows, columns)
     assert 0.9 < longest <= SPECTRAL_REACH
+
+
+def test_no_update_goes_beyond_its_optimizers_reach_and_one_that_was_thrown_does() -> None:
+    parameters = {
+        "tall.weight": numbers(0, (40, 8), torch.float32),
+        "experts": numbers(1, (3, 8, 24), torch.float32),
+        "norm.weight": torch.ones(8),
+    }
+    optimizer = SplitOptimizer(
+        parameters, learning_rate=0.1, muon_learning_rate=0.5, weight_decay=0.1
+    )
+    names = list(parameters)
+    for step in range(6):
+        before, reach = lengths(list(parameters.values())), optimizer.reach(1.0)
+        grads = {
+            name: numbers(step, tuple(p.shape), torch.float32, 10.0**step)
+            for name, p in parameters.items()
+        }
+        optimizer.step(grads, factor=1.0)
+        after = lengths(list(parameters.values()))
+        assert overreach(before, after, reach, names) is None
+    thrown = after.clone()
+    thrown[1] *= 1e3
+    found = overreach(before, thrown, reach, names)
+    assert found is not None and found[0] == "experts" and found[1] > 10
+    thrown[1] = math.nan
+    found = overreach(before, thrown, reach, names)
+    assert found is not None and found[0] == "experts"
