@@ -24,6 +24,7 @@ from typing import Any
 from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.folder import write_json_atomic
+from bascule.model import count
 from bascule.qualify import kept
 from bascule.qualify.check import BOTH, Ask, asks, command
 from bascule.qualify.judge import Examined, verdicts
@@ -33,6 +34,10 @@ START_LIMIT_S = (
     120.0  # importing torch and opening a chip; a cold NPU runtime takes most of a minute
 )
 FULL_BATTERY_PATIENCE = 10.0  # the full battery may take this many times a check's quick limit
+# Limits are made for models this small; they grow with the model, not without end: a hang must be found before the night is over.
+LIMIT_PARAMETERS, LIMIT_GROWTH = 10e6, 20.0
+# Our own side (the reference, in fp64 on a CPU that others may use as well) may be silent for longer, and it is no evidence when it is.
+HARNESS_PATIENCE = 3.0
 # After as many crashes, or one hang, in a role its verdict is clear; the time goes to the other role.
 DEATHS_ALLOWED = 2
 _POLL_S = 0.02
@@ -143,6 +148,7 @@ class _Run:
     launches: int = 0
     known: kept.Answers = field(default_factory=dict)
     at: Ask | None = None
+    busy: bool = False
     opened: bool = False
 
     def __post_init__(self) -> None:
@@ -178,7 +184,7 @@ class _Run:
     def one_child(self) -> None:
         """Run one child until it is done, dies, or is stopped; `left` shrinks by at least one question."""
         self.launches += 1
-        self.opened, self.at = False, None
+        self.opened, self.busy, self.at = False, False, None
         answers = self.folder / f"answers-{self.launches}.jsonl"
         answers.write_text("", encoding="utf-8")
         process = self._launch(answers)
@@ -189,7 +195,7 @@ class _Run:
         self._account(why, process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes], answers: Path) -> str | None:
-        """Take lines as they come until the child ends (None) or must be stopped: "limit" or "hang"."""
+        """Take lines as they come until the child ends (None) or must be stopped: "limit", "hang" (the chip) or "slow" (we)."""
         offset, since_s = 0, time.monotonic()
         while True:
             ended = process.poll() is not None
@@ -228,6 +234,8 @@ class _Run:
         elif "begin" in line:
             self.at = next(ask for ask in self.left if ask.name == line["begin"])
             self._progress(0.0)
+        elif "busy" in line:
+            self.busy = line["busy"]
         elif "progress" in line:
             done, total = line["progress"]
             self._progress(min(done / max(total, 1), 1.0))
@@ -255,23 +263,35 @@ class _Run:
             return "limit"
         if not self.opened or self.at is None:
             return "hang" if now - since_s > START_LIMIT_S else None
-        return "hang" if now - since_s > self._limit_s(self.at) else None
+        silent_s, limit_s = now - since_s, self._limit_s(self.at)
+        if self.busy:
+            return "hang" if silent_s > limit_s else None
+        return "slow" if silent_s > HARNESS_PATIENCE * limit_s else None
 
     def _limit_s(self, ask: Ask) -> float:
+        """How long the chip may compute without a word in this question."""
         if self.ask_limit_s is not None:
             return self.ask_limit_s
-        return ask.check.limit_s * (1.0 if self.quick else FULL_BATTERY_PATIENCE)
+        size = count.parameters(self.model) / LIMIT_PARAMETERS
+        growth = min(max(size, 1.0), LIMIT_GROWTH)
+        return ask.check.limit_s * growth * (1.0 if self.quick else FULL_BATTERY_PATIENCE)
 
     def _account(self, why: str | None, code: int) -> None:
-        """Turn the child's end into evidence: stopped by us (`why`), or ended by itself with questions left."""
+        """Turn the child's end into evidence: stopped by us (`why`), or ended by itself with questions left. Our own slowness leaves
+        the question open and accuses nobody."""
         if why == "limit":
             self._skip_all(f"cut off by the time limit of {self.time_limit_s:g} s")
         elif why == "hang":
             limit_s = self._limit_s(self.at) if self.at else START_LIMIT_S
             self._lost(
-                f"hang: no answer within {limit_s:g} s, the process was ended",
+                f"hang: the chip was silent for {limit_s:g} s, the process was ended",
                 weight=DEATHS_ALLOWED,
             )
+        elif why == "slow" and self.at:
+            limit_s = HARNESS_PATIENCE * self._limit_s(self.at)
+            words = f"our own side of this check (the reference, not the chip) gave no answer within {limit_s:g} s on this machine"
+            self._add(self._against(self.at, "skipped", words))
+            self.left.remove(self.at)
         elif self.left:
             self._lost(f"death: the process ended with {_ending(code)}")
 

@@ -1,8 +1,9 @@
 """The child's side of the battery: open the chip, ask, and write each answer as a JSON line the moment it is known.
 
 Lines: {"opened": {...}} once; {"begin": "exact.matmul[train]"} before each question, so that a crash or a hang names the
-question that brought it about; {"progress": [done, total]} now and then from a long one; {"evidence": {...}} for each answer;
-{"end": name} after it. Every line is flushed.
+question that brought it about; {"busy": true} when the chip begins to compute and {"busy": false} when it is done, so that only its own
+silence counts against it; {"progress": [done, total]} now and then from a long one; {"evidence": {...}} for each answer; {"end": name}
+after it. Every line is flushed.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def _answer(request: dict[str, Any], write: Any) -> int:
     )
     context.resume = request["resume"]
     context.progress = _Beat(write)
+    context.at_work = lambda busy: write({"busy": busy})
     for ask in _listed(request):
         write({"begin": ask.name})
         for item in put(context, ask):

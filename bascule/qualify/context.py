@@ -32,7 +32,8 @@ class CheckContext:
     """One chip under examination. `referee` is the CPU; `workdir/evidence/` takes reproducers and their inputs.
 
     `workload` (this model, its batch, its trace and its fp64 twin) is made once and shared by all checks. `resume`: a long check may
-    go on from what it left in `workdir`. `progress(done, total)`: a long check says that it lives, and how far it is.
+    go on from what it left in `workdir`. `progress(done, total)`: a long check says that it lives, and how far it is. `at_work`: told
+    when the chip begins and ends to compute, so that a long silence can be laid at the right door: the chip's, or our reference's.
     """
 
     accelerator: Accelerator
@@ -45,6 +46,7 @@ class CheckContext:
     ask: Ask | None = None
     resume: bool = False
     progress: Progress = lambda done, total: None
+    at_work: Callable[[bool], None] = lambda busy: None
 
     @property
     def role(self) -> Role:
@@ -68,11 +70,21 @@ class CheckContext:
     def chip(self, step: int = 1, attempt: int = 0) -> Iterator[None]:
         """Everything inside runs on the chip. Its exceptions leave as ChipFailed, so that they are not taken for our own."""
         try:
-            with self.accelerator.session(self.work(step, attempt)):
+            with self.session(self.work(step, attempt)):
                 yield
                 self.accelerator.synchronize()
         except (RuntimeError, MemoryError, DeviceFault) as error:
             raise ChipFailed(describe(error)) from error
+
+    @contextmanager
+    def session(self, work: Work) -> Iterator[None]:
+        """A session of the chip whose exceptions leave as they are."""
+        self.at_work(True)
+        try:
+            with self.accelerator.session(work):
+                yield
+        finally:
+            self.at_work(False)
 
     def command(self) -> str:
         return command(

@@ -93,9 +93,10 @@ def put(context: CheckContext, questions: Sequence[Question]) -> list[Held]:
     device = context.accelerator.device
     placed = [one.call.place(device) for one in questions]
     with context.chip():
-        answers = [
-            _answer(one, device, inputs) for one, inputs in zip(questions, placed, strict=True)
-        ]
+        answers = []
+        for place, (one, inputs) in enumerate(zip(questions, placed, strict=True)):
+            context.progress(len(questions) + place, 2 * len(questions))
+            answers.append(_answer(one, device, inputs))
     return [hold(one, answer) for one, answer in zip(questions, answers, strict=True)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.qualify import examine
-from bascule.qualify.battery import run_battery
+from bascule.qualify.battery import HARNESS_PATIENCE, _Run, run_battery
+from bascule.qualify.check import asks
+from bascule.qualify.judge import verdicts
 from bascule.qualify.trace import transplant
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence
@@ -212,3 +215,50 @@ def test_answers_for_another_seed_are_not_kept(tmp_path: Path) -> None:
         on_progress=lambda name, done, total: begun.append(name),
     )  # fmt: skip
     assert begun == ["exact.matmul[train]", "exact.matmul[infer]"]
+
+
+def under_way(folder: Path, model: ModelConfig = TICK) -> _Run:
+    """A battery whose child is at its first question."""
+    run = _Run(
+        pool="p", accelerator="cpu", model=model, folder=folder, deadline_s=time.monotonic() + 1e6, time_limit_s=1e6, quick=True,
+        seed=0, dtype="fp32", threads=1, resume=False, ask_limit_s=None, on_evidence=None, on_progress=None,
+        left=list(asks(quick=True, only=["coverage.forward"])),
+    )  # fmt: skip
+    run.opened, run.at, run.launches = True, run.left[0], 1
+    return run
+
+
+def test_silence_counts_against_the_chip_only_while_it_computes(tmp_path: Path) -> None:
+    run = under_way(tmp_path)
+    silent_since_s = time.monotonic() - 1.5 * run.left[0].check.limit_s
+    assert run._overdue(silent_since_s) is None
+    run._take({"busy": True})
+    assert run._overdue(silent_since_s) == "hang"
+    run._take({"busy": False})
+    assert (
+        run._overdue(time.monotonic() - 1.1 * HARNESS_PATIENCE * run.left[0].check.limit_s)
+        == "slow"
+    )
+
+
+def test_our_own_slowness_leaves_the_role_unproven_and_the_battery_goes_on(tmp_path: Path) -> None:
+    run = under_way(tmp_path)
+    run._account("slow", -9)
+    run.drop_lost_roles()
+    assert [item.outcome for item in run.evidence] == ["skipped"] and len(run.left) == 1
+    assert "not the chip" in run.evidence[0].detail
+    assert verdicts(run.evidence, run.examined)[0].verdict == "unproven"
+
+
+def test_limits_grow_with_the_model_and_not_without_end(tmp_path: Path) -> None:
+    large = ModelConfig(preset="nano", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)  # fmt: skip
+    limits = [
+        run._limit_s(run.left[0]) for run in (under_way(tmp_path), under_way(tmp_path, large))
+    ]
+    assert limits[0] == 60 and 300 < limits[1] <= 1200
+
+
+def test_a_battery_writes_down_when_the_chip_computes(tmp_path: Path) -> None:
+    run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact.reduction"])
+    lines = (tmp_path / "answers-1.jsonl").read_text(encoding="utf-8").splitlines()
+    assert '{"busy": true}' in lines and '{"busy": false}' in lines

@@ -99,7 +99,7 @@ def _trouble(
 ) -> str | None:
     placed = _on(inputs, context.accelerator.device, None)
     try:
-        with context.accelerator.session(context.work()), torch.no_grad():
+        with context.session(context.work()), torch.no_grad():
             got = [value.to(CPU) for value in _floats(_call(function, placed))]
             context.accelerator.synchronize()
     except (RuntimeError, DeviceFault) as error:

@@ -71,7 +71,8 @@ def _play_all(context: CheckContext, calls: Sequence[Call]) -> list[_Trouble]:
     troubles = []
     with context.chip(), warnings.catch_warnings(record=True) as said, torch.no_grad():
         warnings.simplefilter("always")
-        for call, inputs in placed:
+        for place, (call, inputs) in enumerate(placed):
+            context.progress(place, len(placed))
             try:
                 call.run(device, moved=inputs)
             except (OperatorMissing, NotImplementedError) as error:

@@ -109,7 +109,7 @@ def _largest_block(context: CheckContext, most: int) -> int:
     while high - low > most // 64:
         middle = (low + high) // 2
         try:
-            with context.accelerator.session(context.work()):
+            with context.session(context.work()):
                 torch.empty(middle, dtype=torch.uint8, device=context.accelerator.device)
             low = middle
         except torch.OutOfMemoryError:

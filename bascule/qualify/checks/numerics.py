@@ -57,7 +57,11 @@ def half(context: CheckContext) -> list[Evidence]:
 
 def examine(context: CheckContext, questions: Iterable[tuple[Call, Runner]]) -> list[Evidence]:
     """Run every call on the chip and hold it; one finding per operator (its smallest case), or one pass with the figures."""
-    asked = [one for call, runner in questions if (one := question(context.seed, call, runner))]
+    wanted, asked = list(questions), []
+    for place, (call, runner) in enumerate(wanted):
+        context.progress(place, 2 * len(wanted))
+        if one := question(context.seed, call, runner):
+            asked.append(one)
     held = put(context, asked)
     context.draw({"operators": _by_error(held)})
     misses = [miss for one in held for miss in one.misses]

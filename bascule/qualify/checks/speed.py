@@ -87,7 +87,8 @@ def _measure(context: CheckContext, accelerator: Accelerator) -> dict[str, float
                 return work.prefill_and_decode(model, batch["tokens"], steps=4)
         return workload.train_step(model, optimizer, batch)
 
-    with accelerator.session(context.work()):
+    on_chip = accelerator is context.accelerator
+    with context.session(context.work()) if on_chip else accelerator.session(context.work()):
         copy_s = _median_s(accelerator, block.clone)
         attention_s = _median_s(accelerator, lambda: F.scaled_dot_product_attention(q, q, q))
         times = np.array([accelerator.timed(model_step)[1] for _ in range(STEPS)][1:])
@@ -115,7 +116,7 @@ def _roofline(context: CheckContext) -> list[tuple[int, float, float]]:
     found = []
     for n in _sizes(accelerator):
         a = torch.full((n, n), 0.5, dtype=dtype, device=accelerator.device)
-        with accelerator.session(context.work()):
+        with context.session(context.work()):
             seconds = _median_s(accelerator, lambda a=a: a @ a)  # type: ignore[misc]
         found.append((n, 2.0 * n / (3 * a.element_size()), 2.0 * n**3 / seconds / 1e9))
     return found
@@ -128,7 +129,7 @@ def _stretch(context: CheckContext) -> dict[str, float]:
     lasts_s = STRETCH_S if context.quick else FULL_STRETCH_S
     times: list[float] = []
     began_s = time.monotonic()
-    with accelerator.session(context.work()):
+    with context.session(context.work()):
         while time.monotonic() - began_s < lasts_s or len(times) < 10:
             times.append(accelerator.timed(lambda: a @ a)[1])
     burst = float(np.quantile(times, 0.1))
