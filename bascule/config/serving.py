@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from bascule.config.section import Section
@@ -23,6 +25,15 @@ class ServeConfig(Section):
     reproducible: bool = Field(
         False,
         description="equal bits whatever else is in the batch; a step costs 1.1 to 3.5 times as much",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of a larger model's matrices on a CPU with a bf16 unit; stamps, /version and the server's first line say which",
+    )
+    speculate: int = Field(
+        4,
+        ge=0,
+        description="while at most so many sequences run, a model with a prediction layer guesses a token ahead; same answers; 0 = never",
     )
     audit_every: int = Field(
         32,

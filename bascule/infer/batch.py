@@ -74,6 +74,16 @@ class Batch:
         self._arrivals = 0
 
     @property
+    def reader(self) -> Transformer:
+        """The model as this batch computes it, for texts that are read whole."""
+        return self._runner.reader
+
+    @property
+    def precision(self) -> Precision:
+        """What its matrices really have: a small model or one on another chip has no second precision."""
+        return self._runner.precision
+
+    @property
     def free(self) -> int:
         return self.slots - len(self.rows)
 

@@ -48,9 +48,10 @@ class Runner:
         self.fixed = fixed
         self._length, self._pad_id = length, pad_id
         self._packed = pack(model)
-        self._model = model if self._packed is not None else lay_out(model, precision)
+        self.reader = model if self._packed is not None else lay_out(model, precision)
+        self.precision: Precision = "fp32" if self.reader is model else precision
         self.drafter = (
-            Drafter(self._model, self._packed, blocks) if speculate and model.mtp else None
+            Drafter(self.reader, self._packed, blocks) if speculate and model.mtp else None
         )
         self._tile = 1 if self._packed is None and model.moe_layers() else TILE
 
@@ -68,7 +69,7 @@ class Runner:
         ragged = len(set(map(len, texts))) > 1
         mask_BT = torch.arange(longest, device=self.device) < lengths_B[:, None] if ragged else None
         tokens_BT = torch.tensor(tokens, device=self.device)
-        output: Output = self._model(
+        output: Output = self.reader(
             tokens_BT, mask=mask_BT, cache=cache, at_B=lengths_B - 1, every=self.drafter is not None
         )
         if self.drafter is None:
@@ -89,7 +90,7 @@ class Runner:
         cache = PagedCache(self.pages, np.array([blocks]), np.array([known]))
         tokens_1T = torch.tensor([list(chunk)], device=self.device)
         last_1 = torch.tensor([len(chunk) - 1], device=self.device)
-        output: Output = self._model(
+        output: Output = self.reader(
             tokens_1T, cache=cache, at_B=last_1, every=self.drafter is not None
         )
         if self.drafter is not None:
@@ -134,9 +135,9 @@ class Runner:
         cache = PagedCache(self.pages, tables_BM, read_B, width=width)
         if self._packed is not None:
             logits_BV, unit_BD = self._packed.step(tokens, cache)
-            gain_D = self._model.model.norm.weight
+            gain_D = self.reader.model.norm.weight
             return logits_BV, unit_BD if self.drafter is None else unit_BD * gain_D
-        output: Output = self._model(tokens[:, None], cache=cache)
+        output: Output = self.reader(tokens[:, None], cache=cache)
         return output.logits_BTV[:, 0], output.hidden_BTD[:, 0]
 
     def _tiles(self, read_B: NDArray[np.int64]) -> Iterator[tuple[list[int], int]]:

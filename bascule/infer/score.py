@@ -31,3 +31,13 @@ def score(
         [(token, logprob), *zip(tokens, values, strict=True)]
         for token, logprob, (tokens, values) in zip(text[1:], own, ranked, strict=True)
     ]
+
+
+@torch.inference_mode()
+def divergence(exact: Transformer, coarse: Transformer, text: Sequence[int]) -> float:
+    """Mean Kullback-Leibler divergence of the next token, in nats: what it costs to answer with `coarse` instead of `exact`."""
+    tokens_1T = torch.tensor([list(text)], device=exact.lm_head.weight.device)
+    p_TV, q_TV = (
+        torch.log_softmax(model(tokens_1T).logits_BTV[0].double(), -1) for model in (exact, coarse)
+    )
+    return float((p_TV.exp() * (p_TV - q_TV)).sum(-1).mean())

@@ -43,6 +43,8 @@ class Broker:
         seed: int = 0,
         slots: int = 256,
         reproducible: bool = False,
+        precision: str = "fp32",
+        speculate: int = 0,
         max_queue: int = 64,
         hang_timeout_s: float = 30.0,
         start_timeout_s: float = 180.0,
@@ -60,7 +62,8 @@ class Broker:
         self.scorings: dict[int, Scoring] = {}
         self.changed = asyncio.Event()
         self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
-        self._mode = ["--reproducible"] if reproducible else []
+        self._mode = ["--precision", precision, "--speculate", str(speculate)]
+        self._mode += ["--reproducible"] if reproducible else []
         self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
         self._fault_logs, self._note = fault_logs, note
         self._audit_every = audit_every

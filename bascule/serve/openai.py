@@ -122,6 +122,9 @@ class Routes:
         counters = {
             "prefix_cache_queries_total": load.get("prefix_queries", 0),
             "prefix_cache_hits_total": load.get("prefix_hits", 0),
+            "num_preemptions_total": load.get("preemptions", 0),
+            "spec_decode_num_draft_tokens_total": load.get("guessed", 0),
+            "spec_decode_num_accepted_tokens_total": load.get("guesses_kept", 0),
             "audits_total": self.service.broker.audits,
             "engine_moves_total": self.service.broker.moves,
         }

@@ -54,6 +54,7 @@ def run(
     api_key: str | None = None,
     slots: int = 256,
     hang_timeout_s: float = 30.0,
+    precision: str | None = None,
 ) -> None:
     """Serve a finished run's model until SIGTERM or Ctrl-C. Other pools whose verdict says `infer` stand by.
 
@@ -62,7 +63,9 @@ def run(
     """
     recipe = read_resolved(folder.recipe)
     with bind(host, port) as listener:
-        asyncio.run(_serve(folder, recipe, accelerator, listener, api_key, slots, hang_timeout_s))
+        asyncio.run(
+            _serve(folder, recipe, accelerator, listener, api_key, slots, hang_timeout_s, precision)
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -89,6 +92,7 @@ async def _serve(
     api_key: str | None,
     slots: int,
     hang_timeout_s: float,
+    precision: str | None,
 ) -> None:
     ledger = Ledger(folder.ledger)
     records = read_ledger(folder.ledger)
@@ -101,6 +105,8 @@ async def _serve(
             seed=recipe.seed,
             slots=slots,
             reproducible=recipe.serve.reproducible,
+            precision=precision or recipe.serve.precision,
+            speculate=recipe.serve.speculate,
             max_queue=recipe.serve.max_queue,
             hang_timeout_s=hang_timeout_s,
             fault_logs=folder.ground_truth,
@@ -153,6 +159,13 @@ async def _serve(
     await service.broker.start()
     try:
         chip = service.broker.about
+        asked = precision or recipe.serve.precision
+        if asked == "bf16" and chip["dtype"] == "float32":
+            _say("precision bf16 was asked for; a small model, or one on this chip, is served in fp32.")  # fmt: skip
+        if chip["kl_to_fp32"]:
+            _say(
+                f"It computes in {chip['dtype']}: {chip['kl_to_fp32']:.1e} nats a token from fp32, measured on {chip['chip']}."
+            )
         _say(
             f"{name} answers on {_url(listener)} ({chip['chip']}, {chip['accelerator']}); the chat page is at the same address."
         )
@@ -207,6 +220,8 @@ def about(name: str, broker: Broker, records: Sequence[AnyRecord]) -> dict[str, 
         "status": broker.state,
         "context": broker.about.get("context"),
         "reproducible": broker.about.get("reproducible"),
+        "dtype": broker.about.get("dtype"),
+        "kl_to_fp32": broker.about.get("kl_to_fp32"),
         "weights_sha256": broker.about.get("weights_sha256"),
         "trained_steps": finished.steps if finished else None,
         "chip": {

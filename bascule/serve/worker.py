@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -31,8 +31,10 @@ from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, OutOfMemory
 from bascule.infer.batch import CHUNK, Batch, Prefill
+from bascule.infer.linear import Precision
 from bascule.infer.row import Row
-from bascule.infer.score import score
+from bascule.infer.score import divergence, score
+from bascule.infer.sequence import Sampling
 from bascule.infer.stamp import marks, settings
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, load_hf
@@ -41,7 +43,7 @@ from bascule.serve.grammar import Grammars
 TOGETHER_TOKENS = 512  # short prompts that are read in one go per tick
 SHORT_TOKENS = 64
 CACHE_BYTES = 1 << 30
-ALIVE_S = 1.0
+TRIED_TOKENS = 64
 
 
 @dataclass(eq=False)
@@ -50,6 +52,11 @@ class Seat(Row):
 
     job: int = 0
     choice: int = 0
+    told: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.told = len(self.said)
 
 
 class Desk:
@@ -63,6 +70,8 @@ class Desk:
         *,
         slots: int,
         reproducible: bool = False,
+        precision: Precision = "fp32",
+        speculate: int = 0,
     ) -> None:
         length = model.config.max_position_embeddings
         token_bytes = model.new_cache(1, 1).memory_bytes
@@ -75,6 +84,8 @@ class Desk:
             tokens=CACHE_BYTES // token_bytes,
             share=True,
             reproducible=reproducible,
+            precision=precision,
+            speculate=speculate,
         )
         self.accelerator = accelerator
         self.waiting: deque[list[Seat]] = deque()
@@ -148,7 +159,7 @@ class Desk:
     def _score_one(self) -> None:
         if self.to_score:
             job = self.to_score.popleft()
-            model, prompt = self.batch.model, job["prompt"]
+            model, prompt = self.batch.reader, job["prompt"]
             found = (
                 marks(model, prompt, job["said"])
                 if job["said"]
@@ -201,10 +212,13 @@ class Desk:
     def _note(self, rows: Sequence[Row]) -> None:
         for row in rows:
             assert isinstance(row, Seat)
-            tops = row.tops[-1] if row.top is not None else None
-            self._said.append(
-                [row.job, row.choice, row.said[-1], row.logprobs[-1], tops, row.finish]
-            )
+            for back in range(row.told - len(row.said), 0):  # two where a guess was right
+                tops = row.tops[back] if row.top is not None else None
+                finish = row.finish if back == -1 else None
+                self._said.append(
+                    [row.job, row.choice, row.said[back], row.logprobs[back], tops, finish]
+                )
+            row.told = len(row.said)
 
     def load(self) -> dict[str, float]:
         return {
@@ -214,6 +228,8 @@ class Desk:
             "prefix_queries": self.batch.blocks.queries,
             "prefix_hits": self.batch.blocks.hits,
             "preemptions": self.batch.preemptions,
+            "guessed": self.batch.guessed,
+            "guesses_kept": self.batch.kept,
         }
 
 
@@ -279,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--slots", type=int, default=256, help="sequences that run together at most"
     )
     parser.add_argument("--reproducible", action="store_true")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32")
+    parser.add_argument("--speculate", type=int, default=0, help="guess while at most so many run")
     parser.add_argument("--fault-log", type=Path)
     options = parser.parse_args(arguments)
     line = Line(socket.socket(fileno=options.fd))
@@ -297,8 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokenizer,
             slots=options.slots,
             reproducible=options.reproducible,
+            precision=options.precision,
+            speculate=options.speculate,
         )
-        line.send({"ready": _about(desk, sha256, time.perf_counter() - start)})
+        about = _about(desk, sha256, time.perf_counter() - start)
+        line.send({"ready": {**about, "kl_to_fp32": _cost_of_precision(desk, tokenizer.eos_id)}})
         work(desk, line)
     except torch.OutOfMemoryError as error:
         line.send(
@@ -324,12 +345,27 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "simulated": chip.simulated,
         "fallback_note": desk.accelerator.fallback_note,
         "weights_sha256": sha256,
-        "dtype": str(desk.batch.model.lm_head.weight.dtype).removeprefix("torch."),
+        "dtype": "bfloat16"
+        if desk.batch.precision == "bf16"
+        else str(desk.batch.model.lm_head.weight.dtype).removeprefix("torch."),
         "reproducible": desk.batch.reproducible,
         "slots": desk.batch.slots,
         "context": desk.batch.length,
         "start_s": seconds,
     }
+
+
+@torch.inference_mode()
+def _cost_of_precision(desk: Desk, first: int) -> float:
+    """Nats a token on a text that this engine says itself."""
+    if desk.batch.precision == "fp32":
+        return 0.0
+    row = Row([first], Sampling(max_tokens=min(TRIED_TOKENS, desk.batch.length - 1)))
+    with desk.accelerator.session(Work("infer", 1)):
+        desk.batch.join([[row]])
+        while desk.batch.rows:
+            desk.batch.step()
+        return divergence(desk.batch.model, desk.batch.reader, row.text)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,14 @@ def main(arguments: Namespace) -> Answer:
         engine.run(folder, recipe, arguments, host=host, port=port, api_key=api_key)
     else:
         accelerator, _ = infer_choice(folder, recipe, arguments.on)
-        run_server(folder, accelerator, host=host, port=port, api_key=api_key)
+        run_server(
+            folder,
+            accelerator,
+            host=host,
+            port=port,
+            api_key=api_key,
+            precision=arguments.precision,
+        )
     return Answer(text="The server has ended.", data={"ended": True})
 
 

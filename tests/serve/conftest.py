@@ -64,11 +64,11 @@ class Server:
 
 
 def make_run(root: Path, pools: Mapping[str, str], **sections: Any) -> tuple[RunFolder, Recipe]:
-    """A finished run's folder: recipe, a random `tick` model, and a fit verdict for `infer` on every pool."""
+    """A finished run's folder: recipe, a random `tick` model with a prediction layer, and a fit verdict for `infer` on every pool."""
     folder = RunFolder(root).create()
     raw = {
         "name": "tiny",
-        "model": {"preset": "tick"},
+        "model": {"preset": "tick", "num_nextn_predict_layers": 1},
         "pools": {name: {"accelerator": accelerator} for name, accelerator in pools.items()},
         **sections,
     }

@@ -145,6 +145,21 @@ def test_metrics_count_tokens_and_times(server: Server) -> None:
         == before + 6
     )
     assert metric(server, "time_to_first_token_seconds_count") >= 1
+    assert metric(server, "num_preemptions_total") == 0
+    guessed = metric(server, "spec_decode_num_draft_tokens_total")
+    assert guessed >= 3 and metric(server, "spec_decode_num_accepted_tokens_total") <= guessed
+
+
+def test_answers_with_guesses_are_those_without(server: Server, start: Start) -> None:
+    plain = start(serve={"speculate": 0})
+    for seed in range(4):
+        body = {**CHAT, "seed": seed, "n": 2, "max_tokens": 24, "logprobs": True}
+        with_guesses, without = (
+            [choice["message"] for choice in one.post("/v1/chat/completions", body)[1]["choices"]]
+            for one in (server, plain)
+        )
+        assert with_guesses == without
+    assert metric(plain, "spec_decode_num_draft_tokens_total") == 0
 
 
 def test_a_repeated_long_prompt_is_found_in_the_prefix_store(server: Server) -> None:
