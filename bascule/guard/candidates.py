@@ -21,6 +21,10 @@ from bascule.records import AnyRecord, Migration, ProductsChecked, SnapshotEvent
 
 CONFIDENCE = 0.95
 
+AT_ONCE = 4
+"""About so many snapshots wait at a time. A witness costs half a step, and each candidate room on the disk; more of them would move
+the certified step by less than the evidence itself takes."""
+
 
 def products_needed(rate: float) -> int:
     """How many right products rule out, with 95 %, that one in 1/`rate` is wrong."""
@@ -68,6 +72,15 @@ class Candidates:
         kept = tuple(one for one in self.waiting if one.step < step)
         new = Candidate(step, path, whole_past=self.unchecked == 0)
         return replace(self, waiting=(*kept, new))
+
+    @property
+    def wants_another(self) -> bool:
+        """Is the next snapshot worth a witness? Always where it can be certified at once."""
+        return (
+            not self.waiting
+            or self.unchecked == 0
+            or self.waiting[-1].products * AT_ONCE >= self.needed
+        )
 
     def checked(self, products: int, steps: int = 1) -> Candidates:
         """So many products were looked at now, and all were right."""

@@ -123,6 +123,7 @@ class Guard:
         self._reach: Mapping[str, tuple[float, float]] = {}
         self._moved: tuple[int, Tensor, Tensor] | None = None
         self._pending: Pending | None = None
+        self._latest: Pending | None = None
         self._candidates = recalled(
             ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
         )
@@ -383,13 +384,14 @@ class Guard:
     # ---- certifying
 
     def after_snapshot(self, step: int, path: Path) -> None:
-        """A snapshot of the present weights lies at `path`: the next step is watched in full and decides about its trust.
+        """A snapshot of the present weights lies at `path`: the next step is its witness, where it is wanted as a candidate.
 
         Called before the first step of a launch, it says that training resumes from a snapshot nobody certified yet.
         """
         if not self._judged and step > 0:
             self._candidates = self._candidates.skipped()
-        self._pending = Pending(step, path)
+        self._latest = Pending(step, path)
+        self._pending = self._latest if self._candidates.wants_another else None
 
     @property
     def recent(self) -> tuple[Any, ...]:
@@ -401,6 +403,7 @@ class Guard:
         committed, and as many more follow as the certificate needs. Returns False when the batch is empty or was refused; raises
         as `judge` does."""
         self.court.refused.discard(batch.step)
+        self._pending = self._latest
         for attempt in range(2):
             if self._pending is None:
                 break
