@@ -1,7 +1,7 @@
 """Rows in the format of inference.csv, read as operating points. The answer columns are looked at by `target_of` alone.
 
-What a source does not print is filled by rule, the same for every row: 4,096 tokens in and 1,024 out, 50 ms a token when
-decoding alone, no limit offline, and a replica whose weights take less than half of its memory.
+What a source does not print is filled by rule, the same for every row: 4,096 tokens in and 1,024 out, 100 ms a token,
+no limit offline, and a replica whose weights take less than half of its memory.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from bascule.plan.serving import (
 from bascule.plan.table import Row, chips_in, number, tokens
 
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024
+ASSUMED_TOKEN_MS = (
+    100.0  # where a service prints no limit: what published throughputs of decoding services kept
+)
 FEW = 8.0  # sequences a chip up to which engines draft three tokens
 ASSUMED_ACCEPTANCE = 0.7  # of a draft token, where a row names none
 TOKENS_A_CHIP = (
@@ -80,7 +83,7 @@ def serving_of(row: Row) -> Serving:
         prompt=prompt,
         completion=completion,
         batch=batch,
-        tpot_s=limit / 1e3 if limit else 0.05 if phase == "decode" else 0.1,
+        tpot_s=(limit or ASSUMED_TOKEN_MS) / 1e3,
         split=shape.moe
         and experts_spread(
             row["deployment"], alone=phase == "both" and not bench and chips <= NODE
@@ -106,6 +109,9 @@ def _sized(row: Row, p: Serving, known: int | None, fewest: int) -> Serving:
     if p.varied:
         size = max(fewest, NODE if p.shape.moe and p.shape.parameters > GIANT else 1)
         return replace(p, chips=min(known or size, size))
+    if not known and p.batch is not None and p.batch * p.chips <= 1:
+        size = max(fewest, NODE)  # a lowest latency is taken on a whole node
+        return replace(p, chips=size, batch=p.batch * p.chips / size, split=False)
     sequences = None if known else number(row, "batch_or_concurrency")
     if sequences and "aggregat" in row["deployment"].lower().replace("disaggregat", ""):
         return replace(
@@ -131,8 +137,6 @@ def _limit_ms(row: Row, bench: Scenario | None) -> float | None:
         return own * MEAN_OF_LIMIT if bench else own
     if bench and bench.token_ms:
         return bench.token_ms
-    if "high-throughput" in f"{row['phase']} {row['published_unit']} {row['deployment']}".lower():
-        return 100.0
     return 1e6 if bench or "offline" in row["phase"].lower() else None
 
 

@@ -44,7 +44,9 @@ class ServeConstants:
     experts: float = math.log(
         1.4
     )  # spread experts: the busiest chip's share of rows and weights over the mean
-    attention: float = math.log(0.45)  # share of the matrix peak in attention that decodes
+    attention: float = math.log(
+        0.75
+    )  # share of the matrix peak in attention that decodes, its reads aside
     flash: float = math.log(0.6)  # the same over a prompt
     layer: float = math.log(75e-6)  # launch and synchronisation floor of a layer
     layer_moe: float = math.log(1.5)  # further factor where the layer routes tokens to experts
@@ -165,40 +167,40 @@ def used_weights(p: Serving, c: ServeConstants) -> float:
 
 
 def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
-    """Seconds of one decoding step with `batch` sequences a decoding chip, by component; memory and compute overlap, so their
-    parts are scaled to the root of their summed squares."""
+    """Seconds of one decoding step with `batch` sequences a decoding chip, by component. Matrix products overlap with reading their
+    weights: both are scaled to the root of their summed squares. Attention's kernels hide little of one behind the other."""
     s, chip, n = p.shape, p.chip, p.replica
     everyone = batch * n
-    dense = s.parameters - s.expert_parameters - s.head_weights
+    shared = s.parameters - s.expert_parameters - s.head_weights
     touched = 1 - (1 - s.topk / s.experts) ** (everyone * p.accepted) if s.moe else 0.0
-    weights = dense if p.split and s.moe else dense / n
-    weights += s.expert_parameters * touched / n * unevenness(p, c)
+    weights = shared if p.split and s.moe else shared / n
+    weights += s.expert_parameters * touched / n
     seen = min(p.context, 4.0 * s.selected) if s.selected else s.cached(p.context)
     active = used_weights(p, c)
     good = everyone / (everyone + math.exp(c.rows))
     rate = matrix_rate(p, c, c.compute)
     span = min(p.context, s.selected) if s.selected else s.cached(p.context)
     bandwidth = memory_bytes_s(chip) * math.exp(c.memory)
-    read = {
+    dense = {
         "weights": weights * p.element_bytes / bandwidth,
-        "cache": batch * seen * p.cache_bytes * p.copies / bandwidth,
-    }
-    computed = {
         "matmul": batch * p.accepted * 2 * active / rate / good,
-        "attention": batch
-        * p.accepted
-        * _span_flops(s)
-        * span
-        / (gemm_peak(chip, "bf16") * math.exp(c.attention)),
     }
-    both = sum(read.values()), sum(computed.values())
-    overlap = math.hypot(*both) / sum(both)
+    overlap = math.hypot(*dense.values()) / sum(dense.values())
+    flash = gemm_peak(chip, "bf16") * math.exp(c.attention)
+    attended = {
+        "cache": batch * seen * p.cache_bytes * p.copies / bandwidth,
+        "attention": batch * p.accepted * _span_flops(s) * span / flash,
+    }
     floor = (s.layers - s.moe_layers + s.moe_layers * math.exp(c.layer_moe)) * math.exp(c.layer)
-    return {name: value * overlap for name, value in (read | computed).items()} | {
-        "collectives": math.exp(c.exposed) * _collectives(p, batch * p.accepted),
-        "launches": floor * (1.0 if n == 1 else 1 + 0.15 * math.log2(min(n, 64))),
-        "scheduling": (batch if p.split and s.moe else everyone) * math.exp(c.sequence),
-    }
+    return (
+        {name: value * overlap for name, value in dense.items()}
+        | attended
+        | {
+            "collectives": math.exp(c.exposed) * _collectives(p, batch * p.accepted),
+            "launches": floor * (1.0 if n == 1 else 1 + 0.15 * math.log2(min(n, 64))),
+            "scheduling": (batch if p.split and s.moe else everyone) * math.exp(c.sequence),
+        }
+    )
 
 
 def _span_flops(s: Shape) -> float:
