@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from bascule.config.load import load_recipe, read_resolved
 from bascule.config.recipe import Recipe
@@ -62,7 +63,7 @@ def run(
     """Carry the run as far as it goes. Raises the error that ended it, after recording it. `stop_when` asks training to stop, as
     SIGTERM does: a drill looks at the folder half-way."""
     recipe = origin.resolve(recipe)
-    with _sole_supervisor(folder), _signals() as stop:
+    with _sole_supervisor(folder) as hold, _signals() as stop:
         records = read_ledger(folder.ledger)
         refuse_changed_recipe(recipe, folder)
         if last(records, RunFinished):
@@ -80,8 +81,14 @@ def run(
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
             plan.plan_run(recipe, ledger)
             place.place_roles(recipe, ledger)
-            train.train(recipe, folder, ledger, should_stop=lambda: stop.asked() or stop_when())
+            train.train(
+                recipe,
+                folder,
+                ledger,
+                should_stop=lambda: hold.check() or stop.asked() or stop_when(),
+            )
         except BasculeError as error:
+            hold.check()  # a folder that is somebody else's by now gets no last words
             ledger.append(RunStopped(reason=str(error), exit_code=stop.exit_code(error)))
             report.write(folder)
             if stop.interrupted and isinstance(error, Preempted):
@@ -149,11 +156,32 @@ def _finished(recipe: Recipe, folder: RunFolder, how: str) -> Answer:
     return Answer(text=text, data=data)
 
 
+class _Hold:
+    """The folder's lock. The kernel drops it when the process dies, so a killed run never leaves a stale lock."""
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self._path = path
+        self._file = file
+
+    def check(self) -> bool:
+        """Raises UsageError when the lock that is held is not the folder's any more; else False, so that it can stand in a condition."""
+        try:
+            ours = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            raise UsageError(
+                f"The run folder {self._path.parent} was deleted or replaced while process {os.getpid()} worked in it; it stops "
+                "and writes nothing more. Run the command again to begin anew."
+            )
+        return False
+
+
 @contextmanager
-def _sole_supervisor(folder: RunFolder) -> Iterator[None]:
-    """Hold the folder's lock. The kernel drops it when the process dies, so a killed run never leaves a stale lock."""
+def _sole_supervisor(folder: RunFolder) -> Iterator[_Hold]:
     folder.root.mkdir(parents=True, exist_ok=True)
-    with open(folder.root / "lock", "a+", encoding="utf-8") as file:
+    path = folder.root / "lock"
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -162,10 +190,12 @@ def _sole_supervisor(folder: RunFolder) -> Iterator[None]:
                 f"The run folder {folder.root} is in use by process {file.read().strip() or 'unknown'}. "
                 "Wait for it, stop it (SIGTERM snapshots first), or give this run another --name."
             ) from None
+        hold = _Hold(path, file)
+        hold.check()
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield hold
 
 
 class _Stop:
