@@ -17,7 +17,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,16 @@ SAME_SHARE = 1e-3  # positions this close, relative to the last one, are the sam
 _MARK = ":::MLLOG"
 _STEP_NAMES = ("step", "global_step", "_step", "samples", "samples_count", "step_num", "tokens", "iteration", "iter", "epoch", "epoch_num", "position")  # fmt: skip
 _LOSS_NAMES = ("loss", "eval_loss", "validation_loss", "val_loss", "train_loss", "lm_loss", "lm loss", "eval/loss", "val/loss", "train/loss")  # fmt: skip
-_MLPERF_POSITIONS = ("samples_count", "step_num", "epoch_num", "epoch_count")
+_MLPERF_POSITIONS = ("samples_count", "step_num", "epoch_num", "epoch_count", "first_epoch_num")
 _LOGS = (".txt", ".log", ".out", ".jsonl", ".csv", ".tsv")
+EARLY_SHARE = 0.5  # a run that ends before this share of the others' length would move the window of all to the beginning
 # Declared, but not what is trained: who ran it, on what, with which luck, how the batch was cut up, when it stopped.
 _NOT_SETTINGS = ("seed", "submission_org", "submission_platform", "submission_division", "submission_status", "submission_poc_name",
                  "submission_poc_email", "gradient_accumulation_steps", "train_samples", "target_accuracy", "cache_clear",
                  "eval_accuracy", "tracked_stats", "max_steps", "name", "pools", "prefer", "threads", "strict", "guard", "qualify",
                  "serve", "evaluate", "recipe_sha256")  # fmt: skip
 # Parts of names that say how a run was spread over machines or how fast it was, in submissions' own keys.
-_NOT_TRAINED = ("submission_", "parallel", "node", "world_size", "micro_batch", "minibatch", "throughput", "hostname", "elapsed", "gpus", "devices", "workers")  # fmt: skip
+_NOT_TRAINED = ("parallel", "check_interval", "eval_interval", "eval_freq", "skip_evals", "extend_run", "start_time", "_path", "_dir", "container", "framework", "node", "world_size", "micro_batch", "minibatch", "throughput", "hostname", "elapsed", "gpus", "devices", "workers")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,14 @@ def _finite(value: float) -> float | None:
 
 def compare_groups(a: Sequence[Run], b: Sequence[Run], *, margin: float = MARGIN) -> RunComparison:
     """Hold group A against group B. Never raises for runs that differ: that is a refusal, with its reason."""
-    refusal = _different_settings(a, b) or _different_start(a, b)
+    refusal = (
+        _different_settings(a, b)
+        or _different_start(a, b)
+        or _ends_early(a)
+        or _ends_early(b)
+        or _twice(a)
+        or _twice(b)
+    )
     if refusal:
         return RunComparison(refusal, None)
     grid = shared_positions([*a, *b])
@@ -162,12 +170,39 @@ def _different_start(a: Sequence[Run], b: Sequence[Run]) -> str | None:
     return f"they do not start from the same model or data: the first loss differs by {100 * gap:.1f} %, allowed {100 * max(START_BAR, 3.0 * spread):.1f} %"
 
 
+def _ends_early(group: Sequence[Run]) -> str | None:
+    """The window lies where all runs are, so one run that was cut off would decide it."""
+    usual = float(np.median([run.positions[-1] for run in group]))
+    short = min(group, key=lambda run: float(run.positions[-1]))
+    if short.positions[-1] >= EARLY_SHARE * usual:
+        return None
+    return f"{short.source} ends at position {short.positions[-1]:g}, the others of its group at about {usual:g}: leave it out and say so"
+
+
+def _twice(group: Sequence[Run]) -> str | None:
+    """A run that stands twice in a group shows no spread of its own."""
+    seen: dict[bytes, str] = {}
+    for run in group:
+        known = seen.setdefault(run.positions.tobytes() + run.losses.tobytes(), run.source)
+        if known is not run.source:
+            return f"{known} and {run.source} are the same run, number by number: a copy, or one seed twice, tells nothing about the spread"
+    return None
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------------
 
 
-def read_group(paths: Iterable[Path]) -> list[Run]:
-    """Runs of one group. A folder stands for every log inside it; a run folder of bascule for its ledger."""
-    runs = [read_run(file) for path in paths for file in _files(path)]
+def read_group(paths: Iterable[Path], left_out: list[str] | None = None) -> list[Run]:
+    """Runs of one group. A folder stands for every log inside it; a run folder of bascule for its ledger. Files of a folder without
+    a single loss (a README, a machine's log) are no runs: their names go to `left_out`."""
+    runs: list[Run] = []
+    for path in paths:
+        found = {file: _read(file) for file in _files(path)}
+        if path.is_file() and found[path] is None:
+            raise _no_series(path, 0)
+        runs += [run for run in found.values() if run]
+        if left_out is not None:
+            left_out += [str(file) for file, run in found.items() if run is None]
     if not runs:
         raise UsageError("A group has no runs. Give result files, or folders that hold them.")
     return runs
@@ -185,7 +220,9 @@ def _files(path: Path) -> list[Path]:
     found = [
         file
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name.removesuffix(".gz").endswith(_LOGS)
+        if file.is_file()
+        and (file.name.removesuffix(".gz").endswith(_LOGS) or file.name.startswith("result"))
+        and not file.name.startswith(".")
     ]
     if not found:
         raise UsageError(f"The folder '{path}' holds no {', '.join(_LOGS)} file, plain or .gz.")
@@ -194,18 +231,33 @@ def _files(path: Path) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """Raises UsageError when the file holds no loss series, or losses that are not positive and finite."""
+    run = _read(path)
+    if run is None:
+        raise _no_series(path, 0)
+    return run
+
+
+def _no_series(path: Path, count: int) -> UsageError:
+    return UsageError(
+        f"'{path}' holds {count} loss values; a loss series needs two. Known forms: MLPerf :::MLLOG with eval_accuracy, JSONL and CSV with a step and a loss."
+    )
+
+
+def _read(path: Path) -> Run | None:
+    """None when there is not a single loss in the file."""
     text = _text(path)
     if _MARK in text:
         points, settings = _from_mlperf(text)
+        _one_run(path, points)
     elif text.lstrip().startswith("{"):
         points, settings = _from_jsonl(text)
     else:
         points, settings = _from_table(text), {}
     points = sorted(dict(points).items())
+    if not points:
+        return None
     if len(points) < 2:
-        raise UsageError(
-            f"'{path}' holds {len(points)} loss values; a loss series needs two. Known forms: MLPerf :::MLLOG with eval_accuracy, JSONL and CSV with a step and a loss."
-        )
+        raise _no_series(path, len(points))
     bad = next(
         (position for position, loss in points if not (math.isfinite(loss) and loss > 0)), None
     )
@@ -230,27 +282,55 @@ def _text(path: Path) -> str:
 Points = list[tuple[float, float]]
 
 
+def _one_run(path: Path, points: Points) -> None:
+    """Several ranks may log the same evaluation, but not another loss at the same position."""
+    seen: dict[float, float] = {}
+    for position, loss in points:
+        if abs(seen.setdefault(position, loss) - loss) > 1e-6 * abs(loss):
+            raise UsageError(
+                f"'{path}' holds two losses at position {position:g}, {seen[position]:g} and {loss:g}: several runs in one file, or several metrics. Give one file a run."
+            )
+
+
 def _from_mlperf(text: str) -> tuple[Points, dict[str, str]]:
-    points: Points = []
+    """Of several metrics (`metadata.metric`) the first by name is taken, and declared, so that both sides speak of the same one.
+    Positions are samples where they are told; steps are turned into samples where the batch is declared."""
+    found: list[tuple[str, str, float, float]] = []
     settings: dict[str, str] = {}
+    for entry in _mlperf_entries(text):
+        name, value = entry["key"], entry.get("value")
+        if name in ("eval_accuracy", "eval_loss"):
+            where = entry.get("metadata") or {}
+            counted = next((key for key in _MLPERF_POSITIONS if _is_number(where.get(key))), None)
+            if counted is not None and value is not None and _is_number(value):
+                metric = str(where.get("metric", name))
+                found.append((metric, counted, float(where[counted]), float(value)))
+        elif entry.get("event_type", "POINT_IN_TIME") == "POINT_IN_TIME":
+            _declare(settings, {name: value})
+    metric = min((one[0] for one in found), default="")
+    if len({one[0] for one in found}) > 1:
+        settings["metric"] = metric
+    batch = float(settings.get("global_batch_size", "nan"))
+    points = []
+    for of, counted, position, loss in found:
+        in_samples = counted == "step_num" and math.isfinite(batch)
+        if of == metric:
+            points.append((position * batch if in_samples else position, loss))
+    return points, settings
+
+
+def _mlperf_entries(text: str) -> Iterator[dict[str, Any]]:
+    """What stands after each mark; a launcher's prefix, and what another rank printed behind it on the same line, are passed over."""
     for line in text.splitlines():
         _, mark, body = line.partition(_MARK)
         if not mark:
             continue
         try:
-            entry = json.loads(body)
+            entry, _ = json.JSONDecoder().raw_decode(body.lstrip())
         except json.JSONDecodeError:
             continue  # a torn line of a log that others wrote
-        if not isinstance(entry, dict) or "key" not in entry:
-            continue
-        name, value = entry["key"], entry.get("value")
-        if name in ("eval_accuracy", "eval_loss"):
-            position = _first(entry.get("metadata") or {}, _MLPERF_POSITIONS)
-            if position is not None and value is not None and _is_number(value):
-                points.append((float(position), float(value)))
-        elif entry.get("event_type") == "POINT_IN_TIME":
-            _declare(settings, {name: value})
-    return points, settings
+        if isinstance(entry, dict) and isinstance(entry.get("key"), str):
+            yield entry
 
 
 def _from_jsonl(text: str) -> tuple[Points, dict[str, str]]:
@@ -318,10 +398,12 @@ def _declare(settings: dict[str, str], declared: Mapping[str, Any]) -> None:
     for name, value in declared.items():
         if name in _NOT_SETTINGS or value is None or any(part in name for part in _NOT_TRAINED):
             continue
+        if name.startswith("submission_") and name != "submission_benchmark":
+            continue
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             settings[name] = f"{float(value):g}"
         else:
-            settings[name] = json.dumps(value, sort_keys=True)
+            settings[name] = json.dumps(value, sort_keys=True).lower()
 
 
 def _is_number(text: Any) -> bool:

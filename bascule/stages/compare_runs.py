@@ -16,7 +16,11 @@ def main(arguments: Namespace) -> Answer:
         raise UsageError(
             f"--margin {arguments.margin:g} is not a share between 0 and 1; 0.0025 means 0.25 % of the loss."
         )
-    here = read_group([Path(path) for path in arguments.runs])
-    there = read_group([Path(path) for path in arguments.against])
+    left_out: list[str] = []
+    here = read_group([Path(path) for path in arguments.runs], left_out)
+    there = read_group([Path(path) for path in arguments.against], left_out)
     found = compare_groups(here, there, margin=arguments.margin)
-    return Answer(text=found.sentence(), data=found.data())
+    notes = [f"left out, without a loss in it: {', '.join(left_out)}"] if left_out else []
+    return Answer(
+        text="\n".join([found.sentence(), *notes]), data={**found.data(), "left_out": left_out}
+    )

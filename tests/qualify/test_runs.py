@@ -224,3 +224,79 @@ def test_a_damaged_gzip_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"1 2\n2 3\n")[:-9])
     with pytest.raises(UsageError, match="damaged gzip"):
         read_group([tmp_path])
+
+
+def line(name: str, value: object, **where: object) -> str:
+    return ":::MLLOG " + json.dumps({"namespace": "", "time_ms": 1, "event_type": "POINT_IN_TIME", "key": name, "value": value, "metadata": where})  # fmt: skip
+
+
+def test_lines_of_ranks_prefixes_and_torn_lines_are_read_through(tmp_path: Path) -> None:
+    text = "\r\n".join(
+        [
+            "0: " + line("global_batch_size", 16),
+            "\x1b[32m" + line("eval_accuracy", 5.2, samples_count=100) + "\x1b[0m 3: other rank",
+            line("eval_accuracy", 5.2, samples_count=100),
+            line("eval_accuracy", "4.1", samples_count=200, epoch_num=2),
+            line("eval_accuracy", None, samples_count=300),
+            line("eval_accuracy", 3.9, samples_count=400)[:-9],
+        ]
+    )
+    (tmp_path / "r.txt").write_bytes(text.encode())
+    run = read_run(tmp_path / "r.txt")
+    assert run.positions.tolist() == [100, 200] and run.losses.tolist() == [5.2, 4.1]
+
+
+def test_steps_become_samples_where_the_batch_is_declared(tmp_path: Path) -> None:
+    lines = [line("global_batch_size", 16), *(line("eval_accuracy", 5 - at, step_num=at) for at in (1, 2))]  # fmt: skip
+    (tmp_path / "r.txt").write_text("\n".join(lines))
+    assert read_run(tmp_path / "r.txt").positions.tolist() == [16, 32]
+
+
+def test_of_two_metrics_one_is_taken_and_declared(tmp_path: Path) -> None:
+    lines = [line("eval_accuracy", value, samples_count=at, metric=name) for at in (1, 2) for name, value in (("FID", 90.0), ("CLIP", 0.15))]  # fmt: skip
+    (tmp_path / "r.txt").write_text("\n".join(lines))
+    run = read_run(tmp_path / "r.txt")
+    assert run.losses.tolist() == [0.15, 0.15] and run.settings["metric"] == "CLIP"
+
+
+def test_two_runs_in_one_result_file_are_refused(tmp_path: Path) -> None:
+    lines = [line("eval_accuracy", value, samples_count=at) for value in (4.0, 3.9) for at in (1, 2)]  # fmt: skip
+    (tmp_path / "r.txt").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match="several runs in one file"):
+        read_run(tmp_path / "r.txt")
+
+
+def test_files_without_a_loss_are_left_out_of_a_folder_and_named(tmp_path: Path) -> None:
+    mllog(tmp_path / "result_0")
+    mllog(tmp_path / "result_1.txt", seed=1)
+    (tmp_path / "README.txt").write_text("What these are.\n")
+    (tmp_path / "system.log").write_text("driver 1.2\n")
+    left_out: list[str] = []
+    assert len(read_group([tmp_path], left_out)) == 2
+    assert [Path(name).name for name in left_out] == ["README.txt", "system.log"]
+    with pytest.raises(UsageError, match="holds 0 loss values"):
+        read_group([tmp_path / "README.txt"])
+
+
+def test_another_benchmark_is_refused_other_seeds_and_machines_are_not(tmp_path: Path) -> None:
+    def group(name: str, **declared: object) -> list[Run]:
+        for seed in range(4):
+            mllog(tmp_path / name / f"{seed}.txt", seed=10 * ord(name) + seed, **{"submission_benchmark": "llama31_8b", **declared, "seed": seed})  # fmt: skip
+        return read_group([tmp_path / name])
+
+    a = group("a", submission_org="X", opt_name="adamw", val_check_interval=4)
+    b = group("b", submission_org="Y", opt_name="AdamW", val_check_interval=8)
+    assert compare_groups(a, b).refusal is None
+    other = compare_groups(a, group("c", submission_benchmark="llama2_70b_lora"))
+    assert other.refusal and "submission_benchmark" in other.refusal
+
+
+def test_a_run_that_was_cut_off_or_stands_twice_is_refused(tmp_path: Path) -> None:
+    a = [mllog(tmp_path / f"a/{i}.txt", seed=i) for i in range(4)]
+    b = [mllog(tmp_path / f"b/{i}.txt", seed=10 + i) for i in range(4)]
+    cut = mllog(tmp_path / "cut.txt", seed=9, keep=lambda at: at < 5)
+    copied = mllog(tmp_path / "copy.txt", seed=10)
+    early = compare_groups(read_group([*a, cut]), read_group(b))
+    assert early.refusal and "cut.txt" in early.refusal and "leave it out" in early.refusal
+    twice = compare_groups(read_group(a), read_group([*b, copied]))
+    assert twice.refusal and "the same run" in twice.refusal
