@@ -1,18 +1,21 @@
 """PyTorch's own operator database against the chip, with our judge: what else would a changed model meet?
 
-Each entry's first samples run on the chip in fp32 and bf16 and are held against fp64 as this model's own calls are. Inputs are made on
+Each entry's samples run on the chip in fp32 and bf16 and are held against fp64 as this model's own calls are. Inputs are made on
 the CPU, so a chip whose random fill fails is not blamed for it; what the CPU refuses is no question. Failures are clustered by what was
-raised, or by operator where numbers are wrong. Reported only: an operator the model never calls is no reason to refuse a chip.
+raised, or by operator where numbers are wrong. What no right chip can be held to is listed, with reasons, in opinfo_left_out.toml. Reported only: an operator the model never calls is no reason to refuse a chip.
 What was answered is kept in `conformity.jsonl`, and a resumed battery goes on after it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -26,29 +29,8 @@ from bascule.qualify.hold import CPU, widest
 from bascule.qualify.trace import transplant
 from bascule.records import Evidence
 
-SAMPLES = 2
 DTYPES = (torch.float32, torch.bfloat16)
-# Parts of names (split at dots and underscores). Without one right answer: random results, uninitialised memory, decompositions
-# unique up to sign or order; and `jiterator`, which compiles for one vendor only.
-_NO_SINGLE_ANSWER = {
-    "empty", "rand", "randn", "randint", "normal", "bernoulli", "multinomial", "dropout", "dropout2d", "dropout3d", "uniform",
-    "exponential", "cauchy", "geometric", "log_normal", "rrelu", "svd", "eig", "eigh", "eigvals", "eigvalsh", "qr", "lstsq", "pca",
-    "geqrf", "ormqr", "topk", "unique", "jiterator",
-}  # fmt: skip
-# Results that hang on how an input was rounded: rank decisions, near-singular matrices, poles.
-_ILL_CONDITIONED = {
-    "linalg",
-    "matrix",
-    "cholesky",
-    "inverse",
-    "logdet",
-    "slogdet",
-    "lu",
-    "pinverse",
-    "cdist",
-    "polygamma",
-    "zeta",
-}
+LEFT_OUT = files("bascule.qualify.checks").joinpath("opinfo_left_out.toml")
 
 
 def opinfo(context: CheckContext) -> list[Evidence]:
@@ -60,7 +42,7 @@ def opinfo(context: CheckContext) -> list[Evidence]:
         for trouble in filter(None, troubles):
             clusters[trouble.partition(":")[0] if trouble.startswith("raised") else name] += 1
             example.setdefault(name, trouble)
-    words = f"{asked} samples, {sum(clusters.values())} not conforming in {len(clusters)} clusters"
+    words = f"{asked} samples, {sum(clusters.values())} not conforming in {len(clusters)} clusters ({len(left_out())} kinds of operator listed as not to be judged)"
     if clusters:
         words += "; largest: " + ", ".join(
             f"{name} {count}" for name, count in clusters.most_common(5)
@@ -84,7 +66,10 @@ def _answers(context: CheckContext) -> Iterator[tuple[str, list[str | None]]]:
     known: dict[str, list[str | None]] = dict(json.loads(line) for line in lines)
     entries = _entries()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with open(kept, "a" if known else "w", encoding="utf-8") as file:
+    with open(kept, "w", encoding="utf-8") as file:
+        # Written anew, because the last line may be torn.
+        file.writelines(json.dumps([name, troubles]) + "\n" for name, troubles in known.items())
+        file.flush()
         for place, (name, entry, dtype) in enumerate(entries):
             context.progress(place, len(entries))
             if name not in known:
@@ -128,7 +113,7 @@ def _entries() -> list[tuple[str, Any, torch.dtype]]:
             f"PyTorch's operator database needs '{error.name}': pip install {error.name}"
         ) from None
 
-    hard = _NO_SINGLE_ANSWER | _ILL_CONDITIONED
+    hard = left_out().keys()
     named: dict[str, tuple[str, Any, torch.dtype]] = {}
     for entry in op_db:
         if hard & set(re.split(r"[._]", entry.name)) or not entry.supports_dtype(
@@ -143,16 +128,18 @@ def _entries() -> list[tuple[str, Any, torch.dtype]]:
     return list(named.values())
 
 
+@functools.cache
+def left_out() -> dict[str, str]:
+    """Part of an operator's name -> why it is not judged."""
+    tables = tomllib.loads(LEFT_OUT.read_text(encoding="utf-8"))
+    return {part: f"{kind}: {why}" for kind, rows in tables.items() for part, why in rows.items()}
+
+
 def _of_entry(entry: Any, dtype: torch.dtype) -> Iterator[Question]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            samples = [
-                sample
-                for _, sample in zip(
-                    range(SAMPLES), entry.sample_inputs("cpu", dtype), strict=False
-                )
-            ]
+            samples = list(entry.sample_inputs("cpu", dtype))
         except (RuntimeError, ValueError, TypeError, AssertionError):
             return  # the inputs could not be made: the harness's limit
         for sample in samples:
