@@ -220,7 +220,7 @@ def _serve(parser: Parser) -> None:
         "--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)"
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="of a larger model's matrices on a CPU (default: the recipe's)"
+        "--precision", choices=("fp32", "bf16", "int8"), help="of a larger model's matrices on a CPU (default: the recipe's)"
     )  # fmt: skip
     parser.add_argument(
         "--engine",

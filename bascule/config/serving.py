@@ -26,9 +26,9 @@ class ServeConfig(Section):
         False,
         description="equal bits whatever else is in the batch; a step costs 1.1 to 3.5 times as much",
     )
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
-        description="of a larger model's matrices on a CPU with a bf16 unit; stamps, /version and the server's first line say which",
+        description="of a larger model's matrices on a CPU; bf16 needs its unit there, int8 a C++ compiler; stamps, /version and the server's first line say which",
     )
     speculate: int = Field(
         4,

@@ -1,8 +1,9 @@
 """The matrices of a larger model laid out once for the CPU that decodes with it, instead of at every call.
 
-In fp32 oneDNN's blocked layout is up to twice as fast from two rows up; one row is as fast with the plain kernel, which it keeps.
-In bf16 (for serving only: log-probabilities that are trained on stay fp32) half the bytes are read and products are made by the
-CPU's bf16 unit; without one bf16 is slower than fp32, so it is refused. int8 was tried and left out: docs/log.md has the figures.
+In fp32 a few rows are bound by memory and go through rows.py; more rows through oneDNN's blocked layout, which is up to twice as fast as the
+plain one. For serving only (log-probabilities that are trained on stay fp32): bf16 reads half the bytes and multiplies in the
+CPU's bf16 unit, and is refused without one, because it would be slower than fp32; int8 reads a quarter, one scale a row of the
+matrix, activations stay fp32.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.errors import UsageError
+from bascule.infer.rows import LANES, MOST_ROWS, compiled, product
 from bascule.model.attention import LatentAttention
 from bascule.model.transformer import Transformer
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LEAST_WEIGHTS = (
     1 << 17
 )  # below it a call costs more than its arithmetic, and a plain call is the cheapest
@@ -30,23 +33,51 @@ class BlockedLinear(nn.Module):
     def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias, self.dtype = plain.weight, plain.bias, dtype
+        self._quick = quick(plain)
         weight = plain.weight.detach().to(dtype)
         self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._bias = None if plain.bias is None else plain.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dtype == torch.float32 and x.numel() == x.shape[-1]:
-            return F.linear(x, self.weight, self.bias)
-        done: Tensor = torch.ops.mkldnn._linear_pointwise(
+        if self.dtype == torch.float32:
+            if self._quick and x.numel() <= MOST_ROWS[self.dtype] * x.shape[-1]:
+                done = product(x, self.weight, None)
+                return done if self.bias is None else done + self.bias
+            if x.numel() == x.shape[-1]:
+                return F.linear(x, self.weight, self.bias)
+        blocked: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self._blocked, self._bias, "none", [], None
         )
-        return done.float()
+        return blocked.float()
+
+
+class ByteLinear(nn.Module):
+    """y = x @ (q * scale)^T + bias, q int8. The plain weight stays: other parts of the model read it."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = plain.weight, plain.bias
+        self._bytes, self._scale_N1 = quantised(plain.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= MOST_ROWS[torch.int8] * x.shape[-1]:
+            done = product(x, self._bytes, self._scale_N1)
+            return done if self.bias is None else done + self.bias
+        return F.linear(x, self._bytes.float() * self._scale_N1, self.bias)
+
+
+def quantised(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 and the scale of each row, (N, 1): the largest weight of a row becomes 127."""
+    scale_N1 = (
+        weight_NK.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    )
+    return (weight_NK / scale_N1).round().to(torch.int8), scale_N1
 
 
 def lay_out(model: Transformer, precision: Precision) -> Transformer:
     """A model that shares everything with `model` but its large matrices; itself when it is not fp32 on a CPU.
 
-    Raises UsageError for bf16 on a CPU that has no unit for it.
+    Raises UsageError for bf16 on a CPU that has no unit for it, and for int8 without a compiler.
     """
     weight = model.lm_head.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -54,6 +85,10 @@ def lay_out(model: Transformer, precision: Precision) -> Transformer:
     if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
         raise UsageError(
             "precision bf16 was asked for; this CPU has no bf16 unit (AVX512-BF16) and would be slower than in fp32. Use fp32."
+        )
+    if precision == "int8" and compiled() is None:
+        raise UsageError(
+            "precision int8 was asked for; it needs a C++ compiler for this CPU's kernel and found neither g++ nor clang++. Install one, or use fp32."
         )
     memo: dict[int, object] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
@@ -63,6 +98,20 @@ def lay_out(model: Transformer, precision: Precision) -> Transformer:
         for name, child in list(parent.named_children()):
             absorbed = isinstance(parent, LatentAttention) and name == "kv_b_proj"
             if isinstance(child, nn.Linear) and child.weight.numel() >= LEAST_WEIGHTS and not absorbed:  # fmt: skip
-                dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-                setattr(parent, name, BlockedLinear(child, dtype))
+                setattr(
+                    parent,
+                    name,
+                    ByteLinear(child)
+                    if precision == "int8" and quick(child)
+                    else BlockedLinear(child, _blocked(precision)),
+                )
     return laid
+
+
+def quick(plain: nn.Linear) -> bool:
+    """Can rows.py take this matrix?"""
+    return plain.weight.shape[1] % LANES == 0 and compiled() is not None
+
+
+def _blocked(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bascule import draws
+from bascule.infer.linear import quantised
 from bascule.model.transformer import Transformer
 from bascule.numerics import perturb_one_ulp
 
@@ -62,6 +63,11 @@ class Reference:
             return self.model
         model = copy.deepcopy(self.model)
         for name, weight in model.state_dict().items():
+            if dtype == torch.int8:
+                if weight.ndim == 2:
+                    codes, scale = quantised(weight)
+                    weight.copy_(codes * scale)
+                continue
             key = draws.key(0, f"reference/{name}")
             weight.copy_(perturb_one_ulp(weight.to(dtype), key))
         return model

@@ -160,8 +160,8 @@ async def _serve(
     try:
         chip = service.broker.about
         asked = precision or recipe.serve.precision
-        if asked == "bf16" and chip["dtype"] == "float32":
-            _say("precision bf16 was asked for; a small model, or one on this chip, is served in fp32.")  # fmt: skip
+        if asked != "fp32" and chip["dtype"] == "float32":
+            _say(f"precision {asked} was asked for; a small model, or one on this chip, is served in fp32.")  # fmt: skip
         if chip["kl_to_fp32"]:
             _say(
                 f"It computes in {chip['dtype']}: {chip['kl_to_fp32']:.1e} nats a token from fp32, measured on {chip['chip']}."

@@ -31,7 +31,7 @@ from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, OutOfMemory
 from bascule.infer.batch import CHUNK, Batch, Prefill
-from bascule.infer.linear import Precision
+from bascule.infer.linear import DTYPES, Precision
 from bascule.infer.row import Row
 from bascule.infer.score import divergence, score
 from bascule.infer.sequence import Sampling
@@ -345,14 +345,17 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "simulated": chip.simulated,
         "fallback_note": desk.accelerator.fallback_note,
         "weights_sha256": sha256,
-        "dtype": "bfloat16"
-        if desk.batch.precision == "bf16"
-        else str(desk.batch.model.lm_head.weight.dtype).removeprefix("torch."),
+        "dtype": str(_dtype(desk.batch)).removeprefix("torch."),
         "reproducible": desk.batch.reproducible,
         "slots": desk.batch.slots,
         "context": desk.batch.length,
         "start_s": seconds,
     }
+
+
+def _dtype(batch: Batch) -> torch.dtype:
+    plain = batch.model.lm_head.weight.dtype
+    return plain if batch.precision == "fp32" else DTYPES[batch.precision]
 
 
 @torch.inference_mode()

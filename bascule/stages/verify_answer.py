@@ -21,7 +21,12 @@ from bascule.model.weights import fingerprint
 from bascule.stages.answer import Answer
 from bascule.stages.finished import Finished, open_finished
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 class Stamp(BaseModel):

@@ -50,6 +50,7 @@ def compare(engine: Ours, python: str, path: Path, context: int, batch: int) -> 
         for name, run in (
             ("ours fp32", lambda: engine(prompts(batch, context), STEPS)),
             ("ours bf16", lambda: engine(prompts(batch, context), STEPS, "bf16")),
+            ("ours int8", lambda: engine(prompts(batch, context), STEPS, "int8")),
             ("llama.cpp F32", lambda: child(python, path, context, batch)),
         ):
             steps[name] = min(steps.get(name, float("inf")), run()["step_s"])

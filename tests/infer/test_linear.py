@@ -8,6 +8,8 @@ import torch
 from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.infer import linear
+from bascule.infer.rows import compiled, product
+from bascule.infer.score import divergence
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, initialise
 
@@ -42,6 +44,36 @@ def test_laid_out_matrices_give_the_same_numbers(
     assert (steps[0] - steps[1]).abs().max() < 1e-5 * expected.std()
     assert fingerprint(model) == before
     assert not any(isinstance(part, linear.BlockedLinear) for part in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
+def test_the_compiled_product_is_the_plain_one(dtype: torch.dtype, rows: int) -> None:
+    if compiled() is None:
+        pytest.skip("no C++ compiler here")
+    weight, x = torch.randn(37, 48), torch.randn(rows, 1, 48)
+    codes, scale = (weight, None) if dtype == torch.float32 else linear.quantised(weight)
+    expected = torch.nn.functional.linear(x, codes.float() * (1.0 if scale is None else scale))
+    torch.testing.assert_close(product(x, codes, scale), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_int8_is_near_and_says_how_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
+    model = model_of(attention="gqa", ffn="swiglu")
+    if compiled() is None:
+        with pytest.raises(UsageError, match="compiler"):
+            linear.lay_out(model, "int8")
+        return
+    laid = linear.lay_out(model, "int8")
+    assert sum(isinstance(part, linear.ByteLinear) for part in laid.modules()) > 5
+    kl = divergence(model, laid, TOKENS.flatten().tolist())
+    assert 0 < kl < 1e-3
+    one, many = (
+        laid(TOKENS[:1]).logits_BTV,
+        laid(TOKENS).logits_BTV,
+    )  # 9 rows through the kernel, 36 past it
+    torch.testing.assert_close(one, many[:1], rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
