@@ -19,8 +19,8 @@ from pathlib import Path
 
 from bascule.plan.fit import DATA, measured_tokens
 from bascule.plan.job import Job
+from bascule.plan.runs_table import Row, job_of, read_rows
 from bascule.plan.score import Scored, as_text, report, score_training, training_rows
-from bascule.plan.table import Row, job_of, read_rows
 
 RECOMPUTE = {"none": "none", "selective": "attn_only", "full": "full"}
 

@@ -28,6 +28,7 @@ from bascule.plan.fit import (
 from bascule.plan.fit import fit as fit_training
 from bascule.plan.forecast import model_from
 from bascule.plan.memory import GIB
+from bascule.plan.runs_table import Row, job_of, read_rows
 from bascule.plan.score import (
     Scored,
     as_text,
@@ -39,7 +40,6 @@ from bascule.plan.score import (
     training_rows,
 )
 from bascule.plan.serving import serving_from
-from bascule.plan.table import Row, job_of, read_rows
 
 
 def share_of_peak(row: Row, published: float) -> float:

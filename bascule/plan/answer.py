@@ -23,7 +23,7 @@ from bascule.plan.measured import chips_of, read_run, recovery_of
 from bascule.plan.memory import Memory, memory_of
 from bascule.plan.models import model_named
 from bascule.plan.schedule import Played, Stage, play
-from bascule.plan.service import Service, price_service
+from bascule.plan.service_price import Service, price_service
 
 Z80 = 1.2816  # standard normal: half width of an 80 % interval
 ASSUMED_PUE = 1.3  # facility power over machine power where the user gives none; assumed

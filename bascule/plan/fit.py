@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from bascule.plan.cost import NAMES, Constants, step_seconds
-from bascule.plan.features import NUMBERS, TERMS, constants_vector, gradient, point, prior_vector
 from bascule.plan.fit_serving import (
     build_serving,
     fit_constants,
@@ -32,7 +31,15 @@ from bascule.plan.fit_serving import (
 from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Array, Point, Process
-from bascule.plan.table import Row, job_of, number, read_rows
+from bascule.plan.run_features import (
+    NUMBERS,
+    TERMS,
+    constants_vector,
+    gradient,
+    point,
+    prior_vector,
+)
+from bascule.plan.runs_table import Row, job_of, number, read_rows
 
 # Where the ascent starts: guesses of how much runs of one vendor, chip, stack... miss alike, and over what distance.
 START_SIZES = np.array(

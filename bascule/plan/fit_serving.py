@@ -1,6 +1,6 @@
 """Fitting the inference model to inference.csv: the same two steps as fit.py, on published serving points.
 
-Answers are tokens a second and chip, or a latency; inputs never include them (served.py).
+Answers are tokens a second and chip, or a latency; inputs never include them (serving_table.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bascule.plan.regress import Point, Process
-from bascule.plan.served import serving_of, target_of
+from bascule.plan.runs_table import Row
 from bascule.plan.serving import (
     SERVE_NAMES,
     SERVE_NUMBERS,
@@ -23,7 +23,7 @@ from bascule.plan.serving import (
     serve_point,
     serve_value,
 )
-from bascule.plan.table import Row
+from bascule.plan.serving_table import serving_of, target_of
 
 START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2, 1.0])
 START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0])

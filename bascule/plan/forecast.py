@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from bascule.plan.cost import NAMES, Constants, step_components, step_seconds
-from bascule.plan.features import NUMBERS, TERMS, constants_vector, point, prior_vector
 from bascule.plan.job import Job
 from bascule.plan.regress import Point, Process
+from bascule.plan.run_features import NUMBERS, TERMS, constants_vector, point, prior_vector
 
 
 @dataclass(frozen=True)

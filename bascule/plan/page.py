@@ -17,7 +17,7 @@ from bascule.plan.cost import gemm_peak, memory_bytes_s
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
 from bascule.plan.render import number, service_text
-from bascule.plan.service import Service
+from bascule.plan.service_price import Service
 
 PALETTE = (
     "#2f6fb0",

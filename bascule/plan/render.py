@@ -8,7 +8,7 @@ from typing import Any
 
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer, expected_bubble
 from bascule.plan.memory import GIB, Memory
-from bascule.plan.service import Service
+from bascule.plan.service_price import Service
 
 
 def cli_text(answer: Answer) -> str:

@@ -18,15 +18,15 @@ import numpy as np
 from bascule.errors import BasculeError, RecipeError, nearest
 from bascule.plan.catalogue import Chip
 from bascule.plan.cost import step_seconds
-from bascule.plan.features import point
 from bascule.plan.fit import measured_tokens, scoreable
 from bascule.plan.forecast import Model, shipped
 from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Point, Process
-from bascule.plan.served import serving_of, target_of
+from bascule.plan.run_features import point
+from bascule.plan.runs_table import Row, has_column, job_of, number, read_rows
 from bascule.plan.serving import ServeModel, serve_point, shipped_serving
-from bascule.plan.table import Row, has_column, job_of, number, read_rows
+from bascule.plan.serving_table import serving_of, target_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bascule.model import count
 from bascule.plan.architecture import from_config
 from bascule.plan.fit import DATA
 from bascule.plan.models import from_hugging_face, model_named
-from bascule.plan.table import number, read_rows, shape_of
+from bascule.plan.runs_table import number, read_rows, shape_of
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bascule.plan import fit
-from bascule.plan.table import read_rows
+from bascule.plan.runs_table import read_rows
 
 
 def test_the_physics_constants_are_reproduced_from_the_data() -> None:

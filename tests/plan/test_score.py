@@ -11,6 +11,7 @@ import pytest
 from bascule.errors import RecipeError
 from bascule.plan.catalogue import chip_like
 from bascule.plan.fit import DATA
+from bascule.plan.runs_table import job_of, read_rows
 from bascule.plan.score import (
     as_text,
     score_file,
@@ -19,9 +20,8 @@ from bascule.plan.score import (
     score_training,
     summarise,
 )
-from bascule.plan.served import serving_of
 from bascule.plan.serving import shipped_serving
-from bascule.plan.table import job_of, read_rows
+from bascule.plan.serving_table import serving_of
 
 ROWS = read_rows(DATA / "runs.csv")
 

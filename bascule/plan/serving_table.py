@@ -16,6 +16,7 @@ from bascule.plan.catalogue import Chip, chip_like
 from bascule.plan.job import precision_class
 from bascule.plan.mlperf import MEAN_OF_LIMIT, NODE, Scenario, scenario
 from bascule.plan.models import plain_name, shape_like
+from bascule.plan.runs_table import Row, chips_in, number, tokens
 from bascule.plan.serving import (
     LEAST_BATCH,
     WEIGHT_BYTES,
@@ -24,7 +25,6 @@ from bascule.plan.serving import (
     memory_batch,
     rate,
 )
-from bascule.plan.table import Row, chips_in, number, tokens
 
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 4096, 1024
 ASSUMED_TOKEN_MS = (
