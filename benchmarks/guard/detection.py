@@ -13,8 +13,10 @@ one from weights moved by one unit in the last place: a fault is consequential w
     mix full, one-off full   a third of them (the rarest rate) with `budget_percent = "full"`
     catalogue  every profile that acts in one trainer's process, at each severity
     snapshot   torn, flipped, lost or stale files of the newest snapshot, found by a run that goes on
+    processes  hangs and deaths: the same run with real processes, as `bascule drill --all` has it
 
-Hangs and deaths need processes: `bascule drill RECIPE --all` has them. Stragglers need an idle machine.
+A straggler and a leak are only seen on chips that report memory and on an idle machine; collectives need several ranks
+(tests/guard/test_replicas.py, tests/faults/test_other_families.py).
 """
 
 from __future__ import annotations
@@ -34,20 +36,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bascule import draws, numerics
+from bascule.fallback import rehearsal
 from bascule.faults import storage
 from bascule.faults.catalogue import SEVERITIES, FaultSpec, load_profile, open_profile, profiles
 from bascule.folder import RunFolder, sha256_of
+from bascule.ledger import read_ledger
 from bascule.records import Alarm, Incident, SnapshotEvent, Warned
+from bascule.stages import drill, run
 from bascule.stages.drill import placed_at
 from bascule.stages.drilled import Drilled, judge, look
 from bascule.stages.faults import families
 from bascule.train import checkpoint
 from bascule.train.objective import Objective
 
-STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 32
+STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 40
 MIX = {"zeroed": 0.51, "bit_flip": 0.48, "nan": 0.01}
 RATES, STRIDES = (0.002, 0.02, 0.1), (61, 499)
-GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot")
+GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot", "processes")
 ELSEWHERE = {"collective", "storage", "timing"}
 PROCESSES = {"process_death", "hang"}
 
@@ -88,6 +93,8 @@ def _cells(seeds: int, mix: int) -> Iterator[dict[str, Any]]:
     for seed in range(seeds):
         for kind in ("torn_write", "flipped_write", "lost_write", "stale"):
             yield {"group": "snapshot", "fault": kind, "seed": seed}
+        for kind in ("hang", "dies"):
+            yield {"group": "processes", "fault": kind, "seed": seed}
         for fault in _catalogue(seed):
             yield {"group": "catalogue", "fault": fault}
 
@@ -111,6 +118,8 @@ def _catalogue(seed: int) -> Iterator[str]:
 def one_cell(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["group"] == "snapshot":
         return campaign.quietly(lambda: _snapshot(cell))  # type: ignore[no-any-return]
+    if cell["group"] == "processes":
+        return campaign.quietly(lambda: _drill(cell))  # type: ignore[no-any-return]
     return campaign.quietly(lambda: _fault(cell))  # type: ignore[no-any-return]
 
 
@@ -173,6 +182,32 @@ def _snapshot(cell: dict[str, Any]) -> dict[str, Any]:
     return {"seen": bool(passed), "by": "snapshot passed over" if passed else None, "consequential": True,
             "weights_equal": equal, "exit_code": code, "attributions": [], "condemned": [], "innocent": [],
             "corrupt_certified": [], "seen_at": STEPS, "verdict": "caught" if passed and equal else "MISSED"}  # fmt: skip
+
+
+def _drill(cell: dict[str, Any]) -> dict[str, Any]:
+    """A hang or a death at a random step of a run with real processes, as `bascule drill --all` does it."""
+    onset = int(np.random.default_rng(2000 + cell["seed"]).integers(2, LAST_ONSET + 1))
+    fault, pool = placed_at(f"{cell['fault']}?seed={cell['seed']}", onset), "chip"
+    examined, right = _examined(cell["preset"])
+    planted = _recipe(drill.planted_on("cpu", fault), cell["preset"], {"hang_timeout_s": 8.0})
+    with tempfile.TemporaryDirectory() as room:
+        folder = RunFolder(Path(room) / "run")
+        rehearsal.fresh_run(examined, folder, planted)
+        drilled = drill.carry_out(planted, folder, fault, pool)
+        judge(drilled, open_profile(fault), right)
+    by = drilled.seen[0] if drilled.seen else None
+    return {"fired_at": drilled.first_fired_step, "moved": None, "consequential": True, "seen": bool(drilled.attributions),
+            "by": by and by.by, "seen_at": by and by.step, "attributions": drilled.attributions, "condemned": drilled.condemned,
+            "innocent": drilled.innocent_condemned, "corrupt_certified": [], "exit_code": drilled.exit_code,
+            "weights_equal": drilled.weights_equal, "verdict": drilled.verdict}  # fmt: skip
+
+
+@cache
+def _examined(preset: str) -> tuple[RunFolder, str | None]:
+    """A whole run on a sound chip, whose verdicts the drills begin with; its final weights."""
+    folder = RunFolder(Path(tempfile.mkdtemp()) / "run")
+    run.run(_recipe("cpu", preset, {}), folder)
+    return folder, campaign.in_process.weights_of(read_ledger(folder.ledger))
 
 
 def _recipe(accelerator: str, preset: str, guard: dict[str, Any]) -> Any:
