@@ -92,6 +92,7 @@ def test_every_line_of_the_list_leaves_something_out_and_says_why() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_cpu_conforms_to_itself_on_every_sample(tmp_path: Path) -> None:
     (found,) = examine.put(context(tmp_path), Ask(CHECK, "train"))
     assert found.measured["not_conforming"] == 0, found.detail

@@ -153,7 +153,7 @@ def test_the_story_chip_passes_a_quick_qualification_for_both_roles(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["numerics.half", "conformity.opinfo"])
+@pytest.mark.parametrize("name", ["numerics.half"])
 def test_checks_of_the_full_battery_pass_on_the_cpu_and_see_a_softmax_of_099(
     name: str, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bascule import draws
 from bascule.qualify import reproduce
 from bascule.qualify.context import CheckContext, Measured
+from bascule.qualify.hold import same_bits
 from bascule.records import Evidence
 
 # Odd sizes, sizes beside powers of two, more rows than on-chip buffers like to hold (1,024 and 2,048), long K (4,096, and
@@ -85,8 +86,9 @@ def integers(seed: int, what: str, shape: tuple[int, ...], low: int = -8, high: 
 def matmul(context: CheckContext) -> list[Evidence]:
     """Products at awkward shapes, at sixty octaves, in bf16, batched, and (for training) through autograd."""
     tally = _Tally()
-    failing = _shapes(context, tally)
+    failing, steady = _shapes(context, tally)
     _scales(context, tally)
+    _full_range(context, tally)
     _bf16(context, tally)
     if context.role == "train":
         _gradients(context, tally)
@@ -95,6 +97,8 @@ def matmul(context: CheckContext) -> list[Evidence]:
         smallest = _shrunk(context, failing)
         shapes = (smallest, *shapes)
         tally.first += f"; smallest shape that fails: {'x'.join(map(str, smallest))} (MxKxN)"
+    if tally.wrong and not steady:
+        tally.first += "; equal products differ from one repetition to the next"
     inputs = {}
     for place, (m, k, n) in enumerate(shapes):
         inputs[f"a{place}"] = integers(context.seed, "a", (m, k))
@@ -102,8 +106,8 @@ def matmul(context: CheckContext) -> list[Evidence]:
     return tally.evidence(context, "exact.matmul", _MATMUL_BODY, inputs)
 
 
-def _shapes(context: CheckContext, tally: _Tally) -> Shape | None:
-    """Returns the first shape with a wrong value."""
+def _shapes(context: CheckContext, tally: _Tally) -> tuple[Shape | None, bool]:
+    """Returns the first shape with a wrong value, and whether every repetition gave the same bits."""
     device, seed = context.accelerator.device, context.seed
     cases = [(integers(seed, "a", (m, k)), integers(seed, "b", (k, n))) for m, k, n in SHAPES_MKN]
     want = [(a.double() @ b.double()).float() for a, b in cases]
@@ -123,7 +127,13 @@ def _shapes(context: CheckContext, tally: _Tally) -> Shape | None:
         if tally.wrong > before and failing is None:
             failing = (m, k, n)
     tally.hold("batch of 5 products", batched, want[0].expand(5, -1, -1))
-    return failing
+    cases_asked = len(SHAPES_MKN)
+    steady = all(
+        same_bits(now, before)
+        for place, answers in enumerate(got[cases_asked:])
+        for now, before in zip(answers, got[place % cases_asked], strict=True)
+    )
+    return failing, steady
 
 
 def _shrunk(context: CheckContext, shape: Shape) -> Shape:
@@ -165,6 +175,20 @@ def _scales(context: CheckContext, tally: _Tally) -> None:
         got = [(left @ right).cpu() for left, right in operands]
     for octave, answer in zip(SCALES, got, strict=True):
         tally.hold(f"product scaled by 2^{octave}", answer, want * 2.0**octave)
+
+
+def _full_range(context: CheckContext, tally: _Tally) -> None:
+    """Few terms of large whole numbers: sums use all 24 bits, so an accumulator or a product that keeps fewer shows."""
+    device, seed = context.accelerator.device, context.seed
+    a = integers(seed, "wide a", (96, 4), -2048, 2048)
+    b = integers(seed, "wide b", (4, 72), -2048, 2048)
+    left, right = a.to(device), b.to(device)
+    with context.chip():
+        got = [(left @ right).cpu() for _ in range(REPEATS)]
+    for answer in got:
+        tally.hold(
+            "product over the whole range of fp32", answer, (a.double() @ b.double()).float()
+        )
 
 
 def _bf16(context: CheckContext, tally: _Tally) -> None:
