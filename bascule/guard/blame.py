@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -266,7 +267,8 @@ def _drop_message_groups(ranks: Mapping[int, Rank]) -> None:
 
 def _group(entry: Mapping[str, Any], names: Mapping[str, Any]) -> Group:
     name, purpose = [*entry.get("process_group", ("0", "")), ""][:2]
-    return str(purpose or name), _members(names.get(str(name), {}))
+    # gloo lists the group of all ranks under an empty name.
+    return str(purpose or name), _members(names.get(str(name)) or names.get("") or {})
 
 
 def _members(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -292,7 +294,16 @@ def _note(progress: Progress, entry: Mapping[str, Any]) -> None:
     progress.issued = max(progress.issued, sequence)
     if entry.get("state") == "completed":
         progress.finished = max(progress.finished, sequence)
-    progress.operations[sequence] = str(entry.get("profiling_name", "")).rpartition(":")[2]
+    progress.operations[sequence] = _operation(entry)
+
+
+def _operation(entry: Mapping[str, Any]) -> str:
+    """What must be equal on all ranks: the name, and for an all-reduce also how many numbers it sums."""
+    name = str(entry.get("profiling_name", "")).rpartition(":")[2]
+    if name not in ("all_reduce", "allreduce"):
+        return name
+    sizes = entry.get("input_sizes") or ()
+    return f"{name} of {sum(math.prod(size) for size in sizes)} numbers"
 
 
 def _add_status(

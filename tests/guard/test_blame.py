@@ -134,3 +134,27 @@ def test_damaged_dumps_are_refused_with_their_name(tmp_path: Path, content: byte
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no dumps"):
         blame.blame(tmp_path)
+
+
+def gloo(last: int, *, size: int = 64) -> dict:  # type: ignore[type-arg]
+    """As gloo's recorder writes it: the group of all ranks has no name, and nothing is ever marked completed."""
+    entries = [
+        entry(number, name="gloo:all_reduce", state="scheduled") | {"input_sizes": [[size]]}
+        for number in range(1, last + 1)
+    ]
+    return {
+        "pg_config": {"": {"name": "", "desc": "", "ranks": "[0, 1, 2, 3]"}},
+        "pg_status": {"0": {"last_enqueued_collective": last, "last_completed_collective": 3}},
+        "entries": entries,
+    }
+
+
+def test_gloos_dumps_are_read_and_its_dead_rank_is_missed(tmp_path: Path) -> None:
+    found = judged(tmp_path, {0: gloo(4), 1: gloo(4), 3: gloo(4)})
+    assert found.guilty_ranks == (2,) and "gave no dump" in found.reason
+
+
+def test_a_sum_of_another_size_is_another_operation(tmp_path: Path) -> None:
+    found = judged(tmp_path, {0: gloo(4), 1: gloo(4, size=48), 2: gloo(4), 3: gloo(4)})
+    assert found.guilty_ranks == (1,)
+    assert "all_reduce of 48 numbers" in found.evidence[0]
