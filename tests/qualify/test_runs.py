@@ -281,7 +281,7 @@ def test_files_without_a_loss_are_left_out_of_a_folder_and_named(tmp_path: Path)
 def test_another_benchmark_is_refused_other_seeds_and_machines_are_not(tmp_path: Path) -> None:
     def group(name: str, **declared: object) -> list[Run]:
         for seed in range(4):
-            mllog(tmp_path / name / f"{seed}.txt", seed=10 * ord(name) + seed, **{"submission_benchmark": "llama31_8b", **declared, "seed": seed})  # fmt: skip
+            mllog(tmp_path / name / f"{seed}.txt", seed=10 * ord(name) + seed, **{"submission_benchmark": "llama31_8b", **declared})  # fmt: skip
         return read_group([tmp_path / name])
 
     a = group("a", submission_org="X", opt_name="adamw", val_check_interval=4)
