@@ -16,7 +16,7 @@ from bascule.plan.ask import TrainAsk, parse_serve, parse_train, possible
 from bascule.plan.catalogue import Chip, chips_from_toml, power_w
 from bascule.plan.cost import bubble_share
 from bascule.plan.forecast import Forecast, Model, shipped
-from bascule.plan.goodput import FailureRate, Goodput, goodput, rate_of
+from bascule.plan.goodput import FailureRate, Goodput, Recovery, goodput, rate_of, save_seconds
 from bascule.plan.job import Job
 from bascule.plan.layout import Choice, empty_job, search
 from bascule.plan.measured import chips_of, read_run, recovery_of
@@ -179,8 +179,10 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
     steps = ask.tokens / job.tokens_per_step
     spread = math.log(step.high / step.low) / 2
     useful = _around(steps * step.seconds, spread, "s", step.basis)
+    parts = choice.memory.parts
+    recovery = ask.recovery or Recovery(save_s=save_seconds(parts["weights"] + parts["optimizer"]))
     failures = goodput(
-        useful.value, ask.chips, ask.chip.vendor, recovery=ask.recovery, rate=_own_rate(ask)
+        useful.value, ask.chips, ask.chip.vendor, recovery=recovery, rate=_own_rate(ask)
     )
     stretch = math.log(failures.wall_high_s / failures.wall_low_s) / 2
     days = _around(

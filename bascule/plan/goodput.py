@@ -91,6 +91,15 @@ class Recovery:
         return self.detect_s + self.restart_s
 
 
+HOST_BYTES_S = 25e9  # a chip's link to its host: half of PCIe 5.0 x16, assumed
+AGREE_S = 5.0  # all ranks stop, agree on the step and go on; assumed
+
+
+def save_seconds(state_bytes: float) -> float:
+    """Seconds a save blocks training: each chip copies its share of the state to its host, the rest is written beside the run."""
+    return AGREE_S + state_bytes / HOST_BYTES_S
+
+
 @dataclass(frozen=True)
 class Goodput:
     """Effective share of wall time with its 80 % range, the checkpoint interval used, Young/Daly's, and the failures expected."""
@@ -98,6 +107,7 @@ class Goodput:
     mean_time_to_failure_s: float
     interval_s: float
     young_daly_s: float
+    save_s: float
     effective: float
     effective_low: float
     effective_high: float
@@ -219,6 +229,7 @@ def goodput(
         mean_time_to_failure_s=mttf,
         interval_s=every,
         young_daly_s=young_daly(how.save_s, mttf),
+        save_s=how.save_s,
         effective=effective,
         effective_low=float(useful_s / max(high, wall)),
         effective_high=float(useful_s / min(low, wall)),

@@ -110,7 +110,7 @@ def training_text(t: TrainingAnswer) -> str:
             f"  pipeline bubble {100 * t.played.bubble:.1f} % of the busiest stage, played event by event ({100 * expected_bubble(t.job):.1f} % if all stages were equal)"
         )
     lines += [
-        f"  failures {f.failures:,.0f} expected, one every {f.mean_time_to_failure_s / 3600:.1f} h; checkpoint every {f.interval_s / 60:.0f} min (Young/Daly {f.young_daly_s / 60:.0f} min); effective {100 * f.effective:.1f} % (80 %: {100 * f.effective_low:.1f} to {100 * f.effective_high:.1f} %)",
+        f"  failures {f.failures:,.0f} expected, one every {f.mean_time_to_failure_s / 3600:.1f} h; checkpoint every {f.interval_s / 60:.0f} min (Young/Daly {f.young_daly_s / 60:.0f} min), {f.save_s:.0f} s a save; effective {100 * f.effective:.1f} % (80 %: {100 * f.effective_low:.1f} to {100 * f.effective_high:.1f} %)",
         f"  finish   {figure(t.days)}",
         f"  cost     {figure(t.chip_hours)}; energy {figure(t.energy)}; "
         + (
