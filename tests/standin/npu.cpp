@@ -1,12 +1,13 @@
 // A stand-in for an Ascend chip: a private-use device, to be renamed `npu`, whose memory is host memory and whose kernels are the CPU's.
 //
-// Every operator goes through one boxed fallback: npu tensors become CPU tensors that alias the same memory, the CPU kernel runs, and
-// its results are labelled npu again (views are recognised by their storage). By hand stand only what a fallback cannot do: empty tensors,
+// Every operator has the same boxed kernel: npu tensors become CPU tensors that alias the same memory, the CPU kernel runs, and
+// its results are labelled npu again (views are recognised by their storage). By hand stand only what that cannot do: empty tensors,
 // copies between devices, set_, the choice of an attention kernel, the device guard, the hooks, and an allocator that counts bytes
 // and refuses above a limit. Device strings, device threads of autograd, allocator figures and out-of-memory errors are therefore those
 // of a foreign device; numbers are the CPU's, bit for bit, and speed means nothing.
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/DispatchStub.h>
@@ -18,8 +19,11 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
+#include <string>
 #include <unordered_map>
 
 namespace {
@@ -88,6 +92,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(c10::Device device) const noexcept override { current = device.has_index() ? device.index() : current; }
   c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
   c10::Stream getDefaultStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }  // all work is done when a call returns
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
   bool queryStream(const c10::Stream&) const override { return true; }
@@ -109,6 +114,17 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   c10::DeviceIndex getCurrentDevice() const override { return current; }
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override { return std::exchange(current, device); }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const override { return exchangeDevice(device); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }  // all host memory is as good as pinned
+  bool isPinnedPtr(const void*) const override { return false; }
+  // FSDP2 frees gathered weights by making their storage empty.
+  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
+    c10::StorageImpl* held = storage.unsafeGetStorageImpl();
+    c10::DeviceGuard guard(storage.device());
+    at::DataPtr fresh = held->allocator()->allocate(bytes);
+    if (const size_t kept = std::min(bytes, held->nbytes())) std::memcpy(fresh.get(), held->data(), kept);
+    held->set_data_ptr_noswap(std::move(fresh));
+    held->set_nbytes(bytes);
+  }
 };
 
 bool is_npu(const at::Tensor& tensor) { return tensor.defined() && tensor.device().type() == kNpu; }
@@ -197,7 +213,7 @@ struct Crossing {
   }
 };
 
-void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Crossing crossing;
   auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   std::vector<c10::IValue> crossed;
@@ -211,6 +227,48 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (const auto& result : results) home.push_back(crossing.cross(result, true));
   torch::jit::drop(*stack, results.size());
   for (auto& result : home) stack->push_back(std::move(result));
+}
+
+// ---- what a chip of this kind may do wrong, by operator; planted before its kernels are registered
+
+std::unordered_map<std::string, std::string> planted;  // "aten::mm" or "aten::add.Tensor" -> the kind
+
+std::string fault_of(const c10::OperatorHandle& op) {
+  for (const std::string& name : {toString(op.operator_name()), op.operator_name().name})
+    if (auto found = planted.find(name); found != planted.end()) return found->second;
+  return "";
+}
+
+// Where the operators without a kernel go, as torch_npu's own fallback does: to the host, with its words or (kind "quiet") without.
+void host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  if (fault_of(op) == "host")
+    TORCH_WARN("CAUTION: The operator '", toString(op.operator_name()), "' is not currently supported on the NPU backend and will fall back to run on the CPU. This may have performance implications.");
+  kernel(op, stack);
+}
+
+void faulty(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const std::string kind = fault_of(op);
+  TORCH_CHECK_NOT_IMPLEMENTED(kind != "missing", "Could not run '", toString(op.operator_name()), "' with arguments from the 'npu' backend.");
+  if (kind == "dead") throw c10::AcceleratorError({__func__, __FILE__, uint32_t(__LINE__)}, 507015, "NPU function error: aicore exception, error code is 507015");
+  kernel(op, stack);
+  const c10::IValue& first = stack->at(stack->size() - op.schema().returns().size());
+  if (!first.isTensor() || !first.toTensor().is_floating_point() || !first.toTensor().numel()) return;
+  at::NoGradGuard no_grad;
+  at::Tensor middle = first.toTensor().reshape(-1).slice(0, first.toTensor().numel() / 2, first.toTensor().numel() / 2 + 1);
+  middle.fill_(kind == "nan" ? at::Scalar(NAN) : at::Scalar(0.0));
+}
+
+// A kernel for every operator that the CPU has and nobody else answers for, so that "has a kernel of its own" means on the stand-in what it means on a chip.
+void register_kernels() {
+  static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
+    auto op = dispatcher.findOp(name);
+    if (name.name.rfind("aten::", 0) != 0 || !op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
+    const std::string kind = fault_of(*op);
+    if (kind == "host" || kind == "quiet") continue;
+    library.impl(toString(name).c_str(), kind.empty() ? torch::CppFunction::makeFromBoxedFunction<&kernel>() : torch::CppFunction::makeFromBoxedFunction<&faulty>());
+  }
 }
 
 // ---- by hand
@@ -264,7 +322,7 @@ int64_t attention_kernel(const at::Tensor&, const at::Tensor&, const at::Tensor&
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
-  library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&host>());
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
@@ -275,6 +333,20 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_.source_Storage", &set_whole_storage);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
   library.impl("set_.source_Tensor", &set_tensor);
+}
+
+// Autocast: PyTorch's own lists, as its CUDA back end has them.
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+#define LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
+  AT_FORALL_LOWER_PRECISION_FP(LOWER)
+#define FP32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+  AT_FORALL_FP32(FP32)
+#define FP32_OPT(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
+  AT_FORALL_FP32_SET_OPT_DTYPE(FP32_OPT)
+#define PROMOTE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
+  AT_FORALL_PROMOTE(PROMOTE)
 }
 
 }  // namespace
@@ -288,6 +360,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     static Hooks hooks;
     at::RegisterPrivateUse1HooksInterface(&hooks);
   });
+  module.def("plant", [](const std::string& kind, const std::string& op) { planted[op] = kind; });
+  module.def("register_kernels", &register_kernels);
   module.def("set_limit", [](int device, int64_t bytes) { meters[device].limit = bytes; });
   module.def("used", [](int device) { return meters[device].used.load(); });
   module.def("total", [](int device) { return meters[device].limit.load(); });

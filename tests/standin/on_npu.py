@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule.accelerators.base import Accelerator, Work
@@ -45,6 +46,38 @@ def learn(
             optimizer.step()
         losses.append(loss.item())
     return losses, {name: parameter.grad.cpu() for name, parameter in made.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+def test_npu_adamw_in_every_form_ends_with_the_cpus_bits(how: str) -> None:
+    ended = []
+    for device in ("cpu", "npu"):
+        weight = torch.cos(torch.arange(64.0)).to(device).requires_grad_()
+        optimizer = torch.optim.AdamW([weight], lr=1e-2, **{how: True})
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight.pow(3).sum().backward()
+            optimizer.step()
+        ended.append(weight.detach().cpu())
+    assert torch.equal(*ended)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_npu_autocast_runs_products_in_the_half_type_and_sums_in_fp32(dtype: torch.dtype) -> None:
+    weight = torch.ones(64, 64, device="npu", requires_grad=True)
+    with torch.autocast("npu", dtype=dtype):
+        product = weight @ weight
+        loss = torch.nn.functional.cross_entropy(product, torch.arange(64, device="npu"))
+    loss.backward()
+    assert product.dtype == dtype and loss.dtype == weight.grad.dtype == torch.float32
+
+
+def test_npu_state_goes_through_a_distributed_checkpoint_of_one(tmp_path: Path) -> None:
+    saved = open_accelerator("npu").move(model()).state_dict()
+    dcp.save(saved, checkpoint_id=tmp_path)
+    back = {name: torch.zeros_like(value) for name, value in saved.items()}
+    dcp.load(back, checkpoint_id=tmp_path)
+    assert all(torch.equal(value.cpu(), back[name].cpu()) for name, value in saved.items())
 
 
 class Threads(TorchDispatchMode):
