@@ -31,9 +31,9 @@ class ServeConfig(Section):
         description="of a larger model's matrices on a CPU; bf16 needs its unit there, int8 a C++ compiler; stamps, /version and the server's first line say which",
     )
     speculate: int = Field(
-        4,
+        0,
         ge=0,
-        description="while at most so many sequences run, a model with a prediction layer guesses a token ahead; same answers; 0 = never",
+        description="while at most so many sequences run, a prediction layer guesses a token ahead; same answers; pays for large models only",
     )
     audit_every: int = Field(
         32,

@@ -93,7 +93,7 @@ async def misbehave(host: str, port: int, model: str, number: int, tally: Tally)
         writer.write(b"\x16\x03\x01 GET garbage \r\n\r\n")
         await reader.read(200)
     else:
-        reader, writer = await request(host, port, b" " * (4 << 20))
+        reader, writer = await request(host, port, b" " * (100 << 20))
         await reader.readline()
     writer.close()
     tally.outcomes["misbehaved"] += 1

@@ -70,6 +70,7 @@ def make_run(root: Path, pools: Mapping[str, str], **sections: Any) -> tuple[Run
         "name": "tiny",
         "model": {"preset": "tick", "num_nextn_predict_layers": 1},
         "pools": {name: {"accelerator": accelerator} for name, accelerator in pools.items()},
+        "serve": {"speculate": 4},
         **sections,
     }
     recipe = recipe_from(raw, source="test")
