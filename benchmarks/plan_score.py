@@ -39,7 +39,7 @@ from bascule.plan.score import (
     score_training,
     training_rows,
 )
-from bascule.plan.serving import serving_from
+from bascule.plan.serving_forecast import serving_from
 
 
 def share_of_peak(row: Row, published: float) -> float:

@@ -4,7 +4,7 @@ architecture, models       a model's FLOPs and bytes; models by name           c
 job, layout                what is to be run, and every way to split it        ask             a question in words
 cost, schedule, memory     the physics of a training step                      goodput         failures
 serving                    the physics of prefill and decode                   mlperf          what MLPerf's tables do not print
-regress, run_features      published runs nearest to a job correct the physics forecast        the corrected physics
+regress, run_features      published runs nearest to a job correct the physics forecast, serving_forecast  the corrected physics
 answer, service_price      everything about a training run, about a service    options         a recipe's own pools
 measured, probe            what qualify and this machine say of a chip         render, page    the answer seen
 runs_table, serving_table  rows of published tables as jobs and as services    score           how wrong it all is

@@ -13,16 +13,8 @@ import numpy as np
 
 from bascule.plan.regress import Point, Process
 from bascule.plan.runs_table import Row
-from bascule.plan.serving import (
-    SERVE_NAMES,
-    SERVE_NUMBERS,
-    SERVE_PRIOR_SD,
-    SERVE_TERMS,
-    ServeConstants,
-    Serving,
-    serve_point,
-    serve_value,
-)
+from bascule.plan.serving import SERVE_NAMES, SERVE_PRIOR_SD, ServeConstants, Serving
+from bascule.plan.serving_forecast import SERVE_NUMBERS, SERVE_TERMS, serve_point, serve_value
 from bascule.plan.serving_table import serving_of, target_of
 
 START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2, 1.0])

@@ -25,7 +25,7 @@ from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Point, Process
 from bascule.plan.run_features import point
 from bascule.plan.runs_table import Row, has_column, job_of, number, read_rows
-from bascule.plan.serving import ServeModel, serve_point, shipped_serving
+from bascule.plan.serving_forecast import ServeModel, serve_point, shipped_serving
 from bascule.plan.serving_table import serving_of, target_of
 
 

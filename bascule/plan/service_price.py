@@ -11,14 +11,13 @@ from bascule.plan.catalogue import Chip, power_w
 from bascule.plan.serving import (
     MEMORY_USABLE,
     WEIGHT_BYTES,
-    ServeModel,
     Serving,
     chosen_batch,
     memory_batch,
-    shipped_serving,
     step_s,
     token_s,
 )
+from bascule.plan.serving_forecast import ServeModel, shipped_serving
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from bascule.plan.score import (
     score_training,
     summarise,
 )
-from bascule.plan.serving import shipped_serving
+from bascule.plan.serving_forecast import shipped_serving
 from bascule.plan.serving_table import serving_of
 
 ROWS = read_rows(DATA / "runs.csv")

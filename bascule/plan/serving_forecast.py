@@ -1,0 +1,149 @@
+"""The physics of serving, corrected by the published points nearest to a question, with an 80 % interval: what forecast.py is
+to training."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from bascule.plan.regress import Point, Process, Term
+from bascule.plan.serving import (
+    SERVE_NAMES,
+    SERVE_PRIOR_SD,
+    ServeConstants,
+    Serving,
+    chosen_batch,
+    rate,
+    step_s,
+    token_s,
+)
+
+SERVE_TERMS = (
+    Term(()),
+    Term(("vendor",)),
+    Term(("chip",)),
+    Term(("model",)),
+    Term(("kind",)),
+    Term(("software",)),
+    Term((), "near"),
+    Term(("chip", "model"), "near"),
+    Term(("chip", "model", "software"), "near"),
+    Term(("chip", "model", "style")),
+    Term(("chip",), "constants"),
+)
+SERVE_NUMBERS = (
+    "log2 batch",
+    "log2 prompt",
+    "log2 completion",
+    "log2 chips",
+    "log2 active",
+    "log2 token time",
+    "memory share",
+)
+
+
+STEP = 0.2  # a secant: near a latency limit the tangent of a rate is steeper than any change that is meant
+
+
+def serve_point(
+    p: Serving,
+    c: ServeConstants,
+    *,
+    target: str = "rate",
+    family: str = "",
+    name: str = "",
+    noise: float = 1.0,
+) -> Point:
+    batch = chosen_batch(p, c) if p.phase != "prefill" else 64.0
+    parts = step_s(p, c, batch)
+    numbers = (
+        math.log2(max(batch, 0.01)),
+        math.log2(max(1.0, p.prompt)),
+        math.log2(max(1.0, p.completion)),
+        math.log2(max(1, p.chips)),
+        math.log2(p.shape.active_weights),
+        math.log2(token_s(p, c, batch)),
+        (parts["weights"] + parts["cache"]) / sum(parts.values()),
+    )
+    slopes = []
+    for key in SERVE_NAMES:
+        value = getattr(c, key)
+        up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (STEP, -STEP))
+        slopes.append((math.log(up) - math.log(down)) / (2 * STEP))
+    words = {
+        "vendor": p.chip.vendor,
+        "chip": p.chip.name,
+        "model": p.shape.name,
+        "software": p.software,
+        "kind": p.phase,
+        "style": "split" if p.split else "tensor",
+    }
+    return Point(words, tuple(numbers), tuple(slopes), family, name, noise)
+
+
+def serve_value(p: Serving, c: ServeConstants, target: str) -> float:
+    """`rate`: tokens/s/chip; `tpot`: seconds per token at the point's batch; `total`: prompt and completion tokens/s/chip."""
+    if target == "tpot":
+        return token_s(p, c, chosen_batch(p, c))
+    value = rate(p, c)
+    return value * (1 + p.prompt / max(1.0, p.completion)) if target == "total" else value
+
+
+@dataclass(frozen=True)
+class ServeModel:
+    """Constants, regression on published points, and the factor that makes its intervals hold 80 %."""
+
+    constants: ServeConstants
+    process: Process
+    interval_width: float
+
+    def predict(
+        self, p: Serving, target: str = "rate", without: Container[str] = ()
+    ) -> tuple[float, float, float]:
+        """Value, low and high of `serve_value`, published points named `without` unlearnt. The regression learns rates; a
+        latency errs the other way."""
+        point = serve_point(p, self.constants, target=target)
+        back = np.array(
+            [getattr(ServeConstants(), n) - getattr(self.constants, n) for n in SERVE_NAMES]
+        )
+        sign = -1.0 if target == "tpot" else 1.0
+        mirrored = replace(point, gradient=tuple(sign * g for g in point.gradient))
+        mean, sd = self.process.predict([mirrored], without)
+        value = serve_value(p, self.constants, target) * math.exp(
+            sign * (float(mean[0]) + float(np.array(mirrored.gradient) @ back))
+        )
+        width = math.exp(self.interval_width * float(sd[0]))
+        return value, value / width, value * width
+
+    def nearest(self, p: Serving) -> list[str]:
+        return self.process.nearest(serve_point(p, self.constants))
+
+
+def serving_from(raw: Mapping[str, Any]) -> ServeModel:
+    """Rebuild what fit.py wrote."""
+    names = ("words", "numbers", "gradient", "family", "name", "noise")
+    process = Process(
+        points=tuple(Point(*[one[name] for name in names]) for one in raw["anchors"]),
+        targets=np.array([one["target"] for one in raw["anchors"]]),
+        terms=SERVE_TERMS,
+        sizes=np.array(raw["sizes"]),
+        lengths=np.array([raw["lengths"][name] for name in SERVE_NUMBERS]),
+        prior_sd=np.array([getattr(SERVE_PRIOR_SD, name) for name in SERVE_NAMES]),
+        noise=raw["noise"],
+    )
+    constants = ServeConstants(*[raw["constants"][name] for name in SERVE_NAMES])
+    return ServeModel(constants, process, raw["interval_width"])
+
+
+@functools.cache
+def shipped_serving() -> ServeModel:
+    path = resources.files("bascule.plan").joinpath("data/serving.json")
+    with path.open(encoding="utf-8") as handle:
+        return serving_from(json.load(handle))
