@@ -133,6 +133,11 @@ def _qualify(parser: Parser) -> None:
         help="model whose operators and shapes are examined (default: nano)",
     )
     parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="examine this recipe's model instead, and show what its plan counts on beside the measured speed",
+    )
+    parser.add_argument(
         "--check",
         action="append",
         default=[],

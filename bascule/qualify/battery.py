@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def run_battery(
     chips: int = 2,
     resume: bool = False,
     ask_limit_s: float | None = None,
+    needs: Mapping[str, float | str] | None = None,
     on_evidence: OnEvidence | None = None,
     on_progress: OnProgress | None = None,
 ) -> BatteryResult:
@@ -82,7 +83,8 @@ def run_battery(
 
     `dtype` of the model: fp32, bf16 or fp16. `chips` of the pool: links are asked about where there are several. `resume` keeps the
     answers of an earlier battery of the same question in `folder`; without it they are asked again, findings first. `ask_limit_s`
-    overrides how long the chip may be silent in one question before that counts as a hang. `on_progress(question, done, total)` is
+    overrides how long the chip may be silent in one question before that counts as a hang. `needs` (plan/needs.py) is shown beside the
+    measured speed. `on_progress(question, done, total)` is
     called when a question begins and, with a fraction of it in `done`, when a long one says how far it is. Raises UsageError when the
     accelerator's name is not one; a chip that is not there is evidence (nothing can be proven about it).
     """
@@ -100,6 +102,7 @@ def run_battery(
         threads=threads,
         resume=resume,
         ask_limit_s=ask_limit_s,
+        needs=dict(needs or {}),
         on_evidence=on_evidence,
         on_progress=on_progress,
         left=list(asks(quick=quick, wide=wide, only=only, roles=roles, chips=chips)),
@@ -140,6 +143,7 @@ class _Run:
     on_evidence: OnEvidence | None
     on_progress: OnProgress | None
     left: list[Ask]
+    needs: dict[str, float | str] = field(default_factory=dict)
     total: int = 0
     evidence: list[Evidence] = field(default_factory=list)
     deaths: dict[Role, int] = field(default_factory=dict)
@@ -179,6 +183,7 @@ class _Run:
             "resume": self.resume,
             "threads": self.threads,
             "workdir": str(self.folder),
+            "needs": self.needs,
         }
 
     def one_child(self) -> None:

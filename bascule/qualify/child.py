@@ -56,7 +56,7 @@ def _answer(request: dict[str, Any], write: Any) -> int:
         dtype=dtype,
         workdir=Path(request["workdir"]),
     )
-    context.resume = request["resume"]
+    context.resume, context.needs = request["resume"], request["needs"]
     context.progress = _Beat(write)
     context.at_work = lambda busy: write({"busy": busy})
     for ask in _listed(request):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class CheckContext:
     `workload` (this model, its batch, its trace and its fp64 twin) is made once and shared by all checks. `resume`: a long check may
     go on from what it left in `workdir`. `progress(done, total)`: a long check says that it lives, and how far it is. `at_work`: told
     when the chip begins and ends to compute, so that a long silence can be laid at the right door: the chip's, or our reference's.
+    `needs`: what the plan counts on (plan/needs.py), where there is one.
     """
 
     accelerator: Accelerator
@@ -47,6 +48,7 @@ class CheckContext:
     resume: bool = False
     progress: Progress = lambda done, total: None
     at_work: Callable[[bool], None] = lambda busy: None
+    needs: Mapping[str, float | str] = field(default_factory=dict)
 
     @property
     def role(self) -> Role:

@@ -92,7 +92,27 @@ def _charts(result: BatteryResult) -> list[str]:
                     what["there"],
                 )
             )
-    return [*charts, _times(result.evidence)]
+    return [_speeds(result.evidence), *charts, _times(result.evidence)]
+
+
+def _speeds(evidence: Sequence[Evidence]) -> str:
+    """GFLOP/s as measured, beside the datasheet and what the plan counts on."""
+    seen = next((one.measured for one in evidence if one.check == "speed.step" and "train" in one.roles), {})  # fmt: skip
+    sheet = seen.get("datasheet_bf16_tflops")
+    asked = [
+        ("datasheet, bf16", 1000 * float(sheet) if sheet else None, "a"),
+        ("products", seen.get("gemm_gflops"), "good"),
+        ("products, sustained", seen.get("sustained_gflops"), "good"),
+        ("attention", seen.get("attention_gflops"), "good"),
+        ("the model's training step", seen.get("step_gflops"), "good"),
+        ("the plan counts on, in its step", seen.get("plan_gflops"), "a"),
+    ]
+    rows = [
+        plots.Bar(name, float(value), f"{float(value):.3g}", css)
+        for name, value, css in asked
+        if isinstance(value, (int, float)) and value > 0
+    ]
+    return plots.bars("Speed for training, in GFLOP/s (logarithmic)", rows, log=True)
 
 
 def _errors(name: str, operators: list[dict[str, Any]]) -> str:

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bascule.config.load import load_recipe
 from bascule.config.model import ModelConfig
 from bascule.config.recipe import Recipe
+from bascule.config.trust import PoolConfig
 from bascule.errors import CheckFailed
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
+from bascule.plan.needs import needs
 from bascule.qualify import page
 from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.qualify.judge import outdated
 from bascule.records import Evidence, Verdict
-from bascule.stages import reexamine
+from bascule.stages import origin, reexamine
 from bascule.stages.answer import Answer, say
 from bascule.stages.progress import ProgressBar
 
@@ -67,10 +70,11 @@ def _examine(name: str, arguments: Namespace) -> BatteryResult:
         bar.clear()
         _say_evidence(item)
 
+    model, needed = _asked(name, arguments)
     result = run_battery(
         name,
         name,
-        ModelConfig(preset=arguments.preset),
+        model,
         Path(arguments.out) / _file_name(name),
         time_limit_s=arguments.time_limit or (FULL_LIMIT_S if long else QUICK_LIMIT_S),
         quick=not arguments.full,
@@ -79,11 +83,21 @@ def _examine(name: str, arguments: Namespace) -> BatteryResult:
         dtype=arguments.dtype,
         only=arguments.check,
         resume=arguments.resume,
+        needs=needed,
         on_evidence=tell,
         on_progress=bar.show,
     )
     bar.clear()
     return result
+
+
+def _asked(name: str, arguments: Namespace) -> tuple[ModelConfig, dict[str, float | str]]:
+    """The model to examine, and what a recipe's plan counts on from this accelerator."""
+    if not arguments.recipe:
+        return ModelConfig(preset=arguments.preset), {}
+    recipe = origin.resolve(load_recipe(Path(arguments.recipe), []))
+    alone = {"pools": {"asked": PoolConfig(accelerator=name)}, "prefer": ("asked",)}
+    return recipe.model, needs(recipe.model_copy(update=alone), "asked")
 
 
 def qualify_pools(
@@ -124,6 +138,7 @@ def _qualify_pool(
         seed=recipe.seed,
         threads=recipe.threads,
         chips=recipe.pools[pool].chips,
+        needs=needs(recipe, pool),
         on_evidence=ledger.append,
         on_progress=lambda question, done, total: check_stop(),
     )

@@ -65,3 +65,20 @@ def test_compare_runs_answers_in_json_and_refuses_other_settings(
     assert [answers[other]["answer"] for other in "abc"] == ["equal", "different", "refused"]
     assert answers["b"]["difference"] == pytest.approx(-0.0296, abs=1e-3)
     assert {"answer", "margin", "difference", "ci90", "power", "runs_needed"} <= set(answers["a"])
+
+
+def test_a_recipe_brings_its_model_and_what_its_plan_counts_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(Path(__file__).parents[2] / "runs" / "tiny.toml")
+    words = ["qualify", "cpu", "--recipe", recipe, "--check", "speed", "--out", str(tmp_path)]
+    assert main([*words, "--json"]) == 0
+    evidence = json.loads(capsys.readouterr().out)["pools"]["cpu"]["evidence"]
+    measured = next(one["measured"] for one in evidence if "train" in one["roles"])
+    assert measured["plan_gflops"] == pytest.approx(
+        measured["plan_step_gflop"] / measured["plan_step_s"]
+    )
+    assert measured["plan_share"] == pytest.approx(
+        measured["step_gflops"] / measured["plan_gflops"]
+    )
+    assert "the plan counts on, in its step" in (tmp_path / "report.html").read_text()

@@ -27,6 +27,8 @@ SIZES = (256, 1024, 4096)
 ATTENTION_BHTD = (1, 8, 512, 64)
 COPY_BYTES = 32 * 2**20
 STEPS = 8
+# A larger product takes up to 64 times as long: past this none is asked, so that a slow chip is not taken for one that hangs.
+LONG_PRODUCT_S = 0.1
 STRETCH_S, FULL_STRETCH_S = 0.4, 30.0
 
 
@@ -34,7 +36,8 @@ def step(context: CheckContext) -> list[Evidence]:
     """Products, memory and the model's own step on the chip, and the same on the reference where it is another chip."""
     accelerator = context.accelerator
     chip = _measure(context, accelerator)
-    roof, steady = _roofline(context), _stretch(context)
+    roof = _roofline(context)
+    steady = _stretch(context, roof[-1][0])
     measured: Measured = {**chip, **steady, "gemm_gflops": max(rate for _, _, rate in roof)}
     words = (
         f"{measured['gemm_gflops']:.1f} GFLOP/s in products ({steady['sustained_share']:.0%} of it sustained over {steady['stretch_s']:.2g} s), "
@@ -57,6 +60,13 @@ def step(context: CheckContext) -> list[Evidence]:
         measured |= {f"reference_{name}": value for name, value in reference.items()}
         measured["step_speed_ratio"] = ratio
         words += f"; the step runs at {ratio:.2f} times the reference's speed"
+    if context.needs and context.role == "train":
+        needed = float(context.needs["plan_gflops"])
+        measured |= {**context.needs, "plan_share": chip["step_gflops"] / needed}
+        words += (
+            f"; the plan counts on {needed:.3g} GFLOP/s in the {context.needs['plan_phase']} step "
+            f"({float(context.needs['plan_step_s']):.3g} s), measured {chip['step_gflops']:.3g} ({chip['step_gflops'] / needed:.0%} of it)"
+        )
     context.draw({"products": roof, "copy_gb_per_s": chip["copy_gb_per_s"], "datasheet": known and [known.name, known.bf16_tflops, known.memory_tbs],
                   "step": [chip["step_gflops"]]})  # fmt: skip
     return [context.passed(words, measured)]
@@ -113,18 +123,19 @@ def _measure(context: CheckContext, accelerator: Accelerator) -> dict[str, float
 def _roofline(context: CheckContext) -> list[tuple[int, float, float]]:
     """(size, FLOP per byte moved, GFLOP/s) of square products in the model's type."""
     accelerator, dtype = context.accelerator, context.workload.dtype
-    found = []
-    for n in _sizes(accelerator):
+    found: list[tuple[int, float, float]] = []
+    for n in SIZES_ON_HOST if accelerator.device.type == "cpu" else SIZES:
         a = torch.full((n, n), 0.5, dtype=dtype, device=accelerator.device)
         with context.session(context.work()):
             seconds = _median_s(accelerator, lambda a=a: a @ a)  # type: ignore[misc]
         found.append((n, 2.0 * n / (3 * a.element_size()), 2.0 * n**3 / seconds / 1e9))
+        if seconds > LONG_PRODUCT_S:
+            break
     return found
 
 
-def _stretch(context: CheckContext) -> dict[str, float]:
+def _stretch(context: CheckContext, n: int) -> dict[str, float]:
     accelerator = context.accelerator
-    n = _sizes(accelerator)[-1]
     a = torch.full((n, n), 0.5, dtype=context.workload.dtype, device=accelerator.device)
     lasts_s = STRETCH_S if context.quick else FULL_STRETCH_S
     times: list[float] = []
@@ -154,10 +165,6 @@ def _host_link(accelerator: Accelerator) -> dict[str, float]:
         / 1e9,
         "from_chip_gb_per_s": COPY_BYTES / _median_s(accelerator, there.cpu) / 1e9,
     }
-
-
-def _sizes(accelerator: Accelerator) -> tuple[int, ...]:
-    return SIZES_ON_HOST if accelerator.device.type == "cpu" else SIZES
 
 
 def _median_s(accelerator: Accelerator, fn: Callable[[], object]) -> float:
