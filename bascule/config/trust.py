@@ -53,7 +53,7 @@ class QualifyConfig(Section):
 class GuardConfig(Section):
     enabled: bool = True
     checksum_every_steps: int = Field(
-        40,
+        48,
         ge=1,
         description="check every matmul of every n-th step, forward and both backward products",
     )

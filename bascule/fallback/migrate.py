@@ -17,6 +17,9 @@ from bascule.folder import sha256_of, write_json_atomic
 from bascule.ledger import Ledger
 from bascule.records import SnapshotEvent, SnapshotState
 
+_TRUST = ("verified", "witnessed", "certified")
+"""States in which a snapshot may be gone back to, in rising trust."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -46,7 +49,7 @@ def choose(snapshots: Path, ledger: Ledger, *, trusted: SnapshotState = "certifi
     choice = Choice(0, snapshots / "step-00000000")
     for path in reversed(_all(snapshots)):
         try:
-            if _trust(path)["state"] not in ("certified", trusted):
+            if _trust(path)["state"] not in _TRUST[_TRUST.index(trusted) :]:
                 continue
             _verify(path)
         except Damaged as damage:

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from bascule.guard.candidates import products_needed
+
 CHECKSUM_SHARE = 0.6
 """Of the budget; audits get the rest. Checksums see every product of a step, an audit one part of the model."""
 
@@ -83,16 +85,18 @@ def persistent_steps(every: Intervals, parts: int) -> int:
     return every.audit * parts
 
 
-def coverage(every: Intervals, parts: int) -> str:
-    """In words: what these intervals see, and how soon. `parts`: pieces of the model that audits take in turns."""
+def coverage(every: Intervals, parts: int, rule_out_rate: float) -> str:
+    """In words: what these intervals see, and how soon. `parts`: pieces of the model that audits take in turns; `rule_out_rate`: of
+    wrong products, what a certificate rules out."""
     one_off = 1.0 - unseen(every, 1)
     now_and_then = steps_to_see(0.1 / every.checksum)
     return (
         f"every product is checked every {_steps(every.checksum)}, one of {parts} parts is audited every {_steps(every.audit)}: "
         f"a product that is always wrong is seen within {_steps(every.checksum)}, one wrong at a tenth of the steps within "
         f"{_steps(now_and_then)} with 95 %, a single wrong product with {one_off:.0%} "
-        f"(so a one-off may be certified with {unseen(every, 1):.0%}, wrong products in 10 steps with {unseen(every, 10):.0%}, in 100 with "
-        f"{unseen(every, 100):.0%}); a part whose other operators are always wrong "
+        f"(so a one-off may be certified with {unseen(every, 1):.0%}); a snapshot is certified once {products_needed(rule_out_rate)} "
+        f"products checked after it rule out, with 95 %, a lasting fault that strikes one in {1 / rule_out_rate:.0f}, or once every "
+        f"product before it was checked; a part whose other operators are always wrong is seen "
         f"within {_steps(persistent_steps(every, parts))}; and all of them, where they last, by the next certification"
     )
 

@@ -118,7 +118,8 @@ def recalled(records: Iterable[AnyRecord], pool: str, snapshots: Path, needed: i
     found = Candidates(needed)
     for record in records:
         if isinstance(record, Migration):
-            found = Candidates(needed)
+            kept = tuple(one for one in found.waiting if one.step <= record.resumed_from_step)
+            found = Candidates(needed, kept, unchecked=len(kept))
         elif isinstance(record, SnapshotEvent | ProductsChecked) and record.pool != pool:
             found = found if record.pool is None else Candidates(needed)
         elif isinstance(record, ProductsChecked):

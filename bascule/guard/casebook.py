@@ -59,11 +59,11 @@ class Casebook:
     def audited(self, step: int, reason: str) -> None:
         self.ledger.append(Judgement(step=step, commit=True, reason=reason))
 
-    def coverage(self, step: int, every: Intervals, parts: int) -> None:
+    def coverage(self, step: int, every: Intervals, parts: int, rule_out_rate: float) -> None:
         self.ledger.append(
             Coverage(
                 step=step, checksum_every=every.checksum, audit_every=every.audit, parts=parts, one_off_unseen=budget.unseen(every, 1),
-                persistent_steps=budget.persistent_steps(every, parts), detail=budget.coverage(every, parts),
+                persistent_steps=budget.persistent_steps(every, parts), detail=budget.coverage(every, parts, rule_out_rate),
             )
         )  # fmt: skip
 

@@ -226,7 +226,9 @@ class Guard:
             return False
         if not self._judged and self._settled:
             self._parts = self._parts or audit.parts(stepper.model)
-            self.book.coverage(proposal.step, self.every, len(self._parts))
+            self.book.coverage(
+                proposal.step, self.every, len(self._parts), self.config.rule_out_rate
+            )
         self._judged = True
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
@@ -301,7 +303,9 @@ class Guard:
             assert isinstance(self.config.budget_percent, float)
             self.every = budget.intervals(self.config.budget_percent, self._measured)
             self._settled = True
-            self.book.coverage(proposal.step, self.every, len(self._parts))
+            self.book.coverage(
+                proposal.step, self.every, len(self._parts), self.config.rule_out_rate
+            )
 
     def _seen(self, proposal: StepProposal) -> Seen:
         loads = proposal.expert_loads

@@ -324,7 +324,9 @@ class Supervisor:
         say(f"{pool} is condemned for the role {role}: {ending.message.splitlines()[0]}")
 
     def _setback(self, pool: str, ending: Ending) -> None:
-        """A launch failed: leave the incident, ask the policy, go back to the newest certified snapshot."""
+        """A launch failed: leave the incident, ask the policy, go back to the newest certified snapshot. A worker that only died is no
+        suspect: it may go on from what it saved last, as after a stop, and its snapshots go on waiting for their certificates."""
+        suspected = ending.incident_id is not None
         if ending.incident_id is None:
             ending = replace(ending, incident_id=self._incident(pool, ending).incident_id)
         records = self.ledger.read()
@@ -349,7 +351,7 @@ class Supervisor:
                 else f"left with the chips of its kind that failed at the same place; last: {move.reason}"
             )
             self._condemn(lost, "train", replace(ending, message=why))
-        self._go_back(pool, move, failed_step)
+        self._go_back(pool, move, failed_step, suspected=suspected or move.pool != pool)
         until = time.monotonic() + move.wait_s
         while time.monotonic() < until and not self.should_stop():
             time.sleep(POLL_S)
@@ -393,9 +395,10 @@ class Supervisor:
         self.deaths[pool] = self.deaths.get(pool, 0) + 1
         return self.deaths[pool]
 
-    def _go_back(self, pool: str, move: policy.Move, failed_step: int) -> None:
+    def _go_back(self, pool: str, move: policy.Move, failed_step: int, *, suspected: bool) -> None:
         """Choose the snapshot to go on from; later ones are rejected. What it costs is recorded."""
-        trusted: SnapshotState = "certified" if self.recipe.guard.enabled else "verified"
+        proven = self.recipe.guard.enabled and suspected
+        trusted: SnapshotState = "certified" if proven else "verified"
         choice = migrate.choose(self.folder.snapshots, self.ledger, trusted=trusted)
         reached_s = self._reached(choice.step)
         again = max(0, failed_step - 1 - choice.step)
@@ -415,9 +418,9 @@ class Supervisor:
         )
         wait = f" in {move.wait_s:.0f} s" if move.wait_s else ""
         say(
-            f"{move.rung}: back to step {choice.step} (certified), on {move.pool}{wait}; {again} steps to compute again"
+            f"{move.rung}: back to step {choice.step} ({trusted}), on {move.pool}{wait}; {again} steps to compute again"
         )
-        self.from_certified = True
+        self.from_certified = proven
 
     def _reached(self, step: int) -> float:
         """When the run first stood at `step`."""

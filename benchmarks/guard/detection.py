@@ -49,7 +49,7 @@ from bascule.stages.faults import families
 from bascule.train import checkpoint
 from bascule.train.objective import Objective
 
-STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 40
+STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 48
 MIX = {"zeroed": 0.51, "bit_flip": 0.48, "nan": 0.01}
 RATES, STRIDES = (0.002, 0.02, 0.1), (61, 499)
 GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot", "processes")

@@ -45,10 +45,11 @@ def test_detection_within_the_stated_steps_holds_in_simulation() -> None:
 
 
 def test_the_words_say_the_numbers() -> None:
-    text = coverage(Intervals(checksum=20, audit=50), parts=6)
+    text = coverage(Intervals(checksum=20, audit=50), parts=6, rule_out_rate=0.001)
     assert "always wrong is seen within 20 steps" in text
     assert f"within {steps_to_see(0.005)} steps with 95 %" in text
     assert "a single wrong product with 5%" in text and "within 300 steps" in text
+    assert "once 2995 products checked after it" in text and "one in 1000" in text
 
 
 def test_the_guard_measures_and_then_keeps_to_its_budget(

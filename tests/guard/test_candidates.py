@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bascule import errors
 from bascule.config.trust import GuardConfig
+from bascule.fallback import migrate
 from bascule.guard.candidates import Candidates, products_needed, recalled, ruled_out
 from bascule.ledger import of_kind
 from bascule.records import Migration, ProductsChecked, SnapshotEvent
@@ -129,3 +130,15 @@ def test_a_rare_fault_that_lasts_is_met_by_the_closing_examination_at_the_latest
             rig.guard.certify_last(rig.stepper.propose, rig.objective.next_batch(7), rig.stepper)
         struck = guarded.truth(tmp_path / str(seed))[0]
         assert all(step < struck for step in rig.certified)
+
+
+def test_after_a_death_a_witnessed_snapshot_is_enough_and_after_a_suspicion_it_is_not(
+    tmp_path: Path, guarded: ModuleType
+) -> None:
+    config = GuardConfig(checksum_every_steps=50, audit_every_steps=50)
+    rig = guarded.rig(tmp_path, config=config)
+    rig.run(5, every=4)
+    assert rig.certified == [0]
+    assert migrate.choose(rig.folder.snapshots, rig.ledger, trusted="verified").step == 4
+    assert migrate.choose(rig.folder.snapshots, rig.ledger).step == 0
+    assert checkpoint.trust(checkpoint.path_of(rig.folder.snapshots, 4)).state == "rejected"
