@@ -128,9 +128,13 @@ def rank(number: int, cell: dict[str, Any], port: int, folder: Path) -> None:
         "gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=cell["ranks"]
     )
 
+    once = threading.Lock()
+
     def dump() -> None:
-        path = folder / "dumps" / f"rank_{number}"
-        path.write_bytes(torch._C._distributed_c10d._dump_fr_trace())
+        once.acquire()  # never given back: the process ends here
+        temporary = folder / f"dump_{number}"
+        temporary.write_bytes(torch._C._distributed_c10d._dump_fr_trace())
+        temporary.rename(folder / "dumps" / f"rank_{number}")
         os._exit(1)
 
     def dump_when_asked() -> None:
