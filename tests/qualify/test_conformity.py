@@ -84,6 +84,22 @@ def test_a_wrong_softmax_is_named(a_few: list[str], tmp_path: Path) -> None:
     assert found.outcome == "fail" and "softmax" in found.detail
 
 
+def test_inputs_that_cannot_be_made_are_the_harness_limit_and_no_chips(
+    a_few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ditorch's report on Ascend: random fill fails above a dimension limit, and operators were blamed for it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("fill: at most 5 dimensions")
+
+    for _, entry, _ in conformity._entries():
+        if entry.name == "exp":
+            monkeypatch.setattr(entry, "sample_inputs", refuse)
+    (found,) = examine.put(context(tmp_path), Ask(CHECK, "train"))
+    assert found.outcome == "pass" and found.measured["inputs_not_made"] == 2
+    assert "inputs could not be made" in found.detail and "not the chip" in found.detail
+
+
 def test_every_line_of_the_list_leaves_something_out_and_says_why() -> None:
     parts = {part for entry in op_db for part in re.split(r"[._]", entry.name)}
     listed = conformity.left_out()

@@ -33,11 +33,21 @@ DTYPES = (torch.float32, torch.bfloat16)
 LEFT_OUT = files("bascule.qualify.checks").joinpath("opinfo_left_out.toml")
 
 
+UNMADE = "inputs could not be made"
+
+
+class InputsNotMade(Exception):
+    """The database cannot make an entry's inputs here: the harness's limit, and no chip's."""
+
+
 def opinfo(context: CheckContext) -> list[Evidence]:
-    asked = 0
+    asked, unmade = 0, list[str]()
     clusters: Counter[str] = Counter()
     example: dict[str, str] = {}
     for name, troubles in _answers(context):
+        if troubles and (troubles[0] or "").startswith(UNMADE):
+            unmade.append(name)
+            continue
         asked += len(troubles)
         for trouble in filter(None, troubles):
             clusters[trouble.partition(":")[0] if trouble.startswith("raised") else name] += 1
@@ -49,8 +59,11 @@ def opinfo(context: CheckContext) -> list[Evidence]:
         )
         first = next(iter(example.items()))
         words += f"; for instance {first[0]}: {first[1]}"
+    if unmade:
+        words += f"; inputs could not be made for {len(unmade)} ({', '.join(unmade[:3])}): our harness, not the chip"
     measured: Measured = {
         "samples": asked,
+        "inputs_not_made": len(unmade),
         "not_conforming": sum(clusters.values()),
         "clusters": len(clusters),
     }
@@ -73,10 +86,17 @@ def _answers(context: CheckContext) -> Iterator[tuple[str, list[str | None]]]:
         for place, (name, entry, dtype) in enumerate(entries):
             context.progress(place, len(entries))
             if name not in known:
-                known[name] = [_trouble(context, *question) for question in _of_entry(entry, dtype)]
+                known[name] = _troubles(context, entry, dtype)
                 file.write(json.dumps([name, known[name]]) + "\n")
                 file.flush()
             yield name, known[name]
+
+
+def _troubles(context: CheckContext, entry: Any, dtype: torch.dtype) -> list[str | None]:
+    try:
+        return [_trouble(context, *question) for question in _of_entry(entry, dtype)]
+    except InputsNotMade as error:
+        return [f"{UNMADE}: {error}"]
 
 
 def _trouble(
@@ -140,8 +160,8 @@ def _of_entry(entry: Any, dtype: torch.dtype) -> Iterator[Question]:
         warnings.simplefilter("ignore")
         try:
             samples = list(entry.sample_inputs("cpu", dtype))
-        except (RuntimeError, ValueError, TypeError, AssertionError):
-            return  # the inputs could not be made: the harness's limit
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise InputsNotMade(describe(error)) from error
         for sample in samples:
             inputs = ((sample.input, *sample.args), dict(sample.kwargs))
             if not _dense(inputs):
