@@ -73,8 +73,15 @@ class Rank:
         return bool(self.messages) or any(p.issued > p.finished for p in self.progress.values())
 
 
-def blame(folder: Path) -> Blame:
-    """Read all dumps in `folder` and name the guilty ranks. Raises UsageError when there are none to read."""
+def blame(folder: Path, *, died_first: int | None = None) -> Blame:
+    """Read all dumps in `folder` and name the guilty ranks. Raises UsageError when there are none to read.
+
+    `died_first`: a rank that its launcher saw dead while all others lived. That comes before what dumps tell: its peers fail in its
+    wake, some before they can leave a dump, and look like the dead.
+    """
+    if died_first is not None:
+        told = f"rank {died_first} died while its peers lived"
+        return Blame((died_first,), "died before its peers", 0.9, (told,))
     return judge(read_dumps(folder))
 
 

@@ -10,7 +10,7 @@ and a heartbeat. In each drill one rank, in turn every one of them, does one of 
     mismatched   issues an all-gather where its peers reduce   other size     reduces a tensor of another size
     clean        nothing (one drill a step): nobody may be named
 
-The supervisor knows only heartbeats, exit codes and the Flight Recorder's dumps, which each rank writes when it is asked to or when
+The supervisor knows only heartbeats, exit codes (gloo ends a process whose sums do not fit) and the Flight Recorder's dumps, which each rank writes when it is asked to or when
 a collective fails. Seen is the time from the fault to the watchdog's word.
 """
 
@@ -79,7 +79,7 @@ def one_drill(cell: dict[str, Any]) -> dict[str, Any]:
         for one in ranks:
             one.start()
         try:
-            silent = supervise(ranks, folder)
+            silent, dead = supervise(ranks, folder)
             if silent is None:
                 return {"named": [], "reason": "all ranks finished", "seen_s": None}
             began = folder / "began"
@@ -87,7 +87,7 @@ def one_drill(cell: dict[str, Any]) -> dict[str, Any]:
             (folder / "dump").touch()
             for one in ranks:
                 one.join(timeout=20)
-            told = blame(folder / "dumps")
+            told = blame(folder / "dumps", died_first=dead)
             return {"named": list(told.guilty_ranks), "reason": told.reason, "confidence": told.confidence, "first": silent, "seen_s": seen_s}  # fmt: skip
         finally:
             for one in ranks:
@@ -95,8 +95,9 @@ def one_drill(cell: dict[str, Any]) -> dict[str, Any]:
                 one.join()
 
 
-def supervise(ranks: list[Any], folder: Path) -> str | None:
-    """Wait for the end of all, or for the first that dies, fails or falls silent; in words which."""
+def supervise(ranks: list[Any], folder: Path) -> tuple[str | None, int | None]:
+    """Wait for the end of all, or for the first that dies, fails or falls silent: in words which, and the one that died while the
+    others lived."""
     dogs = [
         Watchdog(folder / f"{number}.json", hang_timeout_s=SILENT_S, start_timeout_s=120)
         for number in range(len(ranks))
@@ -104,12 +105,13 @@ def supervise(ranks: list[Any], folder: Path) -> str | None:
     while True:
         codes = [one.exitcode for one in ranks]
         if all(code == 0 for code in codes):
-            return None
+            return None, None
         if any(code not in (None, 0) for code in codes):
-            return f"exit codes {codes}"
+            dead = [number for number, code in enumerate(codes) if code is not None and code < 0]
+            return f"exit codes {codes}", dead[0] if len(dead) == 1 else None
         for number, (one, dog) in enumerate(zip(ranks, dogs, strict=True)):
             if one.exitcode is None and (health := dog.judge(one.pid)).must_end:
-                return f"rank {number}: {health.reason}"
+                return f"rank {number}: {health.reason}", None
         time.sleep(0.05)
 
 

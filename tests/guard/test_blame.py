@@ -158,3 +158,12 @@ def test_a_sum_of_another_size_is_another_operation(tmp_path: Path) -> None:
     found = judged(tmp_path, {0: gloo(4), 1: gloo(4, size=48), 2: gloo(4), 3: gloo(4)})
     assert found.guilty_ranks == (1,)
     assert "all_reduce of 48 numbers" in found.evidence[0]
+
+
+def test_a_rank_that_died_first_is_named_and_not_those_that_fell_in_its_wake(
+    tmp_path: Path,
+) -> None:
+    for number in (0, 1):  # 3 died, and 2 was gone before it could dump
+        (tmp_path / f"rank_{number}.json").write_text(json.dumps(gloo(4)))
+    assert blame.blame(tmp_path).guilty_ranks == (2, 3)
+    assert blame.blame(tmp_path, died_first=3).guilty_ranks == (3,)
