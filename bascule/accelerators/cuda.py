@@ -27,10 +27,15 @@ class CudaAccelerator(GenericAccelerator):
         )
 
     def prepare(self, threads: int) -> None:
-        """cuBLAS is bit-reproducible only with a fixed workspace, and reads this variable when its handle is made: call early."""
+        """cuBLAS is bit-reproducible only with a fixed workspace, and reads this variable when its handle is made: call early.
+
+        PyTorch lets it add the parts of a long bf16 or fp16 product in that type; the noise floor that chips are held to accumulates in fp32.
+        """
         super().prepare(threads)
         set_environment_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
 
@@ -52,13 +57,13 @@ class CudaAccelerator(GenericAccelerator):
 def open_cuda(name: str) -> CudaAccelerator:
     """Open `cuda` or `cuda:N`. Raises AcceleratorUnavailable saying what is missing."""
     if not torch.cuda.is_available():
-        built = (
-            "this PyTorch is built for it, but finds no driver or chip"
+        trouble = (
+            "this PyTorch is built for it, but finds no chip with a driver. Try `nvidia-smi` (ROCm: `rocm-smi`)"
             if torch.version.cuda or torch.version.hip
-            else "this PyTorch is built without it"
+            else "this PyTorch is built without it. Install a CUDA build of PyTorch and the NVIDIA driver"
         )
         raise AcceleratorUnavailable(
-            f"'{name}' cannot be opened: {built} (torch {torch.__version__}). Install a CUDA build of PyTorch and the NVIDIA driver, or name another pool, for instance 'cuda|cpu'."
+            f"'{name}' cannot be opened (torch {torch.__version__}): {trouble}, or name another pool, for instance 'cuda|cpu'."
         )
     try:
         index = device_index(name, torch.cuda.device_count())

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bascule.accelerators.install import ASCEND
-
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
 _SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 
@@ -34,7 +32,7 @@ def ascend(torch: str, torch_npu: str | None, cann_home: str | None, root: Path 
     cann = _cann(Path(cann_home)) if cann_home else None
     asleep = not cann and (root / "usr/local/Ascend/ascend-toolkit").is_dir()
     if not (chips or driver or cann or asleep or torch_npu):
-        return [Layer("Ascend", None, f"nothing of it is here. {ASCEND}")]
+        return [Layer("Ascend", None, "no chip, driver, CANN toolkit or torch_npu")]
     return [
         Layer("Ascend chips", str(chips) if chips else None, "" if chips else "no /dev/davinci*: no chip, no driver, or a container that was not given one"),
         Layer("Ascend driver", driver, "" if driver else "install driver and firmware of your chip from hiascend.com"),
@@ -43,9 +41,10 @@ def ascend(torch: str, torch_npu: str | None, cann_home: str | None, root: Path 
     ]  # fmt: skip
 
 
-def nvidia(torch: str, built_with: str | None, root: Path = Path("/")) -> list[Layer]:
-    """`built_with`: the CUDA of this torch (torch.version.cuda), None for a build without."""
-    driver = nvidia_driver(root)
+def nvidia(torch: str, built_with: str | None, root: Path = Path("/"), *, works: bool = False) -> list[Layer]:  # fmt: skip
+    """`built_with`: the CUDA of this torch (torch.version.cuda), None for a build without. `works`: a chip answers, which some sandboxes
+    allow while they hide the driver's version."""
+    driver = nvidia_driver(root) or ("of hidden version" if works else None)
     if driver is None:
         words = "no NVIDIA driver is loaded (no /proc/driver/nvidia/version). With a chip: install the driver, then a CUDA build of torch."
         return [Layer("NVIDIA", None, words)]

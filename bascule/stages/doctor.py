@@ -9,14 +9,19 @@ from argparse import Namespace
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
+from bascule.config.environment import environment, set_environment_default
 
-from bascule.accelerators import stack
-from bascule.accelerators.registry import REAL, open_accelerator
-from bascule.config.environment import environment
-from bascule.errors import AcceleratorUnavailable
-from bascule.faults.catalogue import profiles
-from bascule.stages.answer import Answer
+# PyTorch would load torch_npu by itself, and `import torch` fails where CANN is not loaded: just where a doctor is called for. Here the
+# registry loads it, and its failure is one line of the answer.
+set_environment_default("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import torch  # noqa: E402
+
+from bascule.accelerators import stack  # noqa: E402
+from bascule.accelerators.registry import REAL, open_accelerator  # noqa: E402
+from bascule.errors import AcceleratorUnavailable  # noqa: E402
+from bascule.faults.catalogue import profiles  # noqa: E402
+from bascule.stages.answer import Answer  # noqa: E402
 
 PACKAGES = (
     "bascule",
@@ -38,7 +43,7 @@ def main(arguments: Namespace) -> Answer:
     accelerators = {name: _try(name) for name in REAL}
     layers = [
         *stack.ascend(torch.__version__, packages["torch-npu"], environment("ASCEND_HOME_PATH")),
-        *stack.nvidia(torch.__version__, torch.version.cuda),
+        *stack.nvidia(torch.__version__, torch.version.cuda, works=torch.cuda.is_available()),
     ]
     lines = [
         f"machine        {platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}",
@@ -46,7 +51,7 @@ def main(arguments: Namespace) -> Answer:
         *(f"{name:<14} {found or 'not installed'}" for name, found in packages.items()),
         *(f"{name:<14} {text}" for name, text in accelerators.items()),
         *stack.lines(layers),
-        f"{'simulated':<14} {', '.join(f'sim:{name}' for name in profiles())}",
+        f"{'simulated':<14} {len(profiles())} ways to fail, each opened as sim:NAME or sim:NAME@npu; `bascule faults` lists them",
     ]
     return Answer(
         text="\n".join(lines),

@@ -79,6 +79,16 @@ def test_when_import_torch_itself_fails_the_sentence_says_why_and_three_ways_out
     )
 
 
+def test_doctor_still_answers_there_and_names_each_layer(tmp_path: Path) -> None:
+    said = python(
+        "import sys\nfrom bascule.cli import main\nsys.exit(main(['doctor']))",
+        broken_torch_npu(tmp_path),
+    )
+    assert (
+        "libhccl.so" in said and "CANN toolkit   missing" in said and "cpu            yes" in said
+    )
+
+
 def test_another_failure_of_import_torch_is_not_explained_away() -> None:
     assert (
         install.explain_torch_import(ImportError("libgomp.so.1: cannot open shared object file"))

@@ -59,6 +59,10 @@ def test_a_driver_too_old_for_torchs_cuda_and_a_torch_without_cuda_are_named(
     assert "missing: no NVIDIA driver" in " ".join(lines(nvidia("2.13.0", "12.8", tmp_path / "x")))
 
 
+def test_a_chip_that_answers_has_a_driver_even_where_its_version_is_hidden(tmp_path: Path) -> None:
+    assert not any(layer.trouble for layer in nvidia("2.13.0", "13.0", tmp_path, works=True))
+
+
 def test_a_driver_new_enough_has_no_trouble(tmp_path: Path) -> None:
     nvidia_machine(tmp_path, "580.65.06")
     assert not any(layer.trouble for layer in nvidia("2.13.0", "13.0", tmp_path))

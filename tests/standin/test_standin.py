@@ -42,6 +42,7 @@ def path(pytestconfig: pytest.Config) -> str:
 def npu(path: str, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Every process that is started from here on has the stand-in."""
     monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     return monkeypatch
 
 

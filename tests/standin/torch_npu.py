@@ -35,6 +35,10 @@ def compile_into(build: Path) -> None:
 
 
 def _autoload() -> None:
+    """What the entry point names: loading the module was all."""
+
+
+def _put_in_place() -> None:
     """For good: PyTorch allows one private-use device. `torch.npu.extension.set_limit(device, bytes)` makes memory short."""
     import hccl
 
@@ -73,3 +77,5 @@ def _device_module(extension: Any) -> Any:
 
 if __name__ == "__main__":
     compile_into(Path(sys.argv[1]))
+else:
+    _put_in_place()
