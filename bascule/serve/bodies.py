@@ -22,64 +22,70 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class TextPart(BaseModel):
+class Part(BaseModel):
+    """A piece of a body: values of another type are refused here too."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TextPart(Part):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Part):
     name: str
     arguments: str
 
 
-class ToolCall(BaseModel):
+class ToolCall(Part):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ToolFunction(BaseModel):
+class ToolFunction(Part):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(Part):
     type: Literal["function"]
     function: ToolFunction
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Part):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Part):
     type: Literal["function"]
     function: NamedFunction
 
 
-class Schema(BaseModel):
+class Schema(Part):
     name: str
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
 
-class TextFormat(BaseModel):
+class TextFormat(Part):
     type: Literal["text"]
 
 
-class JsonFormat(BaseModel):
+class JsonFormat(Part):
     type: Literal["json_object"]
 
 
-class SchemaFormat(BaseModel):
+class SchemaFormat(Part):
     type: Literal["json_schema"]
     json_schema: Schema
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Part):
     """vLLM's extension: exactly one of these forms."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -106,7 +112,7 @@ class StructuredOutputs(BaseModel):
         return {kind: value for kind, value in forms.items() if value is not None}
 
 
-class Message(BaseModel):
+class Message(Part):
     """One turn. Reasoning that a client sends back (either spelling) is accepted and left out of the prompt, as R1 asks."""
 
     model_config = ConfigDict(extra="forbid")
@@ -134,7 +140,7 @@ class Message(BaseModel):
         return self.content or ""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Part):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None

@@ -134,6 +134,7 @@ class Routes:
 
     async def tokenize(self, request: Request) -> Response:
         body = await read(request, TokenizeBody)
+        self.service.check_model(body.model or self.service.model)
         if body.messages is not None:
             tokens = self.service.readable(
                 lambda: chat_prompt(
@@ -150,6 +151,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read(request, DetokenizeBody)
+        self.service.check_model(body.model or self.service.model)
         self.service.check_tokens(body.tokens)
         return JSONResponse({"prompt": self.service.tokenizer.decode(body.tokens)})
 

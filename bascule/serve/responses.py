@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,6 +18,13 @@ from bascule.serve.errors import ApiError, read
 from bascule.serve.events import EventStream
 from bascule.serve.service import Ask, Service, Spoken, usage
 from bascule.serve.text import Reader, chat_prompt
+
+
+def _no_number(value: Any) -> Any:
+    """0 equals False, and a Literal asks for no more."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError("Input should be false or null")
+    return value
 
 
 class InputItem(Body):
@@ -56,7 +63,7 @@ class ResponsesBody(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stream: bool | None = False
     text: TextSettings | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False] | None, BeforeValidator(_no_number)] = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     truncation: Literal["disabled"] | None = None

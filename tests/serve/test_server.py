@@ -334,3 +334,12 @@ def test_the_document_describes_what_the_routes_check(server: Server) -> None:
                 403 if path == "/admin/weights" else 400
             )  # without a key nobody may ask for new weights
             assert status == (200 if method == "get" else refused)
+
+
+def test_values_of_another_type_and_other_models_are_refused(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": 0}}
+    assert server.post("/v1/chat/completions", {**CHAT, "tools": [tool]})[0] == 400
+    assert server.post("/v1/responses", {"model": "tiny", "input": "1+1=?", "store": 0})[0] == 400
+    for path, body in (("/detokenize", {"tokens": [5]}), ("/tokenize", {"prompt": "1"})):
+        assert server.post(path, {**body, "model": "another"})[0] == 404
+        assert server.post(path, body)[0] == server.post(path, {**body, "model": "tiny"})[0] == 200
