@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all check gpu install clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,9 @@ check: install       ## what CI runs beside the tests: style, types, the floors 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu:                 ## on a machine with a CUDA chip: tests, qualify, demo and cost there, under 10 minutes, written to out/gpu
+	bash benchmarks/gpu.sh
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
