@@ -111,7 +111,7 @@ class Guard:
         )
         self.court = Court(config, self.book)
         self._names: tuple[int, dict[int, str]] = (0, {})
-        self._parameters: tuple[int, list[nn.Parameter]] = (0, [])
+        self._parameters: tuple[int, dict[str, nn.Parameter]] = (0, {})
         self._parts: list[audit.Part] = []
         self._checksums: Checksums | None = None
         self._commit_checksums: Checksums | None = None
@@ -205,15 +205,15 @@ class Guard:
         return self._names[1]
 
     def _bits_of(self, model: nn.Module) -> Tensor:
-        return update.bit_sums(self._parameters_of(model))
+        return update.bit_sums(self._parameters_of(model).values())
 
     def _lengths_of(self, model: nn.Module) -> Tensor:
-        return invariants.lengths(self._parameters_of(model))
+        return invariants.lengths(list(self._parameters_of(model).values()))
 
-    def _parameters_of(self, model: nn.Module) -> list[nn.Parameter]:
+    def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Walking the module tree for its parameters takes longer than adding up a small model's bits: walked once."""
         if self._parameters[0] != id(model):
-            self._parameters = (id(model), list(model.parameters()))
+            self._parameters = (id(model), dict(model.named_parameters()))
         return self._parameters[1]
 
     # ---- judging
@@ -358,7 +358,7 @@ class Guard:
         """Every update is held to the most that its optimizer can do: a wrong product inside Muon's iteration throws weights far."""
         if self._moved is None or self._moved[0] != step - 1 or not self._reach:
             return []
-        names = [name for name, _ in model.named_parameters()]
+        names = list(self._parameters_of(model))
         far = invariants.overreach(self._moved[1], self._moved[2], self._reach, names)
         if far is None:
             return []
