@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from bascule.accelerators import stack
 from bascule.accelerators.base import ChipInfo
 from bascule.accelerators.generic import GenericAccelerator, device_index
 from bascule.config.environment import set_environment_default
@@ -70,3 +71,8 @@ def open_cuda(name: str) -> CudaAccelerator:
     except ValueError as error:
         raise AcceleratorUnavailable(f"'{name}' cannot be opened: {error}.") from None
     return CudaAccelerator(name, torch.device("cuda", index))
+
+
+def layers() -> list[stack.Layer]:
+    """The layers of NVIDIA's software under this torch, for `bascule doctor`."""
+    return stack.nvidia(torch.__version__, torch.version.cuda, works=torch.cuda.is_available())

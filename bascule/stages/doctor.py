@@ -17,7 +17,7 @@ set_environment_default("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch  # noqa: E402
 
-from bascule.accelerators import stack  # noqa: E402
+from bascule.accelerators import cuda, stack  # noqa: E402
 from bascule.accelerators.registry import REAL, open_accelerator  # noqa: E402
 from bascule.errors import AcceleratorUnavailable  # noqa: E402
 from bascule.faults.catalogue import profiles  # noqa: E402
@@ -43,7 +43,7 @@ def main(arguments: Namespace) -> Answer:
     accelerators = {name: _try(name) for name in REAL}
     layers = [
         *stack.ascend(torch.__version__, packages["torch-npu"], environment("ASCEND_HOME_PATH")),
-        *stack.nvidia(torch.__version__, torch.version.cuda, works=torch.cuda.is_available()),
+        *cuda.layers(),
     ]
     lines = [
         f"machine        {platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}",
