@@ -8,6 +8,7 @@ on responses only, earlier thoughts are left out of the history as they are when
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,35 @@ from bascule.errors import RecipeError, UsageError
 Example = tuple[list[int], list[int]]
 """(ids of what is read, ids of what is learnt)."""
 
+NO_TURN = "conversations have no assistant turn after a question"
+EMPTY = "responses are empty"
 
-def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Example], int]:
-    """Examples of a file in its order, and how many were left out because they exceed `longest` tokens.
+
+def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Example], Counter[str]]:
+    """Examples of a file in its order, and what was left out: how often for which reason.
 
     Raises RecipeError for a line that is no conversation, naming it.
     """
     found: list[Example] = []
-    too_long = 0
+    left_out: Counter[str] = Counter()
     for number, messages in _lines(path):
         try:
-            for example in _turns(messages, tokenizer):
-                if sum(map(len, example)) > longest:
-                    too_long += 1
-                else:
-                    found.append(example)
+            turns = list(_turns(messages, tokenizer))
         except UsageError as error:
             raise RecipeError(f"sft.data = '{path}', line {number}: {error}") from None
-    return found, too_long
+        left_out[NO_TURN] += not turns
+        for read, said in turns:
+            if len(said) == 1:
+                left_out[EMPTY] += 1
+            elif len(read) + len(said) > longest:
+                left_out[f"responses exceed model.max_position_embeddings = {longest}"] += 1
+            else:
+                found.append((read, said))
+    return found, +left_out
 
 
 def _turns(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Iterator[Example]:
+    """A turn that opens the conversation answers nothing and is no example."""
     opened = chat.THINK_OPEN if tokenizer.opens_thought else ""
     for at, message in enumerate(messages):
         if message["role"] == "assistant" and at:
@@ -50,12 +59,14 @@ def _turns(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Iterator[Exa
 
 def _lines(path: Path) -> Iterator[tuple[int, list[dict[str, str]]]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines() also cuts at U+2028, which JSON allows in a string
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"sft.data = '{path}' cannot be read ({error}). Give the path of a JSON-lines file with `messages`."
         ) from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, _messages(path, number, line)
 

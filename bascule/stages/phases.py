@@ -60,8 +60,11 @@ def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft
             "model's length."
         )
     if recipe.sft.data:
-        examples, dropped = conversations.examples(Path(recipe.sft.data), course.tokenizer, longest)
-        what = f"{dropped} responses of '{recipe.sft.data}' exceed model.max_position_embeddings = {longest}; SFT leaves them out"
+        examples, left_out = conversations.examples(
+            Path(recipe.sft.data), course.tokenizer, longest
+        )
+        dropped = left_out.total()
+        what = f"of '{recipe.sft.data}', {' and '.join(f'{count} {why}' for why, count in left_out.items())}; SFT leaves them out"
     else:
         examples = course.examples(recipe.seed)
         dropped = len(course.train) - len(examples)

@@ -28,8 +28,8 @@ def test_every_assistant_turn_is_learnt_after_the_conversation_that_led_to_it(
     tmp_path: Path,
 ) -> None:
     tokenizer = Tokenizer()
-    found, too_long = conversations.examples(written(tmp_path, {"messages": TALK}), tokenizer, 999)
-    assert too_long == 0
+    found, left_out = conversations.examples(written(tmp_path, {"messages": TALK}), tokenizer, 999)
+    assert not left_out
     spelled = [
         ("".join(tokenizer.symbols[i] for i in read), tokenizer.decode(said))
         for read, said in found
@@ -42,8 +42,30 @@ def test_every_assistant_turn_is_learnt_after_the_conversation_that_led_to_it(
 
 
 def test_what_does_not_fit_is_left_out_and_counted(tmp_path: Path) -> None:
-    found, too_long = conversations.examples(written(tmp_path, {"messages": TALK}), Tokenizer(), 40)
-    assert len(found) == 1 and too_long == 1
+    found, left_out = conversations.examples(written(tmp_path, {"messages": TALK}), Tokenizer(), 40)
+    assert len(found) == 1
+    assert left_out == {"responses exceed model.max_position_embeddings = 40": 1}
+
+
+def test_what_teaches_nothing_is_counted_by_its_reason(tmp_path: Path) -> None:
+    asked, silent = TALK[1], {"role": "assistant", "content": " "}
+    lines = [{"messages": TALK}, {"messages": [asked]}, {"messages": [TALK[2], asked]}, {"messages": []}, {"messages": [asked, silent]}]  # fmt: skip
+    found, left_out = conversations.examples(written(tmp_path, *lines), Tokenizer(), 999)
+    assert len(found) == 2
+    assert left_out == {conversations.NO_TURN: 3, conversations.EMPTY: 1}
+
+
+def test_a_line_ends_where_its_json_ends(tmp_path: Path) -> None:
+    """Windows' marks and ends of lines, and a line separator inside a string, which json.dumps(ensure_ascii=False) leaves there."""
+    path = tmp_path / "chat.jsonl"
+    talk = [
+        {"role": "user", "content": "2+3=?\u2028"},
+        {"role": "assistant", "content": "<think></think>5"},
+    ]
+    path.write_bytes(
+        ("\ufeff" + json.dumps({"messages": talk}, ensure_ascii=False) + "\r\n").encode()
+    )
+    assert len(conversations.examples(path, Tokenizer(), 999)[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def _read(path: str, question: str, answer: str) -> tuple[tuple[str, str], ...]:
     """Distinct (question, answer) of a file, in its order; of a question asked twice the first answer counts."""
     found: dict[str, str] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = (
+            Path(path).read_text(encoding="utf-8-sig").split("\n")
+        )  # splitlines() cuts at U+2028, which JSON allows
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"Task '{PREFIX}:{path}': the file cannot be read ({error}). Give the path of a JSON-lines file."
