@@ -9,6 +9,7 @@ matrix, activations stay fp32.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -66,6 +67,28 @@ class ByteLinear(nn.Module):
         return F.linear(x, self._bytes.float() * self._scale_N1, self.bias)
 
 
+class RoundedLinear(nn.Module):
+    """The numbers of a BlockedLinear or ByteLinear without their kernels."""
+
+    def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bias, self.dtype = plain.bias, dtype
+        weight = plain.weight.detach()
+        if dtype == torch.int8:
+            if weight.shape[1] % LANES == 0:
+                codes, scale_N1 = quantised(weight)
+                weight = codes * scale_N1
+        else:
+            weight = weight.to(dtype).to(weight.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dtype == torch.int8:
+            return F.linear(x, self.weight, self.bias)
+        rounded = x.to(self.dtype).to(x.dtype)
+        return F.linear(rounded, self.weight, self.bias).to(self.dtype).to(x.dtype)
+
+
 def quantised(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """int8 and the scale of each row, (N, 1): the largest weight of a row becomes 127."""
     scale_N1 = (
@@ -90,6 +113,25 @@ def lay_out(model: Transformer, precision: Precision) -> Transformer:
         raise UsageError(
             "precision int8 was asked for; it needs a C++ compiler for this CPU's kernel and found neither g++ nor clang++. Install one, or use fp32."
         )
+    return _with(
+        model,
+        lambda plain: (
+            ByteLinear(plain)
+            if precision == "int8" and quick(plain)
+            else BlockedLinear(plain, _blocked(precision))
+        ),
+    )
+
+
+def as_laid_out(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """What a model laid out in `dtype` computes, in operations that every chip has: to judge what such an engine said."""
+    if model.lm_head.weight.dtype != torch.float32 or dtype == torch.float32:
+        return model
+    return _with(model, lambda plain: RoundedLinear(plain, dtype))
+
+
+def _with(model: Transformer, other: Callable[[nn.Linear], nn.Module]) -> Transformer:
+    """The model with other large matrices; it shares everything else."""
     memo: dict[int, object] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
     }
@@ -98,13 +140,7 @@ def lay_out(model: Transformer, precision: Precision) -> Transformer:
         for name, child in list(parent.named_children()):
             absorbed = isinstance(parent, LatentAttention) and name == "kv_b_proj"
             if isinstance(child, nn.Linear) and child.weight.numel() >= LEAST_WEIGHTS and not absorbed:  # fmt: skip
-                setattr(
-                    parent,
-                    name,
-                    ByteLinear(child)
-                    if precision == "int8" and quick(child)
-                    else BlockedLinear(child, _blocked(precision)),
-                )
+                setattr(parent, name, other(child))
     return laid
 
 

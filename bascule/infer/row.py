@@ -22,6 +22,10 @@ class Constraint(Protocol):
 
     def take(self, token: int) -> None: ...
 
+    def trouble(self) -> str:
+        """Why the answer can no longer follow the grammar, "" while it can. Such a row ends."""
+        ...
+
 
 @dataclass(eq=False)
 class Row:
@@ -31,7 +35,7 @@ class Row:
 
     A row may begin with tokens said already (an engine that failed said them, or the row was preempted): they are read again,
     and its random numbers go on where they left off. `top`: how many alternatives to note in `tops` for each token, None for
-    no note.
+    no note. `trouble`: why its grammar could not be followed, with the finish "form".
     """
 
     prompt: Sequence[int]
@@ -43,6 +47,7 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None
+    trouble: str = ""
     read: int = 0
     blocks: list[int] = field(default_factory=list)
     arrived: int = 0

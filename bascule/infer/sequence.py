@@ -17,6 +17,7 @@ __all__ = [
     "Completion",
     "RolloutReply",
     "RolloutRequest",
+    "LEAST_TEMPERATURE",
     "SPAN",
     "Sampling",
     "reply_from_json",
@@ -26,6 +27,8 @@ __all__ = [
 
 
 SPAN = 1 << 20  # random numbers reserved for one sequence; no completion may be longer
+LEAST_TEMPERATURE = 1e-5
+"""Below it logits divided by the temperature overflow; 0 is greedy and divides by nothing."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Sampling:
         ):
             if not low <= value <= high:
                 raise UsageError(f"{name}={value} is outside {low} to {high}.")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UsageError(
+                f"temperature={self.temperature} is too small to divide by; at least {LEAST_TEMPERATURE:g} is allowed, or 0 for the likeliest token."
+            )
 
     @cached_property
     def key(self) -> int:

@@ -25,12 +25,14 @@ def speak(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs, eos_id: int) -> 
     for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
         row.said.append(token)
         row.logprobs.append(logprob)
-        if row.constraint is not None:
-            row.constraint.take(token)
         if token == eos_id:
             row.finish = "stop"
         elif len(row.said) >= row.sampling.max_tokens:
             row.finish = "length"
+        if row.constraint is not None:
+            row.constraint.take(token)
+            row.trouble = row.constraint.trouble()
+            row.finish = "form" if row.trouble else row.finish
 
 
 def draw(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:

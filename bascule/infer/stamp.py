@@ -99,7 +99,9 @@ def judge(
         marks_bound=MARGIN * max(floors),
         logprobs=float(difference_T.nan_to_num(nan=torch.inf).max()),
         logprobs_bound=MARGIN * max(float(floor_T.max()), 1e-6),
-        redrawn=_redrawn(opinion, prompt, said, sampling, choice) if drawn else None,
+        redrawn=_redrawn((opinion, exact, coarse), prompt, said, sampling, choice)
+        if drawn
+        else None,
         redrawn_bound=DRAWN_FREELY + int(REDRAWN_RATIO * len(said)),
     )
 
@@ -152,18 +154,34 @@ def _at(places: Marks, hidden_TD: Tensor) -> Marks:
 
 
 def _redrawn(
-    opinion: Opinion, prompt: Sequence[int], said: Sequence[int], sampling: Sampling, choice: int
-) -> int:
-    """How many tokens our logits and the answer's own random numbers would have chosen differently, each after the same beginning."""
-    logits_TV = opinion.logprobs_TV[len(prompt) - 1 : -1].float()
-    settings = [sampling] * len(said)
-    draws = Draws(sampling, choice)
-    uniform = [draws.at(at) for at in range(len(said))]
-    extra = edits(
-        settings, [said[:at] for at in range(len(said))], logits_TV.shape[1], logits_TV.device
+    opinions: Sequence[Opinion], prompt: Sequence[int], said: Sequence[int], sampling: Sampling, choice: int
+) -> int:  # fmt: skip
+    """How many tokens the answer's own random numbers would have chosen differently, each after the same beginning, whatever rounding
+    does. `opinions`: the judging chip's, the exact one, the coarse one. Tokens are chosen by where a number falls among cumulative
+    probabilities, so rounding may move it by the distance between the exact and the coarse distribution."""
+    ours_TV, exact_TV, coarse_TV = (
+        one.logprobs_TV[len(prompt) - 1 : -1].float() for one in opinions
     )
-    tokens_T, _ = choose(logits_TV, Knobs.of(settings, logits_TV.device), uniform, extra)
-    return int((tokens_T != torch.tensor(said)).sum())
+    rows, said_T = [sampling] * len(said), torch.tensor(said)
+    extra_TV = edits(rows, [said[:at] for at in range(len(said))], ours_TV.shape[1], said_T.device)
+    if sampling.temperature == 0:
+        edited_TV = ours_TV if extra_TV is None else ours_TV + extra_TV
+        best_T2 = torch.stack([said_T, edited_TV.argmax(-1)], 1)
+        lost_T = edited_TV.gather(1, best_T2).diff(dim=1)[:, 0]
+        rounding_T = (exact_TV - coarse_TV).abs().gather(1, best_T2).sum(1)
+        return int((lost_T > MARGIN * rounding_T).sum())
+    exact_TV, coarse_TV = (
+        torch.softmax(one / sampling.temperature, -1) for one in (exact_TV, coarse_TV)
+    )
+    shift_T = MARGIN * 0.5 * (exact_TV - coarse_TV).abs().sum(-1)
+    draws = Draws(sampling, choice)
+    uniform_T = torch.tensor([draws.at(at) for at in range(len(said))])
+    knobs = Knobs.of(rows, said_T.device)
+    first_T, last_T = (
+        choose(ours_TV, knobs, (uniform_T + shift).clamp(0, 1).tolist(), extra_TV)[0]
+        for shift in (-shift_T, shift_T)
+    )
+    return int(((said_T < first_T) | (said_T > last_T)).sum())
 
 
 def settings(value: dict[str, Any]) -> Sampling:

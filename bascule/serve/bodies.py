@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from bascule.infer.sequence import Sampling
+from bascule.infer.sequence import LEAST_TEMPERATURE, Sampling
 
 MAX_STOPS = 4
 MAX_CHOICES = 16
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class Body(BaseModel):
@@ -159,7 +160,7 @@ class Generation(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -194,15 +195,16 @@ class Generation(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, *, max_tokens: int, seed: int, vocab_size: int) -> Sampling:
-        """`seed` is used when the client gave none. Raises ValueError for a bias on a token that does not exist."""
+        """`seed` is used when the client gave none; a temperature near 0 is greedy, as in vLLM. Raises ValueError for a bias on a token that does not exist."""
         bias = tuple((int(token), value) for token, value in (self.logit_bias or {}).items())
         for token, _ in bias:
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"logit_bias: token {token} does not exist; the vocabulary has {vocab_size} tokens"
                 )
+        warmth = 1.0 if self.temperature is None else self.temperature
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=0.0 if warmth < LEAST_TEMPERATURE else warmth,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),
             min_p=self.min_p or 0.0,

@@ -29,6 +29,8 @@ LINE_LIMIT = 1 << 26
 # Between two right chips fp32 differs by about 1e-5 (inference.md 5.2: vLLM against transformers 1e-6, llama.cpp 4e-4 with an fp16
 # cache); a corrupted matrix product moves some token by tenths.
 AUDIT_BOUND = 5e-3
+AUDIT_MARGIN = 12.0  # times the RMS measured at the engine's start; bf16 on SmolLM2 stays under 4 times (docs/serve.md)
+FORM_FAILED = "This answer cannot follow its form: {why}. The form is too large, or asks for characters that the model's vocabulary does not have."
 
 
 class Broker:
@@ -62,8 +64,8 @@ class Broker:
         self.scorings: dict[int, Scoring] = {}
         self.changed = asyncio.Event()
         self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
-        self._mode = ["--precision", precision, "--speculate", str(speculate)]
-        self._mode += ["--reproducible"] if reproducible else []
+        self._precision = precision
+        self._mode = ["--speculate", str(speculate), *(["--reproducible"] if reproducible else [])]
         self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
         self._fault_logs, self._note = fault_logs, note
         self._audit_every = audit_every
@@ -109,8 +111,18 @@ class Broker:
         for task in self._tasks:
             task.cancel()
         await self._end_process()
+        await self._dismiss()
+
+    async def _dismiss(self) -> None:
+        """No audits from now on."""
         if self._referee is not None:
-            await self._referee.close()
+            referee, self._referee = self._referee, None
+            await referee.close()
+
+    @property
+    def audit_bound(self) -> float:
+        """Allowed between two right engines of this precision."""
+        return max(AUDIT_BOUND, AUDIT_MARGIN * float(self.about["audit_noise"]))
 
     def submit(
         self,
@@ -139,6 +151,7 @@ class Broker:
             form,
             [[] for _ in range(choices)],
             set(range(choices)),
+            dtype=str(self.about.get("dtype")),
         )
         self.tickets[ticket.id] = ticket
         self._hand_over(ticket)
@@ -219,6 +232,12 @@ class Broker:
                 self._fail(str(error))
                 continue
             except UsageError as error:
+                if self.moves and self._precision != "fp32":
+                    # Refused at the start, when somebody can choose; in the middle of answers fp32 is better than none.
+                    self._note("precision fallback", self.candidate, f"{error} It serves in fp32 from now on.")  # fmt: skip
+                    self._precision = "fp32"
+                    await self._dismiss()
+                    continue
                 self.trouble = str(error)
                 self._give_up(why)
                 raise
@@ -228,7 +247,8 @@ class Broker:
         """Start the engine's process on the present candidate and hand it all open tickets."""
         here, there = socket.socketpair()
         arguments = ["--model", str(self._model), "--accelerator", self.candidate.accelerator, "--fd", str(there.fileno()),
-                     "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots), *self._mode]  # fmt: skip
+                     "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots),
+                     "--precision", self._precision, *self._mode]  # fmt: skip
         if self._fault_logs is not None:
             arguments += [
                 "--fault-log",
@@ -384,15 +404,17 @@ class Broker:
             self._tasks.append(asyncio.create_task(self._compare(answer, self.moves), name="audit"))
 
     async def _compare(self, answer: Answer, moves: int) -> None:
-        assert self._referee is not None
+        if self._referee is None:
+            return
         try:
             worst = await self._referee.worst_difference(answer)
         except Refused:
             return  # the referee itself is gone; its absence was noted when it ended
         self.audits += 1
         self.worst_audit = max(self.worst_audit, worst)
-        if worst > AUDIT_BOUND and moves == self.moves and self._process is not None:
-            self.trouble = f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({AUDIT_BOUND:g} is allowed)"
+        bound = self.audit_bound
+        if worst > bound and moves == self.moves and self._process is not None:
+            self.trouble = f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({bound:.2g} is allowed)"
             self._failed.add(self._at)
             self._kill()  # `_listen` sees the end and moves on
 
@@ -405,6 +427,11 @@ class Broker:
         for job, scores in message["scored"]:
             if job in self.scorings and not self.scorings[job].scores.done():
                 self.scorings[job].scores.set_result(scores)
+        for job, why in message["refused"]:
+            refused = self.tickets.get(job)
+            if refused is not None:
+                self.cancel(refused)
+                refused.arrivals.put_nowait(Refused(400, FORM_FAILED.format(why=why.strip())))
         for job, choice, token, logprob, tops, finish in message["said"]:
             ticket = self.tickets.get(job)
             if ticket is None or choice not in ticket.open:

@@ -9,10 +9,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bascule.serve.bodies import Body
+from bascule.serve.bodies import Body, NamedTool
 from bascule.serve.door import error_body
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+BRANCHES = {"str", NamedTool.__name__}
 
 
 class ApiError(Exception):
@@ -50,15 +51,33 @@ async def read(request: Request, kind: type[AnyBody]) -> AnyBody:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        first, where, message = _told(error)
         raise ApiError(
             400,
             f"{where}: {message}" if where else message,
-            code=first["type"],
+            code=first,
             param=where or None,
         ) from None
+
+
+def _told(error: ValidationError) -> tuple[str, str, str]:
+    """Kind, field and words of the first error; of a field that may have several types, of the branch that was understood furthest."""
+    found = error.errors()
+    of_field = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+    first = max(of_field, key=lambda one: len(one["loc"]))
+    where = _path(first["loc"])
+    words = [
+        one["msg"].removeprefix("Value error, ")
+        for one in of_field
+        if len(one["loc"]) == len(first["loc"]) and _path(one["loc"]) == where
+    ]
+    return first["type"], where, ", or: ".join(dict.fromkeys(words))
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """pydantic names the type it tried between the fields: `messages.0.content.list[TextPart].0.type`."""
+    parts = [str(part) for part in loc]
+    return ".".join(part for part in parts if part not in BRANCHES and "[" not in part)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

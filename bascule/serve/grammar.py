@@ -92,7 +92,7 @@ class Grammars:
             self._vocabulary = llguidance.LLTokenizer(
                 llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._rows))
             )
-        matcher = llguidance.LLMatcher(self._vocabulary, grammar)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         return Bound(matcher, self._tokenizer, self._rows, may_think=may_think, thinking=thinking)
 
 
@@ -130,6 +130,10 @@ class Bound:
         elif token != self._eos or not self._matcher.is_stopped():
             self._matcher.consume_token(token)
         self._may_open = False
+
+    def trouble(self) -> str:
+        """llguidance gives up on a grammar that grows too large, and one with characters that no token spells. It then allows the end."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
 
 
 class _Vocabulary:

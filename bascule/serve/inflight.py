@@ -46,7 +46,10 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """One request in flight: its choices, what each has said, and the queue its tokens come through."""
+    """One request in flight: its choices, what each has said, and the queue its tokens come through.
+
+    `dtype` is that of the engine it was handed to first.
+    """
 
     id: int
     prompt: list[int]
@@ -55,6 +58,7 @@ class Ticket:
     form: dict[str, Any] | None
     said: list[list[int]]
     open: set[int]
+    dtype: str
     submitted_s: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
     moves: int = 0

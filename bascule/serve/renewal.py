@@ -15,7 +15,7 @@ from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import CheckFailed, UsageError
 from bascule.infer.sequence import Sampling
-from bascule.serve.broker import AUDIT_BOUND, Broker
+from bascule.serve.broker import Broker
 from bascule.serve.inflight import Answer, Refused
 from bascule.serve.service import Service
 
@@ -35,13 +35,14 @@ class Renewed:
 
 
 class Renewal:
-    """`open_broker(folder)` makes an unstarted broker; `open_referee(folder)` another kind of chip, or None where there is none."""
+    """`open_broker(folder)` makes an unstarted broker; `open_referee(folder, precision)` another kind of chip, or None
+    where there is none."""
 
     def __init__(
         self,
         service: Service,
         open_broker: Callable[[Path], Broker],
-        open_referee: Callable[[Path], Broker | None],
+        open_referee: Callable[[Path, str], Broker | None],
     ) -> None:
         self.service = service
         self._open_broker, self._open_referee = open_broker, open_referee
@@ -98,7 +99,7 @@ class Renewal:
             raise UsageError(
                 f"'{folder}' has a context of {about['context']} tokens, the model that is served {self.service.context}. Start a server of its own."
             )
-        referee = self._open_referee(folder)
+        referee = self._open_referee(folder, str(about["precision"]))
         if referee is not None:
             await referee.start()
             broker.appoint(referee)
@@ -108,9 +109,9 @@ class Renewal:
                 f"'{folder}' changed while it was read. Write it whole, then renew again."
             )
         worst = max([await _probe(broker, judge, self.service.tokenizer, text) for text in PROBES])
-        if not worst <= AUDIT_BOUND:
+        if not worst <= broker.audit_bound:
             raise CheckFailed(
-                f"The new weights were refused: log-probabilities of what they say differ by {worst:.2g} from the referee's ({AUDIT_BOUND:g} is "
+                f"The new weights were refused: log-probabilities of what they say differ by {worst:.2g} from the referee's ({broker.audit_bound:.2g} is "
                 "allowed). Qualify the chip; the old weights go on serving."
             )
         return worst

@@ -20,7 +20,7 @@ from bascule.config.load import read_resolved
 from bascule.config.recipe import Recipe
 from bascule.data.tasks.registry import get as get_task
 from bascule.data.text_tokenizer import open_tokenizer
-from bascule.errors import BasculeError, UsageError
+from bascule.errors import BasculeError, DeviceFault, UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last, of_kind, read_ledger
 from bascule.records import (
@@ -114,13 +114,15 @@ async def _serve(
             note=lambda what, candidate, text: _note(ledger, what, candidate, text),
         )
 
-    def open_referee(model: Path) -> Broker | None:
-        """The CPU judges what another chip answers."""
+    def open_referee(model: Path, precision: str) -> Broker | None:
+        """The CPU judges what another chip answers, in the same precision."""
         if not recipe.serve.audit_every or all(
             one.accelerator == "cpu" for one in candidates(recipe, records, accelerator)
         ):
             return None
-        return Broker(model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1)
+        return Broker(
+            model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1, precision=precision
+        )  # fmt: skip
 
     name = recipe.name
     tries: list[str] = []
@@ -172,7 +174,9 @@ async def _serve(
         # Making problems imports a large library: it must not stand between the start and the first answer.
         beside = [
             asyncio.create_task(_fill(tries, recipe)),
-            asyncio.create_task(_appoint(service.broker, open_referee(folder.model))),
+            asyncio.create_task(
+                _appoint(service.broker, open_referee(folder.model, str(chip["precision"])), ledger)
+            ),
             asyncio.create_task(_note_draining(server, service)),
         ]
         asyncio.get_running_loop().add_signal_handler(
@@ -253,7 +257,7 @@ def examples(recipe: Recipe) -> list[str]:
     ]
 
 
-async def _appoint(broker: Broker, referee: Broker | None) -> None:
+async def _appoint(broker: Broker, referee: Broker | None, ledger: Ledger) -> None:
     """Started beside the server, never in its way; once appointed, the broker closes it."""
     if referee is None:
         return
@@ -262,6 +266,9 @@ async def _appoint(broker: Broker, referee: Broker | None) -> None:
     except asyncio.CancelledError:
         await referee.close()
         raise
+    except (DeviceFault, UsageError) as error:
+        ledger.warn("no audit", f"the referee did not start, so answers are not audited: {error}")
+        return
     broker.appoint(referee)
 
 

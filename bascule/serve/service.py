@@ -130,9 +130,12 @@ class Service:
         except Refused as error:
             raise ApiError(error.status, str(error), code="no_chip") from None
 
-    async def stamp(self, ask: Ask, choice: int, *, drawn: bool) -> dict[str, Any]:
-        """What `bascule verify-answer` needs to check one choice elsewhere (infer/stamp.py). One more reading of the answer."""
+    async def stamp(self, ask: Ask, choice: int, *, drawn: bool) -> dict[str, Any] | None:
+        """What `bascule verify-answer` needs to check one choice elsewhere (infer/stamp.py). One more reading of the answer. None for
+        an answer begun in another precision than it was finished in: no model wrote it whole."""
         ticket, about = ask.ticket, ask.broker.about
+        if ticket.dtype != about["dtype"]:
+            return None
         said = ticket.said[choice]
         try:
             marks = await ask.broker.marks(ticket.prompt, said)
@@ -170,7 +173,8 @@ class Service:
                         else await merged.get()
                     )
                     if isinstance(arrival, Refused):
-                        raise ApiError(arrival.status, str(arrival), code="no_chip")
+                        code = "form_failed" if arrival.status == 400 else "no_chip"
+                        raise ApiError(arrival.status, str(arrival), code=code)
                     if (id(ask), arrival.choice) not in left:
                         continue
                     now = time.monotonic()
@@ -234,8 +238,10 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights and the chip: an answer may change when this does."""
-        return f"{self.broker.about['weights_sha256'][:12]}@{self.broker.about['accelerator']}"
+        """Of the weights, the chip and its precision: an answer may change when this does."""
+        about = self.broker.about
+        rounded = "" if about["dtype"] == "float32" else f"-{about['dtype']}"
+        return f"{about['weights_sha256'][:12]}@{about['accelerator']}{rounded}"
 
     def check_model(self, name: str) -> None:
         if name != self.model:

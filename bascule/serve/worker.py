@@ -3,7 +3,8 @@
     python -m bascule.serve.worker --model out/demo/model --accelerator cpu --fd 5
 
 Lines of JSON both ways. In: `submit`, `score`, `cancel`. Out: `ready` once; after every tick `said` (a list of
-[job, choice, token, logprob, alternatives, finish]), `began` ([job, tokens found in the prefix store]), `scored` and `load`;
+[job, choice, token, logprob, alternatives, finish]), `began` ([job, tokens found in the prefix store]), `refused` ([job, why] of
+forms that cannot be followed), `scored` and `load`;
 `fault` as the last line of a chip that failed. A process of its own, because a failing chip can take its process with it, and because
 the server must go on answering while the chip computes. It ends when the server closes the socket.
 """
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import torch
@@ -96,6 +98,7 @@ class Desk:
         self._scored: list[list[Any]] = []
         self._said: list[list[Any]] = []
         self._began: list[list[int]] = []
+        self._refused: list[list[Any]] = []
 
     @property
     def busy(self) -> bool:
@@ -142,7 +145,7 @@ class Desk:
     @torch.inference_mode()
     def tick(self) -> dict[str, Any]:
         """Read some prompts, say one token for every running row; returns the line to send."""
-        self._said, self._began, self._scored = [], [], []
+        self._said, self._began, self._refused, self._scored = [], [], [], []
         with self.accelerator.session(Work("infer", max(1, self.jobs))):
             self._note(self.batch.step())
             self._take_back()
@@ -152,6 +155,7 @@ class Desk:
         return {
             "said": self._said,
             "began": self._began,
+            "refused": self._refused,
             "scored": self._scored,
             "load": self.load(),
         }
@@ -212,6 +216,9 @@ class Desk:
     def _note(self, rows: Sequence[Row]) -> None:
         for row in rows:
             assert isinstance(row, Seat)
+            if row.trouble:
+                self._refused.append([row.job, row.trouble])
+                continue
             for back in range(row.told - len(row.said), 0):  # two where a guess was right
                 tops = row.tops[back] if row.top is not None else None
                 finish = row.finish if back == -1 else None
@@ -263,7 +270,7 @@ def work(desk: Desk, line: Line) -> None:
             line.send(desk.tick())
             _take(desk, line, wait=False)
         line.send(
-            {"said": [], "began": [], "scored": [], "load": desk.load()}
+            {"said": [], "began": [], "refused": [], "scored": [], "load": desk.load()}
         )  # what was cancelled last is gone too
 
 
@@ -319,7 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             speculate=options.speculate,
         )
         about = _about(desk, sha256, time.perf_counter() - start)
-        line.send({"ready": {**about, "kl_to_fp32": _cost_of_precision(desk, tokenizer.eos_id)}})
+        kl, noise = _cost_of_precision(desk, tokenizer.eos_id)
+        line.send({"ready": {**about, "kl_to_fp32": kl, "audit_noise": noise}})
         work(desk, line)
     except torch.OutOfMemoryError as error:
         line.send(
@@ -346,6 +354,7 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "fallback_note": desk.accelerator.fallback_note,
         "weights_sha256": sha256,
         "dtype": str(_dtype(desk.batch)).removeprefix("torch."),
+        "precision": desk.batch.precision,
         "reproducible": desk.batch.reproducible,
         "slots": desk.batch.slots,
         "context": desk.batch.length,
@@ -359,16 +368,21 @@ def _dtype(batch: Batch) -> torch.dtype:
 
 
 @torch.inference_mode()
-def _cost_of_precision(desk: Desk, first: int) -> float:
-    """Nats a token on a text that this engine says itself."""
-    if desk.batch.precision == "fp32":
-        return 0.0
-    row = Row([first], Sampling(max_tokens=min(TRIED_TOKENS, desk.batch.length - 1)))
+def _cost_of_precision(desk: Desk, first: int) -> tuple[float, float]:
+    """On a text that this engine says itself: nats a token from fp32, and how far (RMS) a log-probability may lie from what a right
+    referee of the same precision says. int8 rounds weights, alike everywhere; bf16 rounds activations too, each time a little differently."""
+    batch = desk.batch
+    if batch.precision == "fp32":
+        return 0.0, 0.0
+    row = Row([first], Sampling(max_tokens=min(TRIED_TOKENS, batch.length - 1)))
     with desk.accelerator.session(Work("infer", 1)):
-        desk.batch.join([[row]])
-        while desk.batch.rows:
-            desk.batch.step()
-        return divergence(desk.batch.model, desk.batch.reader, row.text)
+        batch.join([[row]])
+        while batch.rows:
+            batch.step()
+        judge = batch.model if batch.precision == "bf16" else batch.reader
+        read = [tops[0][1] for tops in score(judge, row.text, 0)]
+        squares = [(a - b) ** 2 for a, b in zip(read, row.logprobs, strict=True)]
+        return divergence(batch.model, batch.reader, row.text), fmean(squares) ** 0.5
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +15,7 @@ from bascule.accelerators.base import Work
 from bascule.data import chat
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import CheckFailed, UsageError
+from bascule.infer.linear import as_laid_out
 from bascule.infer.reference import Reference, opinion_of
 from bascule.infer.stamp import judge, settings
 from bascule.model.weights import fingerprint
@@ -36,7 +37,7 @@ class Stamp(BaseModel):
 
     version: int
     weights_sha256: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16", "int8"]
     chip: str
     accelerator: str
     verdict_id: str | None
@@ -89,11 +90,15 @@ def verify(
         )
     if _spelled(run.tokenizer, stamp) != _shown(message):
         troubles.append("the text is not what its tokens spell")
+    dtype = DTYPES[stamp.dtype]
+    claimed = as_laid_out(model, dtype)
+    if dtype == torch.int8:  # its numbers are those of a model of its own, to fp32's rounding
+        reference, dtype = Reference(claimed), torch.float32
     with run.accelerator.session(Work("infer", 1)):
-        opinion = opinion_of(model, tokens)
+        opinion = opinion_of(claimed, tokens)
     found = judge(
         reference, opinion, prompt=stamp.prompt, said=stamp.said, logprobs=stamp.logprobs, claimed=stamp.marks,
-        sampling=settings(stamp.sampling), choice=stamp.choice, dtype=DTYPES[stamp.dtype], drawn=stamp.drawn,
+        sampling=settings(stamp.sampling), choice=stamp.choice, dtype=dtype, drawn=stamp.drawn,
     )  # fmt: skip
     return [*troubles, *found.troubles], asdict(found)
 

@@ -34,6 +34,13 @@ run(RunFolder(Path(sys.argv[1])), sys.argv[2], port=0, api_key=sys.argv[3] or No
 """
 
 
+# Large enough for matrices in another precision, which a small model never gets.
+LARGE: dict[str, Any] = {
+    "preset": "tick", "attention": "gqa", "ffn": "swiglu", "hidden_size": 384, "head_dim": 48, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": 512,
+}  # fmt: skip
+
+
 @dataclass
 class Server:
     url: str

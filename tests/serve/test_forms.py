@@ -148,6 +148,18 @@ def test_forms_that_make_no_sense_are_refused(server: Server, body: dict[str, ob
     assert status == 400 and answer["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_no_token_spells_is_an_error_and_never_another_answer(
+    server: Server, stream: bool
+) -> None:
+    form = {"choice": ["no: \u65e5\u672c"]}
+    body = {"model": "tiny", "prompt": "1", "structured_outputs": form, "stream": stream}
+    status, answer = server.post("/v1/completions", {**body, "max_tokens": 40})
+    told = answer if stream else answer["error"]["message"]
+    assert status == (200 if stream else 400) and "cannot follow its form" in told
+    assert not stream or "[DONE]" not in told
+
+
 def test_the_thought_is_free_and_the_answer_is_bound() -> None:
     tokenizer = Tokenizer()
     bound = Grammars(tokenizer, tokenizer.vocab_size).constraint(

@@ -15,7 +15,7 @@ from bascule.data.tokenizer import Tokenizer
 from bascule.ledger import of_kind, read_ledger
 from bascule.model.weights import fingerprint, initialise, load_hf, save_hf
 from bascule.records import WeightsRenewed
-from tests.serve.conftest import Server, Start, wait_until
+from tests.serve.conftest import LARGE, Server, Start, wait_until
 
 KEY = "a-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -96,6 +96,21 @@ def test_weights_that_fail_the_audit_are_refused_and_the_old_ones_go_on(
     status, told = keyed.post("/admin/weights", body, **HEADERS)
     assert status in (409, 503) and told["error"]["message"]
     assert answer(keyed) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_weights_change_in_another_precision_too(precision: str, start: Start) -> None:
+    if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("no bf16 unit")
+    server = start(api_key=KEY, model=LARGE, serve={"precision": precision})
+    for seed in range(3):
+        sha256 = write(server.folder.root / "next", server.folder.model, seed=seed)
+        status, told = server.post(
+            "/admin/weights", {"folder": "next", "sha256": sha256}, **HEADERS
+        )
+        assert status == 200 and told["weights_sha256"] == sha256, told
+    assert server.get("/version")[1]["dtype"] == ("bfloat16" if precision == "bf16" else "int8")
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from bascule.errors import UsageError
 from bascule.ledger import of_kind, read_ledger
 from bascule.records import PoolCondemned, Warned
 from bascule.serve.server import bind
-from tests.serve.conftest import Server, Start, wait_until
+from tests.serve.conftest import LARGE, Server, Start, wait_until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "1+2=?"}]}
 
@@ -89,6 +91,32 @@ def test_bad_requests_are_answered_in_openais_shape(
         "param",
         "code",
     }
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy_and_harms_nobody(server: Server) -> None:
+    said = {
+        server.post("/v1/completions", {"model": "tiny", "prompt": "1+2", "temperature": warmth})[
+            1
+        ]["choices"][0]["text"]
+        for warmth in (0, 1e-300, 1e-6)
+    }
+    assert len(said) == 1 and server.get("/version")[1]["moves"] == 0
+
+
+def test_what_is_wrong_is_told_with_the_field_that_is_wrong(server: Server) -> None:
+    picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+    for wrong, param, words in (
+        (
+            {"messages": [{"role": "user", "content": picture}]},
+            "messages.0.content.0.type",
+            "'text'",
+        ),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "match"),
+    ):
+        status, answer = server.post("/v1/chat/completions", {**CHAT, **wrong})
+        assert status == 400 and answer["error"]["param"] == param
+        assert words in answer["error"]["message"]
 
 
 def test_a_foreign_page_cannot_use_a_local_server(server: Server) -> None:
@@ -253,6 +281,26 @@ def test_a_chip_that_fails_is_left_and_no_answer_notices(
     assert [record.pool for record in of_kind(records, PoolCondemned)] == ["frail"]
     assert any(record.what == "serving chip failed" for record in of_kind(records, Warned))
     assert frail.get("/health")[0] == 200
+
+
+@pytest.mark.slow
+def test_a_standby_without_the_asked_precision_serves_in_fp32_and_says_so(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tool in ("g++", "as", "ld"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    dies = 'sim:dies?roles=["infer"]&onset_step=2&rate=1.0@cpu'
+    server = start({"frail": dies, "spare": "cpu"}, model=LARGE, serve={"precision": "int8"})
+    (tmp_path / "g++").unlink()
+    body = {**CHAT, "max_tokens": 60, "logit_bias": {"2": -100}, "stamp": True}
+    assert server.get("/version")[1]["dtype"] == "int8"
+    stamps = [server.post("/v1/chat/completions", body)[1]["choices"][0]["stamp"] for _ in range(3)]
+    assert stamps[0]["dtype"] == "int8" and stamps[2]["dtype"] == "float32"
+    assert None in stamps, "an answer of two precisions has no stamp"
+    assert server.get("/version")[1]["dtype"] == "float32"
+    warned = of_kind(read_ledger(server.folder.ledger), Warned)
+    assert any(one.what == "precision fallback" for one in warned)
 
 
 @pytest.mark.slow

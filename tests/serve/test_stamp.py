@@ -14,14 +14,19 @@ import pytest
 import torch
 
 from bascule.errors import UsageError
+from bascule.infer.batch import Batch
+from bascule.infer.linear import Precision
 from bascule.infer.reference import Reference
+from bascule.infer.row import Row
+from bascule.infer.rows import compiled
 from bascule.infer.sampling import Sampling
 from bascule.infer.stamp import marks
 from bascule.stages import verify_answer
 from bascule.stages.finished import Finished, open_finished
 from bascule.stages.verify_answer import Stamp, verify
-from tests.serve.conftest import Server, make_run
+from tests.serve.conftest import LARGE, Server, make_run
 
+BF16 = torch.cpu._is_avx512_bf16_supported()
 Edit = Callable[[Finished], None]
 
 
@@ -53,6 +58,54 @@ def stamped(
         marks=marks(liar.engine.model, prompt, said.tokens),
     )  # fmt: skip
     thought, content = verify_answer._spelled(run.tokenizer, stamp)
+    return {"reasoning_content": thought, "content": content}, stamp
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, _ = make_run(tmp_path_factory.mktemp("stamp") / "large", {"main": "cpu"}, model=LARGE)
+    return open_finished(str(folder.root), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        pytest.param("int8", "int8", marks=pytest.mark.skipif(compiled() is None, reason="no C++ compiler")),
+        pytest.param("bf16", "bfloat16", marks=pytest.mark.skipif(not BF16, reason="no bf16 unit")),
+    ],
+)  # fmt: skip
+def test_an_answer_in_another_precision_is_believed_as_that_and_as_nothing_else(
+    precision: Precision, dtype: str, larger: Finished
+) -> None:
+    stamps = [said_in(larger, precision, dtype, seed) for seed in range(3)]
+    reference = Reference(larger.engine.model)
+    for message, stamp in stamps:
+        assert verify(message, stamp, larger, reference)[0] == []
+        fine = stamp.model_copy(update={"dtype": "float32"})
+        assert verify(message, fine, larger, reference)[0]
+        seeded = stamp.model_copy(update={"sampling": {**stamp.sampling, "seed": 99}})
+        assert verify(message, seeded, larger, reference)[0]
+
+
+def said_in(run: Finished, precision: Precision, dtype: str, seed: int) -> tuple[dict[str, Any], Stamp]:  # fmt: skip
+    model, tokenizer = run.engine.model, run.tokenizer
+    prompt = tokenizer.encode(tokenizer.prompt(f"{seed}+2=?"))
+    bias = ((tokenizer.eos_id, -100.0),)
+    sampling = Sampling(max_tokens=70, seed=seed, purpose="serve", logit_bias=bias)
+    batch = Batch(
+        model, slots=1, length=100, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, precision=precision
+    )  # fmt: skip
+    row = Row(prompt, sampling)
+    with torch.inference_mode():
+        batch.join([[row]])
+        while batch.rows:
+            batch.step()
+    stamp = Stamp(
+        version=1, weights_sha256=verify_answer.fingerprint(model), dtype=dtype, chip="c", accelerator="cpu", verdict_id=None,
+        prompt=prompt, said=row.said, logprobs=row.logprobs, sampling=asdict(sampling), choice=0, drawn=True,
+        marks=marks(batch.reader, prompt, row.said),
+    )  # fmt: skip
+    thought, content = verify_answer._spelled(tokenizer, stamp)
     return {"reasoning_content": thought, "content": content}, stamp
 
 
