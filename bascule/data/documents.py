@@ -40,18 +40,17 @@ def files(paths: Sequence[Path]) -> list[Path]:
 def read(
     paths: Iterable[Path], field: str, unreadable: Callable[[Path, str], None]
 ) -> Iterator[str]:
-    """Every document that is not blank, in order. A plain file is one document; `field` is the text's name in the other kinds.
+    """Every document in order, blank ones too. A plain file is one document; `field` is the text's name in the other kinds.
 
-    A plain file that is not UTF-8 is left out and `unreadable` is told. Raises UsageError for a damaged line.
+    A plain file that is not UTF-8 is left out and `unreadable` is told. Raises UsageError for a damaged line or table.
     """
     for path in paths:
         if path.suffix in LINES:
-            documents = _lines(path, field)
+            yield from _lines(path, field)
         elif path.suffix in TABLES:
-            documents = _table(path, field)
+            yield from _table(path, field)
         else:
-            documents = _plain(path, unreadable)
-        yield from (text for text in documents if text.strip())
+            yield from _plain(path, unreadable)
 
 
 def _plain(path: Path, unreadable: Callable[[Path, str], None]) -> Iterator[str]:
@@ -62,13 +61,13 @@ def _plain(path: Path, unreadable: Callable[[Path, str], None]) -> Iterator[str]
 
 
 def _lines(path: Path, field: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as stream:
+    with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                text = json.loads(line.decode("utf-8-sig"))[field]
+            except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(
                     f"'{path}', line {number} was to be a JSON object with the text in '{field}' ({error!r}). Mend the line, or "
                     "name the field with --text-field."
@@ -89,19 +88,27 @@ def _table(path: Path, field: str) -> Iterator[str]:
         raise UsageError(
             f"'{path}' is a table, and pyarrow is not installed. Install it: pip install 'bascule[parquet]'."
         ) from None
-    if path.suffix == ".arrow":
-        stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        names, batches = stream.schema.names, iter(stream)
-    else:
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        batches = file.iter_batches(columns=[field] if field in names else [])
-    if field not in names:
-        raise UsageError(
-            f"'{path}' has no column '{field}'; columns: {', '.join(names)}. Name it with --text-field."
-        )
-    for batch in batches:
-        yield from (text for text in batch.column(field).to_pylist() if text)
+    try:
+        if path.suffix == ".arrow":
+            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+            schema, batches = stream.schema, iter(stream)
+        else:
+            file = parquet.ParquetFile(path)
+            schema = file.schema_arrow
+            batches = file.iter_batches(columns=[field] if field in schema.names else [])
+        if field not in schema.names:
+            raise UsageError(
+                f"'{path}' has no column '{field}'; columns: {', '.join(schema.names)}. Name it with --text-field."
+            )
+        kind = str(schema.field(field).type)
+        if "string" not in kind:
+            raise UsageError(
+                f"'{path}', column '{field}' holds {kind}, not text. Name the text's column with --text-field."
+            )
+        for batch in batches:
+            yield from (text or "" for text in batch.column(field).to_pylist())
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UsageError(f"'{path}' cannot be read as a table: {error}") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

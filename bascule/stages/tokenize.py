@@ -32,11 +32,11 @@ class Source:
     limit: int
 
     def texts(self, split: str | None = None) -> Iterator[str]:
-        """Every distinct document once, in order; a later copy of an earlier one is left out."""
+        """Every distinct document once, in order; blank ones and later copies of an earlier one are left out."""
         seen: set[int] = set()
         for text in documents.read(self.files, self.field, lambda *_: None):
             hashed = _hash(text)
-            if hashed in seen:
+            if hashed in seen or not text.strip():
                 continue
             seen.add(hashed)
             if split is None or split == ("heldout" if hashed < self.limit else "train"):
@@ -58,16 +58,19 @@ def main(arguments: Namespace) -> Answer:
 
 
 def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
-    """Read everything once: which documents are held out, how many are copies, which files cannot be read."""
+    """Read everything once: which documents are held out, how many are blank or copies, which files cannot be read."""
     found = documents.files([Path(name) for name in arguments.files])
     unreadable: list[str] = []
     hashes: set[int] = set()
-    read = 0
+    read = blank = 0
     for text in documents.read(
         found, arguments.text_field, lambda path, why: unreadable.append(f"{path} {why}")
     ):
-        read += 1
-        hashes.add(_hash(text))
+        if text.strip():
+            read += 1
+            hashes.add(_hash(text))
+        else:
+            blank += 1
     if len(hashes) < 2:
         raise UsageError(
             f"{len(hashes)} distinct documents were found in {len(found)} files; one to train on and one to hold out are the least. "
@@ -81,6 +84,7 @@ def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
         "files": len(found),
         "documents": read,
         "copies_left_out": read - len(hashes),
+        "blank_left_out": blank,
         "unreadable_files": len(unreadable),
     }
     return Source(found, arguments.text_field, limit), counts
@@ -135,7 +139,7 @@ def _total(shards: list[dict[str, int]], kind: str) -> int:
 def _text(data: dict[str, Any]) -> str:
     return (
         f"{data['train_documents']:,} documents to train on, {data['train_tokens']:,} tokens of {data['train_bytes']:,} bytes; "
-        f"{data['heldout_documents']:,} held out, {data['heldout_tokens']:,} tokens. {data['copies_left_out']} copies and "
-        f"{data['unreadable_files']} unreadable files left out. Vocabulary {data['vocab_size']:,}.\n"
+        f"{data['heldout_documents']:,} held out, {data['heldout_tokens']:,} tokens. {data['copies_left_out']} copies, "
+        f"{data['blank_left_out']} blank ones and {data['unreadable_files']} unreadable files left out. Vocabulary {data['vocab_size']:,}.\n"
         f'In a recipe: pretrain.data = "{data["out"]}" and train.phases = ["pretrain", ..]'
     )

@@ -152,6 +152,25 @@ def test_a_line_without_text_and_a_file_that_is_not_utf8_are_told(tmp_path: Path
     assert told == [tmp_path / "latin.txt"]
 
 
+def test_damaged_tables_and_lines_are_named_not_crashed_on(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra parquet)")
+    from pyarrow import parquet
+
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    for name, why in (("torn.parquet", "cannot be read"), ("numbers.parquet", "int64, not text"), ("latin.jsonl", "line 1")):  # fmt: skip
+        with pytest.raises(UsageError, match=why):
+            list(documents.read([tmp_path / name], "text", lambda *_: None))
+
+
+def test_blank_documents_are_left_out_and_counted(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("one two", " ", "", "three four", "one two")]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    data = tokenize.main(arguments([tmp_path / "a.jsonl"], tmp_path / "out")).data
+    assert data["documents"] == 3 and data["copies_left_out"] == 1 and data["blank_left_out"] == 2
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(50, 2000),
