@@ -21,7 +21,10 @@ class EvaluateConfig(Section):
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    max_queue: int = Field(64, ge=1)
+    max_queue: int = Field(
+        64, ge=1, description="sequences that may wait beyond the 256 that run; then 429"
+    )
+    timeout_s: float = Field(600, gt=0, description="an answer that takes longer ends with 504")
     reproducible: bool = Field(
         False,
         description="equal bits whatever else is in the batch; a step costs 1.1 to 3.5 times as much",

@@ -12,7 +12,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,16 @@ from typing import Any, Literal
 from bascule.errors import DeviceFault, ModelFolderError, RecipeError, UsageError
 from bascule.infer.sequence import Sampling
 from bascule.serve.inflight import Answer, Candidate, Marks, Referee, Refused, Said, Scoring, Ticket
+from bascule.serve.suspects import Suspects
 
 State = Literal["starting", "serving", "moving", "down", "closed"]
 # Faults of what was asked, not of a chip: no other pool would do better, and none may be blamed.
 ASKED_WRONG = {kind.__name__ for kind in (UsageError, RecipeError, ModelFolderError)}
+CRASHED = 1  # exit code of Python after an exception; a chip that fails says so first, or ends the process by a signal
+CRASHES = 2  # in a row, with nothing said and nobody to blame between them
+CRASHED_BY = (
+    "The engine ended twice on this request. It is not tried again; the server's log says why."
+)
 RESTARTS = 2  # of the same pool, when its process died and no other pool is left
 LINE_LIMIT = 1 << 26
 # Between two right chips fp32 differs by about 1e-5 (inference.md 5.2: vLLM against transformers 1e-6, llama.cpp 4e-4 with an fp16
@@ -74,13 +80,14 @@ class Broker:
         self.audits = 0
         self.worst_audit = 0.0
         self._failed: set[int] = set()
-        self._deaths = 0
+        self._deaths = self._crashes = 0
+        self._suspects = Suspects(self._hand_over)
         self._at = 0
         self._ids = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._heard_s = time.monotonic()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def candidate(self) -> Candidate:
@@ -94,7 +101,12 @@ class Broker:
     async def start(self) -> None:
         """Open the first candidate that works. Raises DeviceFault when none does, UsageError when what was asked is at fault."""
         await self._open_next("start")
-        self._tasks.append(asyncio.create_task(self._watch(), name="watch engine"))
+        self._spawn(self._watch(), "watch engine")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def appoint(self, referee: Referee) -> None:
         """From now on every `audit_every`-th answer is compared with what `referee` thinks of it."""
@@ -154,7 +166,7 @@ class Broker:
             dtype=str(self.about.get("dtype")),
         )
         self.tickets[ticket.id] = ticket
-        self._hand_over(ticket)
+        self._suspects.take(ticket)
         return ticket
 
     async def score(self, prompt: list[int], top: int, temperature: float = 1.0) -> Marks:
@@ -189,6 +201,8 @@ class Broker:
         if not ticket.open:
             del self.tickets[ticket.id]
         self._send({"cancel": [ticket.id, choice]})
+        if not ticket.open:
+            self._suspects.clear(ticket)
 
     def _hand_over(self, ticket: Ticket) -> None:
         if not self.tickets or len(self.tickets) == 1:
@@ -229,7 +243,7 @@ class Broker:
             try:
                 await self._open()
             except DeviceFault as error:
-                self._fail(str(error))
+                self._fail(str(error), "serving chip did not start")
                 continue
             except UsageError as error:
                 if self.moves and self._precision != "fp32":
@@ -282,10 +296,12 @@ class Broker:
             self._note("accelerator fallback", self.candidate, self.about["fallback_note"])
         for ticket in self.tickets.values():
             ticket.moves += self.moves > 0
-            self._hand_over(ticket)
+            if not self._suspects.pending:
+                self._hand_over(ticket)
+        self._suspects.begin()
         for scoring in self.scorings.values():
             self._ask_score(scoring)
-        self._tasks.append(asyncio.create_task(self._listen(reader), name="listen to engine"))
+        self._spawn(self._listen(reader), "listen to engine")
 
     def _drop_begun(self) -> None:
         """The folder holds other weights than the engine that failed had: no answer may be half of one and half of the other."""
@@ -324,7 +340,10 @@ class Broker:
             self._kill()  # alive, but what it wrote is no message: waiting for its end could take for ever
         if self.state != "closed":
             code = await self._process.wait() if self._process else None
-            await self._move(f"the engine's process ended with exit code {code}", died=True)
+            if code == CRASHED and self._crashes < CRASHES:
+                await self._restart_after_crash()
+            else:
+                await self._move(f"the engine's process ended with exit code {code}", died=True)
 
     async def _watch(self) -> None:
         """An engine that owes tokens and is silent for too long is hung: end it, which `_listen` then sees."""
@@ -340,17 +359,36 @@ class Broker:
                 self._failed.add(self._at)
                 self._kill()
 
-    async def _move(self, reason: str, *, died: bool) -> None:
+    async def _restart_after_crash(self) -> None:
+        """Our own exception in the engine (its traceback is on stderr): no chip is to blame, but a request may be."""
+        guilty = self._suspects.accuse(self.tickets.values())
+        self._crashes += guilty is None
+        if guilty is not None:
+            self.cancel(guilty)
+            guilty.arrivals.put_nowait(Refused(500, CRASHED_BY))
+        for scoring in self.scorings.values():
+            scoring.crashes += 1
+            if scoring.crashes > 1 and not scoring.scores.done():
+                scoring.scores.set_exception(Refused(500, CRASHED_BY))
+        self._note(
+            "engine crashed", self.candidate,
+            f"an exception of its own, see stderr; started again{'' if guilty is None else ', without the request that did it'}",
+        )  # fmt: skip
+        await self._move("", died=True, blame=False)
+
+    async def _move(self, reason: str, *, died: bool, blame: bool = True) -> None:
         """The present candidate failed. Go on elsewhere, or once more here if only its process died and nothing else is left."""
         self.state = "moving"
         self.moves += 1
         await self._end_process()
-        self._deaths += died
+        self._deaths += died and blame
         only_one = all(at in self._failed for at in range(len(self.candidates)) if at != self._at)
         again = died and only_one and self._at not in self._failed and self._deaths <= RESTARTS
-        if not again:
+        if blame:
+            self._suspects = Suspects(self._hand_over)
+        if blame and not again:
             self._fail(reason)
-        else:
+        elif blame:
             self._note(
                 "engine restarted",
                 self.candidate,
@@ -366,10 +404,10 @@ class Broker:
                 scoring.scores.set_exception(Refused(503, str(error)))
         self._announce()
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, what: str = "serving chip failed") -> None:
         self._failed.add(self._at)
         self.trouble = f"{self.trouble}; {reason}" if self.trouble else reason
-        self._note("serving chip failed", self.candidate, reason)
+        self._note(what, self.candidate, reason)
 
     def _give_up(self, why: str) -> None:
         self.state = "down"
@@ -401,7 +439,7 @@ class Broker:
                 ticket.logprobs[choice],
                 ticket.sampling.temperature or 1.0,
             )
-            self._tasks.append(asyncio.create_task(self._compare(answer, self.moves), name="audit"))
+            self._spawn(self._compare(answer, self.moves), "audit")
 
     async def _compare(self, answer: Answer, moves: int) -> None:
         if self._referee is None:
@@ -436,6 +474,8 @@ class Broker:
             ticket = self.tickets.get(job)
             if ticket is None or choice not in ticket.open:
                 continue  # cancelled meanwhile
+            self._crashes = 0
+            self._suspects.clear(ticket)
             ticket.said[choice].append(token)
             ticket.logprobs[choice].append(logprob)
             if finish is not None:

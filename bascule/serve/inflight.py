@@ -98,4 +98,5 @@ class Scoring:
     top: int
     temperature: float
     said: list[int] = field(default_factory=list)
+    crashes: int = 0
     scores: asyncio.Future[Marks] = field(default_factory=asyncio.Future)

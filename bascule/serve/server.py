@@ -75,10 +75,11 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
+        why = error.strerror if isinstance(error, OSError) else "ports end at 65535"
         raise UsageError(
-            f"Cannot listen on {host}:{port} ({error.strerror}). Choose another with --port, or end what uses it."
+            f"Cannot listen on {host}:{port} ({why}). Choose another with --host and --port, or end what uses it."
         ) from None
     listener.listen(1024)
     return listener
@@ -126,7 +127,9 @@ async def _serve(
 
     name = recipe.name
     tries: list[str] = []
-    service = Service(open_broker(folder.model), open_tokenizer(folder.model), model=name)
+    service = Service(
+        open_broker(folder.model), open_tokenizer(folder.model), model=name, timeout_s=recipe.serve.timeout_s
+    )  # fmt: skip
     renewal = Renewal(service, open_broker, open_referee)
 
     async def renew(model: str | None, sha256: str | None) -> dict[str, Any]:
@@ -147,6 +150,11 @@ async def _serve(
         renew=renew if api_key else None,
     )
     local = listener.getsockname()[0] in ("127.0.0.1", "::1")
+    if not local and not api_key:
+        ledger.warn(
+            "open server",
+            f"whoever reaches {_url(listener)} can use this server: it asks for no key. Give one with --api-key-file, or leave --host out.",
+        )
     door = Door(app, api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -317,7 +325,8 @@ def _condemned(records: Sequence[AnyRecord]) -> set[str | None]:
 
 
 def _note(ledger: Ledger, what: str, candidate: Candidate, text: str) -> None:
-    """Every failure and move is a warning in the run's ledger; a chip that failed while serving is condemned for `infer`."""
+    """Every failure and move is a warning in the run's ledger; a chip that failed while serving is condemned for `infer`. One that did not
+    start is not: the run's folder may lie on another machine today."""
     ledger.warn(what, f"{candidate.pool or candidate.accelerator}: {text}")
     if what == "serving chip failed" and candidate.pool is not None:
         ledger.append(

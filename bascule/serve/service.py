@@ -24,6 +24,7 @@ from bascule.serve.metrics import Metrics
 from bascule.serve.text import Piece, Reader, left_open
 
 STAMP_VERSION = 1
+REFUSALS = {400: "form_failed", 500: "engine_crashed"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Service:
     """The routes' shared state."""
 
     def __init__(
-        self, broker: Broker, tokenizer: Tokenizer, *, model: str, timeout_s: float = 600.0
+        self, broker: Broker, tokenizer: Tokenizer, *, model: str, timeout_s: float
     ) -> None:
         self.broker = broker
         self.tokenizer = tokenizer
@@ -173,7 +174,7 @@ class Service:
                         else await merged.get()
                     )
                     if isinstance(arrival, Refused):
-                        code = "form_failed" if arrival.status == 400 else "no_chip"
+                        code = REFUSALS.get(arrival.status, "no_chip")
                         raise ApiError(arrival.status, str(arrival), code=code)
                     if (id(ask), arrival.choice) not in left:
                         continue

@@ -31,7 +31,7 @@ from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
-from bascule.errors import BasculeError, OutOfMemory
+from bascule.errors import BasculeError, DeviceFault, OutOfMemory
 from bascule.infer.batch import CHUNK, Batch, Prefill
 from bascule.infer.linear import DTYPES, Precision
 from bascule.infer.row import Row
@@ -329,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kl, noise = _cost_of_precision(desk, tokenizer.eos_id)
         line.send({"ready": {**about, "kl_to_fp32": kl, "audit_noise": noise}})
         work(desk, line)
+    except torch.AcceleratorError as error:
+        line.send({"fault": {"kind": DeviceFault.__name__, "message": f"The chip failed: {error}"}})
     except torch.OutOfMemoryError as error:
         line.send(
             {

@@ -21,6 +21,10 @@ def main(arguments: Namespace) -> Answer:
         raise UsageError(
             f"The run {folder.root} has no model yet. Finish it first: bascule run with its recipe."
         )
+    if not arguments.engine and (arguments.python or arguments.engine_args):
+        raise UsageError(
+            "--python and --engine-args are for an engine of your own; name it with --engine, or leave them out."
+        )
     host = arguments.host or recipe.serve.host
     port = recipe.serve.port if arguments.port is None else arguments.port
     api_key = _api_key(arguments.api_key_file)
@@ -49,7 +53,7 @@ def _api_key(file: str | None) -> str | None:
             raise UsageError(
                 "BASCULE_API_KEY is set and empty. Put the key into it, or unset it to serve without a key."
             )
-        return given
+        return given.strip() if given else None
     key = Path(file).read_text(encoding="utf-8").strip()
     if not key:
         raise UsageError(

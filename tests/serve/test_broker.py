@@ -11,7 +11,8 @@ from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.infer.sequence import Sampling
 from bascule.serve.broker import Broker
-from bascule.serve.inflight import Candidate, Refused
+from bascule.serve.inflight import Candidate, Refused, Ticket
+from tests.serve.conftest import make_run
 
 
 def broker_of(model: Path, *accelerators: str) -> tuple[Broker, list[str]]:
@@ -56,3 +57,31 @@ def test_half_a_line_of_a_dying_engine_is_its_end_and_open_answers_are_told(tmp_
         return told
 
     assert asyncio.run(dies_mid_line()).status == 503
+
+
+@pytest.mark.slow
+def test_a_request_that_crashes_the_engine_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    folder, _ = make_run(tmp_path / "run", {"main": "cpu"})
+    broker, notes = broker_of(folder.model, "cpu", "sim:clean")
+
+    async def whole(ticket: Ticket) -> list[int] | Refused:
+        while ticket.open:
+            arrival = await ticket.arrivals.get()
+            if isinstance(arrival, Refused):
+                return arrival
+        return ticket.said[0]
+
+    async def ask() -> list[list[int] | Refused]:
+        await broker.start()
+        long = Sampling(max_tokens=60, logit_bias=((Tokenizer().eos_id, -100.0),))
+        alone = await whole(broker.submit([5, 6], long))
+        tickets = [broker.submit([5, 6], long) for _ in range(3)]
+        tickets.insert(1, broker.submit([5], Sampling(), form={"grammar": 5, "no": "such form"}))
+        found = await asyncio.gather(*map(whole, tickets))
+        await broker.close()
+        return [alone, *found]
+
+    alone, first, poison, *others = asyncio.run(ask())
+    assert isinstance(poison, Refused) and poison.status == 500
+    assert all(one == alone for one in (first, *others)) and len(alone) == 60  # type: ignore[arg-type]
+    assert notes == ["engine crashed", "engine crashed"] and broker.candidate.pool == "pool0"
