@@ -278,6 +278,13 @@ def _chat(parser: Parser) -> None:
 
 def _report(parser: Parser) -> None:
     _run_folder(parser)
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs of the same recipe with other seeds: the page gains their curves with the range from lowest to highest",
+    )
 
 
 def _replay(parser: Parser) -> None:

@@ -25,6 +25,14 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Between the lowest and the highest of several runs: points (x, low, high), drawn in the colour of `css`."""
+
+    css: str
+    points: Sequence[tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
 class Mark:
     """A vertical line at `x` with a short label."""
 
@@ -50,6 +58,7 @@ def line_chart(
     series: Sequence[Series],
     marks: Sequence[Mark] = (),
     *,
+    band: Band | None = None,
     y_min: float | None = None,
     y_max: float | None = None,
     log_y: bool = False,
@@ -60,6 +69,8 @@ def line_chart(
     points = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not points:
         return ""
+    edge = _edge(band) if band else []
+    points += edge
     x0, x1 = _range([point[0] for point in points] + [mark.x for mark in marks])
     low, high = _range([point[1] for point in points])
     y0, y1 = (low if y_min is None else y_min), (high if y_max is None else y_max)
@@ -80,6 +91,9 @@ def line_chart(
         parts.append(
             f'<text class="mark-label" x="{x + shift:.1f}" y="{TOP + 10 + 13 * (row % 6)}" text-anchor="{anchor}">{escape(mark.label)}</text>'
         )
+    if band and edge:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, edge))
+        parts.append(f'<polygon class="band {band.css}" points="{path}"/>')
     for one in series:
         placed = [place(point) for point in one.points if math.isfinite(point[1])]
         if one.markers:
@@ -139,6 +153,13 @@ def _figure(title: str, body: str, height: float, legend: str) -> str:
         f'<figure><figcaption>{escape(title)}<span class="legend">{legend}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">{body}</svg></figure>'
     )
+
+
+def _edge(band: Band) -> list[tuple[float, float]]:
+    """Once around: along the lows, back along the highs."""
+    return [(x, low) for x, low, _ in band.points] + [
+        (x, high) for x, _, high in reversed(band.points)
+    ]
 
 
 def _log(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

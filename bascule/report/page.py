@@ -23,12 +23,12 @@ from bascule.records import (
     StepStats,
     Warned,
 )
-from bascule.report import story
+from bascule.report import seeds, story
 from bascule.report.charts import Bar, Mark, Series, line_chart, timeline
 
 
-def render(records: Sequence[AnyRecord]) -> str:
-    """The whole page. Works for a run at any point of its life, an empty ledger included."""
+def render(records: Sequence[AnyRecord], others: Sequence[Sequence[AnyRecord]] = ()) -> str:
+    """The whole page. Works for a run at any point of its life, an empty ledger included. `others`: the same recipe's other seeds."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -42,10 +42,10 @@ def render(records: Sequence[AnyRecord]) -> str:
     template = environment.from_string(
         files("bascule.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
-    return template.render(**_context(records))
+    return template.render(**_context(records, others))
 
 
-def _context(records: Sequence[AnyRecord]) -> dict[str, Any]:
+def _context(records: Sequence[AnyRecord], others: Sequence[Sequence[AnyRecord]]) -> dict[str, Any]:
     start_s = records[0].time_s if records else 0.0
     recipe = last(records, RecipeResolved)
     return {
@@ -65,7 +65,14 @@ def _context(records: Sequence[AnyRecord]) -> dict[str, Any]:
         "evaluations": of_kind(records, Evaluation),
         "mismatch": last(records, Mismatch),
         "warnings": of_kind(records, Warned),
-        "charts": [Markup(chart) for chart in charts(records, start_s) if chart],
+        "charts": [
+            Markup(chart)
+            for chart in [
+                seeds.chart([records, *others]) if others else "",
+                *charts(records, start_s),
+            ]
+            if chart
+        ],
     }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from bascule.errors import UsageError
 from bascule.folder import RunFolder, write_atomic
 from bascule.ledger import read_ledger
+from bascule.records import AnyRecord
+from bascule.report import seeds
 from bascule.report.page import render
 from bascule.report.story import sentences, summary
 from bascule.stages.answer import Answer, duration
@@ -15,20 +18,33 @@ from bascule.stages.answer import Answer, duration
 
 def main(arguments: Namespace) -> Answer:
     folder = RunFolder(Path(arguments.run))
-    if not folder.ledger.exists():
+    records = _read(folder)
+    others = [_read(RunFolder(Path(run))) for run in arguments.seeds]
+    odd = seeds.differing([records, *others])
+    if odd:
         raise UsageError(
-            f"'{folder.root}' is not a run folder: it has no ledger.jsonl. Give a folder under out/, for instance out/demo."
+            f"The runs are not seeds of one recipe: they differ in [{'], ['.join(odd)}]. Name runs of the same recipe with --seeds, "
+            "or ask bascule compare-runs."
         )
-    write(folder)
-    records = read_ledger(folder.ledger)
+    write(folder, others)
     data = summary(records)
+    if others:
+        data["seeds"] = seeds.summary([records, *others])
     start_s = records[0].time_s if records else 0.0
     story = [f"  {duration(one.time_s - start_s):>8}  {one.text}" for one in sentences(records)]
     return Answer(text="\n".join([data["headline"], *story, f"Report: {folder.report}"]), data=data)
 
 
-def write(folder: RunFolder) -> None:
-    page = render(read_ledger(folder.ledger))
+def _read(folder: RunFolder) -> list[AnyRecord]:
+    if not folder.ledger.exists():
+        raise UsageError(
+            f"'{folder.root}' is not a run folder: it has no ledger.jsonl. Give a folder under out/, for instance out/demo."
+        )
+    return read_ledger(folder.ledger)
+
+
+def write(folder: RunFolder, others: Sequence[Sequence[AnyRecord]] = ()) -> None:
+    page = render(read_ledger(folder.ledger), others)
     write_atomic(folder.report, lambda path: _write_text(path, page))
 
 
