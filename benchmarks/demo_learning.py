@@ -1,11 +1,12 @@
-"""What the demo's model learns, over seeds, beside a control: the same compute spent on more SFT instead of GRPO.
+"""What a recipe's model learns, over seeds, beside a control: the same compute spent on more SFT instead of GRPO.
 
     python benchmarks/demo_learning.py --seeds 0 1 2 --out out/bench
+    python benchmarks/demo_learning.py --recipe runs/scarce.toml --seeds 0 1 2 --out out/scarce
 
-Each seed trains the demo's recipe without a fault (`sim:clean`), then its control, one after the other, so that both see the
+Each seed trains the recipe without a fault (`sim:clean`), then its control, one after the other, so that both see the
 same machine. The control's SFT steps are chosen so that its measured training seconds equal those of SFT + GRPO. Held-out
 problems are drawn with `data.eval_seed`, which no tuning looked at. The fault-free runs double as the guard's false-alarm test:
-their incidents are counted.
+their incidents are counted. `bascule report OUT/seed-0 --seeds OUT/seed-1 OUT/seed-2` draws the curves of the seeds with their range.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,32 @@ from bascule.ledger import of_kind, read_ledger
 from bascule.records import Alarm, StepStats
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "runs" / "demo.toml"
-FAULT_FREE = ["pools.ascend.accelerator=sim:clean@cpu", "pools.nvidia.accelerator=cpu"]
 UNQUALIFIED = ["qualify.required=false", "qualify.time_limit_s=0.1"]
 
 
-def run(name: str, out: Path, settings: list[str]) -> dict[str, Any]:
+def fault_free(recipe: Path) -> list[str]:
+    """The recipe's first pool becomes a simulated chip without faults, every other the CPU."""
+    first, *others = tomllib.loads(recipe.read_text(encoding="utf-8"))["pools"]
+    return [
+        f"pools.{first}.accelerator=sim:clean@cpu",
+        *(f"pools.{name}.accelerator=cpu" for name in others),
+    ]
+
+
+def run(recipe: Path, name: str, out: Path, settings: list[str]) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
         "bascule.cli",
         "run",
-        str(RECIPE),
+        str(recipe),
         "--out",
         str(out),
         "--name",
         name,
         "--json",
     ]
-    for setting in [*FAULT_FREE, *UNQUALIFIED, *settings]:
+    for setting in [*fault_free(recipe), *UNQUALIFIED, *settings]:
         command += ["--set", setting]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -57,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--recipe", type=Path, default=ROOT / "runs" / "demo.toml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument(
@@ -71,7 +81,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for seed in options.seeds:
         base = [f"seed={seed}", *options.settings]
-        found = run(f"seed-{seed}", options.out, base)
+        found = run(options.recipe, f"seed-{seed}", options.out, base)
         seconds = training_seconds(options.out / f"seed-{seed}")
         alarms = len(of_kind(read_ledger(options.out / f"seed-{seed}" / "ledger.jsonl"), Alarm))
         sft_steps = sum(
@@ -85,7 +95,10 @@ def main() -> None:
         show(seed, "SFT + GRPO", found["eval"]["grpo"], sum(seconds.values()), alarms)
         steps = round(sft_steps * sum(seconds.values()) / seconds["sft"])
         control = run(
-            f"control-{seed}", options.out, [*base, 'train.phases=["sft"]', f"sft.steps={steps}"]
+            options.recipe,
+            f"control-{seed}",
+            options.out,
+            [*base, 'train.phases=["sft"]', f"sft.steps={steps}"],
         )
         alarms = len(of_kind(read_ledger(options.out / f"control-{seed}" / "ledger.jsonl"), Alarm))
         show(

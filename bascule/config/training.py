@@ -22,6 +22,11 @@ class DataConfig(Section):
     train_problems: int = Field(
         20_000, ge=16, description="distinct training problems made at most"
     )
+    worked_problems: int | None = Field(
+        None,
+        ge=1,
+        description="SFT sees the worked solutions of so many training problems only; GRPO asks all of them",
+    )
     eval_problems: int = Field(256, ge=1)
     eval_seed: int = Field(
         77291, description="held-out problems are drawn with this seed; no tuning looked at it"

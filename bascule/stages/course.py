@@ -19,10 +19,13 @@ from bascule.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Course:
+    """`worked` of the training problems come with their solution (None: all of them)."""
+
     tokenizer: Tokenizer
     model: ModelConfig
     train: list[Problem]
     heldout: list[Problem]
+    worked: int | None = None
 
     def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
         tokenizer = self.tokenizer
@@ -42,12 +45,14 @@ class Course:
         return chat.split_reasoning(self.tokenizer.completion(tokens))[1]
 
     def examples(self, seed: int) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, completion ids with the end token) of every training problem whose solver succeeded."""
+        """(prompt ids, completion ids with the end token) of every worked training problem whose solver succeeded."""
         encode, end = self.tokenizer.encode, [self.tokenizer.eos_id]
         opened = chat.THINK_OPEN if self.tokenizer.opens_thought else ""
         return [
             (encode(prompt), encode(trace.removeprefix(opened)) + end)
-            for prompt, trace in corpus.sft_examples(self.train, seed, self.tokenizer.prompt)
+            for prompt, trace in corpus.sft_examples(
+                self.train[: self.worked], seed, self.tokenizer.prompt
+            )
         ]
 
 
@@ -60,7 +65,7 @@ def course(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
         )
     split = corpus.split(recipe.data, recipe.seed)
     model = sized(recipe.model, tokenizer)
-    return Course(tokenizer=tokenizer, model=model, train=split.train, heldout=split.heldout)
+    return Course(tokenizer, model, split.train, split.heldout, recipe.data.worked_problems)
 
 
 def heldout_only(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:

@@ -67,8 +67,9 @@ def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft
         what = f"of '{recipe.sft.data}', {' and '.join(f'{count} {why}' for why, count in left_out.items())}; SFT leaves them out"
     else:
         examples = course.examples(recipe.seed)
-        dropped = len(course.train) - len(examples)
-        what = f"{dropped} of {len(course.train)} training problems have no trace that succeeds; SFT leaves them out"
+        shown = len(course.train[: course.worked])
+        dropped = shown - len(examples)
+        what = f"{dropped} of {shown} training problems have no trace that succeeds; SFT leaves them out"
     if dropped and not any(
         record.kind == "warning" and record.what == "examples dropped" for record in ledger.read()
     ):
