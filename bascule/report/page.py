@@ -63,7 +63,6 @@ def _context(records: Sequence[AnyRecord], others: Sequence[Sequence[AnyRecord]]
         "incidents": of_kind(records, Incident),
         "continuations": of_kind(records, Continuation),
         "evaluations": of_kind(records, Evaluation),
-        "mismatch": last(records, Mismatch),
         "warnings": of_kind(records, Warned),
         "charts": [
             Markup(chart)

@@ -16,6 +16,7 @@ from bascule.records import (
     Evidence,
     Incident,
     Migration,
+    Mismatch,
     Placement,
     PoolCondemned,
     RunFinished,
@@ -30,6 +31,8 @@ from bascule.records import (
 )
 
 Tone = Literal["plain", "good", "bad", "warn"]
+
+_AVERAGED = ("mean_abs", "k1_kl", "k3_kl", "chi2", "capped_ratio", "masked_ratio")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def summary(records: Sequence[AnyRecord]) -> dict[str, Any]:
         "continuation_verified": all(one.verified for one in continuations)
         if continuations
         else None,
+        "mismatch": mismatch_by_pool(records),
         "final_weights_sha256": finished.final_weights_sha256 if finished else None,
         "wall_s": wall_seconds(records),
         "eval": {
@@ -121,6 +125,30 @@ def latest_verdicts(records: Sequence[AnyRecord]) -> list[Verdict]:
 def latest_evidence(records: Sequence[AnyRecord]) -> list[Evidence]:
     newest = {(one.pool, one.check): one for one in of_kind(records, Evidence)}
     return list(newest.values())
+
+
+def mismatch_by_pool(records: Sequence[AnyRecord]) -> dict[str, dict[str, float]]:
+    """Of each pool that sampled rollouts: means over all tokens, the largest difference, the least effective sample ratio."""
+    found: dict[str, dict[str, float]] = {}
+    of_pool: dict[str, list[Mismatch]] = {}
+    for one in of_kind(records, Mismatch):
+        of_pool.setdefault(one.pool or "unknown", []).append(one)
+    for pool, steps in of_pool.items():
+        tokens = max(1, sum(one.tokens for one in steps))
+        found[pool] = {
+            "steps": len(steps),
+            "tokens": tokens,
+            **{
+                name: sum(getattr(one, name) * one.tokens for one in steps) / tokens
+                for name in _AVERAGED
+            },
+            "max_abs": max(one.max_abs for one in steps),
+            "effective_sample_ratio": min(one.effective_sample_ratio for one in steps),
+        }
+        agreed = [one.router_agreement for one in steps if one.router_agreement is not None]
+        if agreed:
+            found[pool]["router_agreement"] = sum(agreed) / len(agreed)
+    return found
 
 
 def wall_seconds(records: Sequence[AnyRecord]) -> float:

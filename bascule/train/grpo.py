@@ -153,7 +153,7 @@ class Grpo:
             agree_LBT = output.routes_agree.view(-1, *mask_BT.shape)
             metrics["router_agreement"] = (agree_LBT * mask_BT).sum() / mask_BT.sum() / len(agree_LBT)  # fmt: skip
         if "old_logprobs" not in tensors:
-            found = self._mismatch([{**tensors, "old_logprobs": old_BT}])
+            found = self._mismatch({**tensors, "old_logprobs": old_BT})
             metrics.update({name: torch.tensor(value) for name, value in found.items()})
         return loss, metrics
 
@@ -200,7 +200,7 @@ class Grpo:
         for each in tensors:
             if each and updates > 1:
                 each["old_logprobs"] = self.score(each, step, config.temperature)
-        notes = {**_sampling_notes(completions, rewards_PG), **self._mismatch(tensors)}
+        notes = _sampling_notes(completions, rewards_PG)
         if config.retire_after:
             notes["retired_prompts"] = float(len(self.curriculum.retired))
         if config.one_step_off:
@@ -208,7 +208,12 @@ class Grpo:
             if step + updates < self.first_step + self.steps:
                 self._asked = self._ask_ahead(rollout + 1)
         return [
-            Batch(self.phase, step + turn, each, notes if turn == 0 else {})
+            Batch(
+                self.phase,
+                step + turn,
+                each,
+                {**(notes if turn == 0 else {}), **self._mismatch(each)},
+            )
             for turn, each in enumerate(tensors)
         ]
 
@@ -296,21 +301,17 @@ class Grpo:
             tensors["routes"] = _routes(kept, tensors["tokens"].shape[1])
         return tensors
 
-    def _mismatch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        """Figures over all tokens that were scored; nothing when there are none."""
-        scored = [each for each in tensors if "old_logprobs" in each]
-        if not scored:
+    def _mismatch(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Figures over the tokens of one minibatch; nothing when they were not scored."""
+        if "old_logprobs" not in tensors:
             return {}
-        trainer, rollout, weight = [], [], []
-        for each in scored:
-            counted = each["mask"].bool()
-            pair = each["old_logprobs"], each["rollout_logprobs"]
-            weight.append(correction.weights(*pair, each["mask"], self.config)[counted])
-            trainer.append(pair[0][counted])
-            rollout.append(pair[1][counted])
-        found = mismatch(
-            torch.cat(trainer), torch.cat(rollout), torch.cat(weight), self.config.importance_cap
+        counted, pair = (
+            tensors["mask"].bool(),
+            (tensors["old_logprobs"], tensors["rollout_logprobs"]),
         )
+        weight_N = correction.weights(*pair, tensors["mask"], self.config)[counted]
+        trainer_N, rollout_N = (each[counted] for each in pair)
+        found = mismatch(trainer_N, rollout_N, weight_N, self.config.importance_cap)
         return {f"mismatch_{name}": value for name, value in found.items()}
 
 

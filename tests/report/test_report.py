@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from bascule.records import (
     Continuation,
     Evaluation,
     Incident,
     Migration,
+    Mismatch,
     OptionPriced,
     Placement,
     PoolCondemned,
@@ -174,3 +177,18 @@ def test_a_chart_draws_every_finite_point_and_no_other() -> None:
     (points,) = re.findall(r'points="([^"]*)"', chart)
     assert len(points.split()) == 2 and "here" in chart
     assert line_chart("t", "x", [Series("s", "a", [])]) == ""
+
+
+def test_the_mismatch_is_told_of_each_pool_that_sampled() -> None:
+    def sampled(step: int, pool: str, mean_abs: float, tokens: int) -> Mismatch:
+        return Mismatch(
+            step=step, pool=pool, mean_abs=mean_abs, max_abs=10 * mean_abs, k1_kl=0.0, k3_kl=mean_abs, chi2=0.0,
+            effective_sample_ratio=1.0 - mean_abs, capped_ratio=0.0, tokens=tokens,
+        )  # fmt: skip
+
+    run = [sampled(1, "ascend", 0.1, 100), sampled(2, "ascend", 0.4, 300), sampled(3, "cpu", 0.0, 50)]  # fmt: skip
+    found = summary(run)["mismatch"]
+    assert found["ascend"]["mean_abs"] == pytest.approx((0.1 * 100 + 0.4 * 300) / 400)
+    assert found["ascend"]["max_abs"] == 4.0 and found["ascend"]["effective_sample_ratio"] == 0.6
+    assert found["cpu"]["steps"] == 1 and "router_agreement" not in found["cpu"]
+    assert "<td>ascend</td><td>2</td><td>400</td>" in render(run)

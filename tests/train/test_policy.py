@@ -72,6 +72,36 @@ def test_on_a_bandit_each_algorithms_gradient_is_the_policy_gradient_in_closed_f
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_off_policy_each_algorithms_gradient_is_that_of_its_paper(name):
+    """Two samples drawn by an older policy q, the second of two tokens: r = p/q of a token, A +-1. Inside the clip
+    d loss / d logits = -sum w r A (onehot - p): PPO's kind with the token's r, GSPO with the geometric mean over the sample,
+    CISPO with r capped at 1.28 (which arm 0, 1.33, exceeds: the others' clip stops it there)."""
+    logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    arms = torch.tensor([[0, 0], [2, 1]])
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    new = logits.log_softmax(0)[arms]
+    ratio = torch.tensor([[1.33, 1.0], [1.1, 0.9]], dtype=torch.float64)
+    advantage = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    loss = ALGORITHMS[name].loss(
+        new, new.detach() - ratio.log(), advantage, torch.ones_like(new), mask, CLIP
+    )
+    (got,) = torch.autograd.grad(loss, logits)
+    mean = math.sqrt(1.1 * 0.9)
+    weight, used = {
+        "default": ([1 / 3, 1 / 3], [0.0, 1.1, 0.9]),
+        "dapo": ([1 / 3, 1 / 3], [0.0, 1.1, 0.9]),
+        "grpo": ([1 / 2, 1 / 4], [0.0, 1.1, 0.9]),
+        "dr_grpo": ([1 / 8, 1 / 8], [0.0, 1.1, 0.9]),
+        "gspo": ([1 / 2, 1 / 4], [0.0, mean, mean]),
+        "cispo": ([1 / 3, 1 / 3], [1.28, 1.1, 0.9]),
+    }[name]
+    p, onehot = logits.detach().softmax(0), torch.eye(3, dtype=torch.float64)
+    expected = -weight[0] * used[0] * (onehot[0] - p)
+    expected += weight[1] * (used[1] * (onehot[2] - p) + used[2] * (onehot[1] - p))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("name", ["default", "grpo", "dr_grpo", "dapo", "gspo"])
 @pytest.mark.parametrize(
     ("ratio", "advantage", "moves"),
