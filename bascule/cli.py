@@ -1,4 +1,4 @@
-"""The command line: `bascule VERB ...`. Knows the verbs, their words and the exit codes; the work is done in bascule/stages.
+"""The command line: `bascule VERB ...`. Reads the words (verbs.py names them), calls the stage, turns what it raised into an exit code.
 
 No torch here, nor in anything imported for `--help`: a stage's module is imported when its verb is called.
 
@@ -13,8 +13,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from bascule.accelerators.install import explain_torch_import
 from bascule.errors import (
@@ -23,416 +24,33 @@ from bascule.errors import (
     BasculeError,
     OutOfMemory,
     UsageError,
+    nearest,
 )
+from bascule.verbs import VERBS
+
+BEGIN = """begin with:
+  bascule doctor               what this machine can run
+  bascule demo                 the whole story, in some minutes on two cores
+  bascule VERB --help          the words of a verb, and an example"""
 
 EXIT_CODES = """exit codes:
-  0 ok · 1 our own fault · 2 usage or recipe · 3 a check failed (qualify, an eval gate, --strict) · 4 the guard stopped the run
-  5 device fault and no pool left · 6 out of memory · 75 preempted: run the same command again · 130/143 SIGINT/SIGTERM"""
-
-Parser = argparse.ArgumentParser
-
-
-def _recipe(parser: Parser) -> None:
-    parser.add_argument(
-        "recipe", metavar="RECIPE.toml", help="the recipe; see runs/ for commented examples"
-    )
-    _recipe_options(parser)
+  0 ok · 1 our own fault · 2 usage or recipe · 3 a check failed (qualify, an eval
+  gate, --strict) · 4 the guard stopped the run · 5 device fault and no pool left
+  6 out of memory · 75 preempted: run the same command again · 130/143 signals"""
 
 
-def _recipe_options(parser: Parser) -> None:
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
-                        help="override one setting, e.g. --set train.steps=20 (repeatable; TOML values)")  # fmt: skip
-    parser.add_argument(
-        "--out", metavar="DIR", default="out", help="where run folders live (default: out)"
-    )
-    parser.add_argument("--name", help="name of the run folder (default: the recipe's name)")
+class Parser(argparse.ArgumentParser):
+    """Wrong words are refused like everything else: one sentence, and one object on stdout with `--json`."""
 
-
-def _run_folder(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder, e.g. out/demo")
-
-
-def _run(parser: Parser) -> None:
-    _recipe(parser)
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="every fallback, truncation or dropped sample is an error",
-    )
-
-
-def _demo(parser: Parser) -> None:
-    _recipe_options(parser)
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="every fallback, truncation or dropped sample is an error",
-    )
-
-
-def _plan(parser: Parser) -> None:
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="RECIPE.toml | score FILE.csv",
-        help="price this recipe's own pools; or `score FILE.csv`: predict a table of published runs and say how wrong",
-    )
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="override one setting of the recipe",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="a family name (deepseek-v3), a preset, a config.json, or a TOML table",
-    )
-    parser.add_argument(
-        "--train", metavar="SPEC", help='what to train on, e.g. "2048 x H800, 14.8T tokens"'
-    )
-    parser.add_argument(
-        "--versus",
-        metavar="SPEC",
-        action="append",
-        default=[],
-        help='an alternative, e.g. "6144 x Ascend 910C" (repeatable)',
-    )
-    parser.add_argument(
-        "--serve",
-        metavar="SPEC",
-        action="append",
-        default=[],
-        help='what to serve, e.g. "H20, 4k in, 1k out, 50 ms" (repeatable)',
-    )
-    parser.add_argument(
-        "--chips",
-        metavar="FILE.toml|RUN",
-        help="your own chips by the catalogue's column names, or a run's folder: its pools as qualify measured them",
-    )
-    parser.add_argument(
-        "--kind",
-        choices=["train", "inference"],
-        help="what the scored table holds (default: told from its columns)",
-    )
-    parser.add_argument("--html", metavar="FILE", help="also write a page with charts")
-
-
-def _qualify(parser: Parser) -> None:
-    parser.add_argument(
-        "accelerators",
-        nargs="+",
-        metavar="POOL",
-        help="accelerators to examine: cpu, cuda, cuda:1, npu, sim:PROFILE[@BASE]",
-    )
-    parser.add_argument(
-        "--preset",
-        default="nano",
-        help="model whose operators and shapes are examined (default: nano)",
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="FILE",
-        help="examine this recipe's model instead, and show what its plan counts on beside the measured speed",
-    )
-    parser.add_argument(
-        "--check",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only this check or family (repeatable)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the checks' inputs (default: 0)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["fp32", "bf16", "fp16"],
-        default="fp32",
-        help="type of the model's weights (default: fp32)",
-    )
-    depth = parser.add_mutually_exclusive_group()
-    depth.add_argument(
-        "--quick", action="store_true", help="the short battery, a few minutes (the default)"
-    )
-    depth.add_argument("--full", action="store_true", help="the long battery, within an hour")
-    parser.add_argument(
-        "--wide",
-        action="store_true",
-        help="also PyTorch's own operator database (OpInfo), beyond this model's operators",
-    )
-    parser.add_argument(
-        "--html", metavar="FILE", help="where the page goes (default: report.html in --out)"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep the answers of an earlier battery that was cut off",
-    )
-    parser.add_argument(
-        "--require",
-        action="append",
-        choices=["train", "infer"],
-        default=[],
-        help="exit 3 unless every accelerator is fit for this role (repeatable); without it, exit 3 when one is unfit for any",
-    )
-    parser.add_argument(
-        "--readmit",
-        metavar="RUN",
-        help="POOL is one that this run condemned: examine it again, and let it back if it is fit now; exit 3 if not",
-    )
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=None,
-        metavar="S",
-        help="seconds per pool (default: 180; with --full 3600)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        default="out/qualify",
-        help="where evidence and reproducers are written",
-    )
-
-
-def _evaluate(parser: Parser) -> None:
-    _run_folder(parser)
-    parser.add_argument(
-        "--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)"
-    )
-    parser.add_argument(
-        "--eval-seed", type=int, help="draw the held-out problems with another seed"
-    )
-    parser.add_argument(
-        "--problems", type=int, help="how many held-out problems (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--samples", type=int, help="samples of each for pass@k and maj@k (default: the recipe's)"
-    )
-
-
-def _serve(parser: Parser) -> None:
-    _run_folder(parser)
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port (default: 8000; 0 picks a free one)")
-    parser.add_argument(
-        "--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)"
-    )
-    parser.add_argument(
-        "--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)"
-    )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "int8"), help="of a larger model's matrices on a CPU (default: the recipe's)"
-    )  # fmt: skip
-    parser.add_argument(
-        "--engine",
-        metavar="NAME",
-        help="serve with your own engine instead, vllm or sglang, once it has proved to compute this model",
-    )
-    parser.add_argument(
-        "--python",
-        metavar="PATH",
-        help="with --engine: the interpreter of the engine's environment",
-    )
-    parser.add_argument(
-        "--engine-args", metavar="WORDS", help="with --engine: further words for its command line"
-    )
-
-
-def _export(parser: Parser) -> None:
-    _run_folder(parser)
-    parser.add_argument("--to", metavar="DIR", help="where to write (default: RUN/export)")
-    parser.add_argument(
-        "--gguf", action="store_true", help="also write a GGUF file for llama.cpp (extra gguf)"
-    )
-
-
-def _verify_answer(parser: Parser) -> None:
-    parser.add_argument(
-        "stamped",
-        metavar="STAMPED.json",
-        help='the saved reply to a chat completion asked for with "stamp": true',
-    )
-    parser.add_argument(
-        "--run", metavar="RUN", required=True, help="the run whose model is said to have answered"
-    )
-    parser.add_argument(
-        "--on",
-        metavar="ACCELERATOR",
-        help="accelerator to check on (default: the run's infer pool)",
-    )
-
-
-def _chat(parser: Parser) -> None:
-    _run_folder(parser)
-    parser.add_argument("message", nargs="?", help="one question; without it, an interactive chat")
-    parser.add_argument(
-        "--on", metavar="ACCELERATOR", help="accelerator to use (default: the run's infer pool)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _report(parser: Parser) -> None:
-    _run_folder(parser)
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="runs of the same recipe with other seeds: the page gains their curves with the range from lowest to highest",
-    )
-
-
-def _replay(parser: Parser) -> None:
-    parser.add_argument(
-        "incident",
-        metavar="INCIDENT",
-        help="an incident folder, e.g. out/demo/incidents/0001-checksum-step-303",
-    )
-    parser.add_argument(
-        "--on",
-        metavar="ACCELERATOR",
-        default="cpu",
-        help="accelerator to replay the step on (default: cpu)",
-    )
-
-
-def _blame(parser: Parser) -> None:
-    parser.add_argument(
-        "folder",
-        metavar="FOLDER",
-        help="PyTorch Flight Recorder dumps, one file a rank (pickle or JSON)",
-    )
-
-
-def _drill(parser: Parser) -> None:
-    _recipe(parser)
-    parser.add_argument(
-        "--fault",
-        metavar="NAME[:SEVERITY]",
-        help="what to plant on the pool that trains; `bascule faults` lists the names; severities: low, medium, high",
-    )
-    parser.add_argument(
-        "--at-step",
-        type=int,
-        metavar="N",
-        help="first training step at which it acts (default: the profile's own; with --all a third of the run)",
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="the truth table: every fault of the catalogue at every severity, in turn; goes on where it was cut off",
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="with --all: each cell with N seeds"
-    )
-
-
-def _faults(parser: Parser) -> None:
-    parser.add_argument("fault", nargs="?", metavar="NAME", help="one profile, in full")
-
-
-def _compare_runs(parser: Parser) -> None:
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="A",
-        help="logs of one group: files or folders (MLPerf results, JSONL, CSV, run folders)",
-    )
-    parser.add_argument(
-        "--against", nargs="+", required=True, metavar="B", help="logs of the other group"
-    )
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=0.0025,
-        metavar="SHARE",
-        help="largest difference that still counts as equal (default: 0.0025)",
-    )
-
-
-def _tokenize(parser: Parser) -> None:
-    parser.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILES",
-        help="text, JSON lines, Parquet, or folders of such files",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        required=True,
-        help="where the shards are written; must not hold any yet",
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="train a byte-level BPE of at most N tokens (default: 4096)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="use this model folder's (or GGUF file's) tokenizer instead of training one",
-    )
-    parser.add_argument(
-        "--text-field",
-        default="text",
-        metavar="NAME",
-        help="name of the text in JSON lines and Parquet (default: text)",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="share of documents kept for evaluation (default: 0.01)",
-    )
-    parser.add_argument(
-        "--shard-tokens",
-        type=int,
-        default=50_000_000,
-        metavar="N",
-        help="tokens in one shard (default: 50 million)",
-    )
-
-
-def _doctor(parser: Parser) -> None:
-    del parser
-
-
-# One line a verb: name, what it does, how its words are read, an example. The module bascule/stages/<name>.py does it.
-VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
-    ("run", "plan, qualify, place, train, evaluate and report one recipe; run again to resume", _run, "bascule run runs/demo.toml"),
-    ("demo", "the demonstration: the shipped recipe runs/demo.toml, start to finish", _demo, "bascule demo"),
-    ("plan", "what would it cost: memory, time, energy, money, failures, and the price of a preference", _plan, "bascule plan runs/demo.toml"),
-    ("qualify", "examine accelerators and say fit, unfit or unproven for training and for inference", _qualify, "bascule qualify cpu sim:backward-wrong"),
-    ("evaluate", "held-out problems with exact verifiers: pass@1, pass@8, greedy", _evaluate, "bascule evaluate out/demo"),
-    ("serve", "an OpenAI-compatible server and a chat page for a finished run", _serve, "bascule serve out/demo --port 8000"),
-    ("export", "a finished run as a Hugging Face folder (and GGUF) that other engines load, held against transformers", _export, "bascule export out/demo --gguf"),
-    ("verify-answer", "was a stamped answer really written by this run's model; checked on any chip", _verify_answer, "bascule verify-answer answer.json --run out/demo --on cpu"),
-    ("chat", "talk to a finished run's model in the terminal", _chat, 'bascule chat out/demo "7+8-3=?"'),
-    ("report", "write report.html and say what happened in a run", _report, "bascule report out/demo"),
-    ("drill", "rehearse a fault of the catalogue on your own pools, in a folder of its own; what was seen, when, by whom, what it cost", _drill, "bascule drill runs/tiny.toml --fault zeroed:low --at-step 20"),
-    ("faults", "the catalogue of faults that a drill can plant, and who must see them", _faults, "bascule faults bit-rot"),
-    ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-... --on cpu"),
-    ("compare-runs", "did two groups of training runs learn the same: equal, different, or too few runs to know", _compare_runs, "bascule compare-runs out/a out/b --against logs/"),
-    ("blame", "name the guilty ranks from PyTorch Flight Recorder dumps", _blame, "bascule blame dumps/"),
-    ("tokenize", "text files into packed, checksummed shards for the pretrain phase, with a tokenizer trained on them or given", _tokenize, "bascule tokenize docs/ --out data/docs --vocab-size 2048"),
-    ("doctor", "what this machine can run, and what is missing", _doctor, "bascule doctor"),
-)  # fmt: skip
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}. See `{self.prog} --help`.")
 
 
 def build_parser() -> Parser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bascule",
         description="Train and serve a DeepSeek-style reasoning model on accelerators that may not be up to it.",
-        epilog=EXIT_CODES,
+        epilog=f"{BEGIN}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"bascule {version('bascule')}")
@@ -451,23 +69,25 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Answers go to stdout, progress and warnings to stderr. Returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
     try:
+        arguments = _read(words)
         stage = importlib.import_module(f"bascule.stages.{arguments.verb.replace('-', '_')}")
         answer = stage.main(arguments)
     except BasculeError as error:
-        return _refuse(error, error.exit_code, as_json=arguments.json)
+        return _refuse(error, error.exit_code, as_json=as_json)
     except MemoryError as error:
         return _refuse(
             OutOfMemory(f"Host memory is exhausted: {error}."),
             OutOfMemory.exit_code,
-            as_json=arguments.json,
+            as_json=as_json,
         )
     except OSError as error:
         wrapped = UsageError(
             f"{error.strerror or error}: {error.filename or 'no file named'}. Nothing already written is lost; mend it and run the same command again."
         )
-        return _refuse(wrapped, wrapped.exit_code, as_json=arguments.json)
+        return _refuse(wrapped, wrapped.exit_code, as_json=as_json)
     except RuntimeError as error:
         explained = explain_torch_import(error)
         if explained is None:
@@ -475,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(
             AcceleratorUnavailable(explained),
             AcceleratorUnavailable.exit_code,
-            as_json=arguments.json,
+            as_json=as_json,
         )
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT
-    text = json.dumps(answer.data, indent=1) if arguments.json else answer.text
+    text = json.dumps(answer.data, indent=1) if as_json else answer.text
     try:
         if text:
             print(text, flush=True)
@@ -488,6 +108,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has seen enough. Python would complain again when it flushes stdout at exit.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return int(answer.exit_code)
+
+
+def _read(words: list[str]) -> argparse.Namespace:
+    """Raises UsageError; no words at all, or `--help`, print the help and end with SystemExit."""
+    parser = build_parser()
+    if not words:
+        parser.print_help()
+        parser.exit()
+    verbs = [name for name, *_ in VERBS]
+    if not words[0].startswith("-") and words[0] not in verbs:
+        raise UsageError(
+            f"'{words[0]}' is not a verb of bascule.{nearest(words[0], verbs)} The verbs: {', '.join(verbs)}."
+        )
+    return parser.parse_args(words)
 
 
 def _refuse(error: BasculeError, exit_code: int, *, as_json: bool) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bascule.cli import VERBS, main
+from bascule.cli import main
 from bascule.records import RunFinished, RunStarted
+from bascule.verbs import VERBS
 
 RECIPE = '[pools.here]\naccelerator = "cpu"\n'
 
@@ -50,8 +51,25 @@ def test_every_verb_has_help_with_an_example_and_the_exit_codes(
     assert f"example: bascule {verb}" in text and "75 preempted" in text and "--json" in text
 
 
-def test_an_unknown_verb_is_a_usage_error() -> None:
-    assert bascule("tarin").returncode == 2
+def test_an_unknown_verb_is_a_usage_error_with_the_nearest_name() -> None:
+    done = bascule("serv")
+    assert done.returncode == 2 and "Did you mean 'serve'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["report"], ["qualify", "cpu", "--seed", "x"], ["run", "a", "b"], ["tarin"]]
+)
+def test_wrong_words_are_refused_in_one_line_and_with_json_in_one_object(words: list[str]) -> None:
+    done = bascule(*words, "--json")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert json.loads(done.stdout)["error"]["type"] == "UsageError"
+
+
+def test_no_words_at_all_show_where_to_begin() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bascule"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "bascule doctor" in done.stdout
 
 
 @pytest.mark.parametrize(
