@@ -4,7 +4,7 @@
     start again here      a transient fault, a death or a hang, while the budget lasts; waits longer each time
     another chip          of the same pool: a condemned chip, a refused continuation, or an exhausted budget
     another pool          no chip of the pool is left, or so many failed at the same place that what they share is suspected
-    stop                  no pool is left, or the ladder went round without a newer certified snapshot
+    stop                  no pool is left, or the ladder went round without a newer snapshot
 
 A pool of several chips stands in the recipe as one pool a chip (config.PoolConfig.chip_of), side by side in the owner's order: each
 has its own verdicts and its own record here. Nothing is remembered outside the ledger, so a supervisor that was killed and started again decides the same.
@@ -40,11 +40,15 @@ CONDEMNING = frozenset(
 )
 """Endings after which the chip is not asked again: proof, or something that waiting does not change."""
 
+PROGRESS = frozenset({"verified", "certified"})
+"""States of a snapshot that say the run came further. Certificates wait for evidence, some hundred steps (guard/candidates): a
+budget that only they refilled would be spent by three deaths in so many steps, however far the run came between them."""
+
 LAUNCHES_PER_POOL = 3
-"""Launches on one chip that may end badly without a newer certified snapshot between them."""
+"""Launches on one chip that may end badly without a newer snapshot between them."""
 
 CHIPS_PER_POOL = 3
-"""Chips of one pool that may be lost without a newer certified snapshot between them: after that the others are left with it."""
+"""Chips of one pool that may be lost without a newer snapshot between them: after that the others are left with it."""
 
 LONGEST_WAIT_S = 60.0
 
@@ -99,12 +103,12 @@ def next_move(
     here = 1 + sum(pool == setback.pool for pool in earlier)
     if setback.ending not in CONDEMNING and here < budget:
         wait = 0.0 if setback.ending == "RollbackNeeded" else _back_off(here)
-        why = f"{setback.ending} {here} of {budget - 1} allowed on '{setback.pool}' since the last certified snapshot"
+        why = f"{setback.ending} {here} of {budget - 1} allowed on '{setback.pool}' since the newest snapshot"
         return Move("start again", setback.pool, (), wait, why)
     why = (
         setback.reason
         if setback.ending in CONDEMNING
-        else f"{here} launches on '{setback.pool}' ended badly without a newer certified snapshot; last: {setback.reason}"
+        else f"{here} launches on '{setback.pool}' ended badly without a newer snapshot; last: {setback.reason}"
     )
     condemn = (setback.pool, *_left_with(setback.pool, siblings, earlier))
     lost: set[tuple[str, Role]] = {(pool, "train") for pool in condemn}
@@ -128,17 +132,17 @@ def _back_off(failures: int) -> float:
 
 
 def bad_launches(records: Sequence[AnyRecord]) -> list[str]:
-    """Pools of the launches that ended badly since the last new certified snapshot, oldest first.
+    """Pools of the launches that ended badly since the run last came further, oldest first.
 
-    A snapshot certified again after a rollback is not progress: only a step beyond every earlier certified one is. A pool that
-    was readmitted starts with a clean record.
+    A snapshot laid again after a rollback is not progress: only a step beyond every earlier one is, so the ladder cannot go round
+    for ever. A pool that was readmitted starts with a clean record.
     """
     pools: list[str] = []
     furthest = -1
     for record in records:
         if (
             isinstance(record, SnapshotEvent)
-            and record.state == "certified"
+            and record.state in PROGRESS
             and record.step > furthest
         ):
             furthest = record.step

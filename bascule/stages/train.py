@@ -54,7 +54,7 @@ from bascule.stages.progress import LedgerTail, ProgressLine
 from bascule.stages.reexamine import Reexamination
 
 POLL_S = 0.1
-ENGINE_DEATHS_ALLOWED = 2  # on one pool without a new certified snapshot in between
+ENGINE_DEATHS_ALLOWED = 2  # on one pool without a new snapshot in between
 ENDING_FILE = "trainer.end.json"
 STACKS_FILE = "trainer.stacks"
 SETBACKS = {
@@ -301,7 +301,7 @@ class Supervisor:
                 say(
                     f"INCIDENT {record.incident_id} on {record.pool}: {record.attribution}; {record.action}"
                 )
-            elif isinstance(record, SnapshotEvent) and record.state == "certified":
+            elif isinstance(record, SnapshotEvent) and record.state in policy.PROGRESS:
                 self.deaths.clear()
             elif isinstance(record, Warned) and record.pool is not None:
                 # A worker's; this process's own are on stderr since they were written.

@@ -60,6 +60,10 @@ def certified(step: int) -> SnapshotEvent:
     return SnapshotEvent(step=step, state="certified", path="", sha256="")
 
 
+def verified(step: int) -> SnapshotEvent:
+    return SnapshotEvent(step=step, state="verified", path="", sha256="")
+
+
 def setback(ending: str, pool: str = "r2") -> Setback:
     return Setback(pool, ending, 7, f"{ending} at step 7")
 
@@ -88,6 +92,25 @@ def test_progress_refills_the_budget_and_the_same_snapshot_again_is_not_progress
     stuck = [certified(5), went_back("r2"), certified(5), went_back("r2")]
     assert next_move(stuck, setback("Death"), placing).rung == "another pool"
     assert next_move([*stuck, certified(10)], setback("Death"), placing).rung == "start again"
+
+
+def test_a_snapshot_that_still_waits_for_its_certificate_is_progress_and_the_same_again_is_not() -> (
+    None
+):
+    lagging = [
+        certified(5),
+        *(one for at in (50, 100, 150) for one in (went_back("r2"), verified(at))),
+    ]
+    assert next_move(lagging, setback("Death"), placing).rung == "start again"
+    again = [
+        *lagging,
+        went_back("r2"),
+        verified(100),
+        verified(150),
+        went_back("r2"),
+        verified(150),
+    ]
+    assert next_move(again, setback("Death"), placing).rung == "another pool"
 
 
 def down_the_ladder(order: tuple[str, ...], ending: str) -> list[policy.Move]:
@@ -174,7 +197,16 @@ def test_a_readmitted_pool_is_in_again_and_only_for_that_role() -> None:
 @given(
     st.lists(
         st.sampled_from(
-            ["Hang", "Death", "RollbackNeeded", "ChipCondemned", "OutOfMemory", "progress"]
+            [
+                "Hang",
+                "Death",
+                "RollbackNeeded",
+                "ChipCondemned",
+                "OutOfMemory",
+                "certified",
+                "verified",
+                "again",
+            ]
         ),
         max_size=60,
     )
@@ -184,10 +216,13 @@ def test_the_ladder_always_ends(endings: list[str]) -> None:
     records: list[AnyRecord] = []
     pool, since_progress, step = "r2", 0, 0
     for ending in endings:
-        if ending == "progress":
+        if ending == "again":
+            records.append(verified(step))
+            continue
+        if ending in ("certified", "verified"):
             step += 5
             since_progress = 0
-            records.append(certified(step))
+            records.append(certified(step) if ending == "certified" else verified(step))
             continue
         try:
             move = next_move(records, setback(ending, pool), placing)
