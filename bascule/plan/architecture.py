@@ -30,7 +30,8 @@ class Shape:
     `dense_layers` use a dense feed-forward of width `ffn`, the others `topk` of `experts` of width `moe_ffn`.
     `local_layers` of the layers see only `window` tokens back. `gated`: three feed-forward matrices instead of two.
     `node_limit`: groups of experts that one token may reach (0: no limit). `selected`: positions sparse attention reads at
-    most (0: all of them). `cache_share`: cached bytes over those of a full cache (compressed attention, an index beside it).
+    most (0: all of them), chosen by an index that multiplies `index_width` numbers for each position it looks over.
+    `cache_share`: cached bytes over those of a full cache (compressed attention, an index beside it).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Shape:
     local_layers: int = 0
     node_limit: int = 0
     selected: int = 0
+    index_width: int = 0
     cache_share: float = 1.0
 
     @cached_property
@@ -158,7 +160,8 @@ class Shape:
         )
         near = full - saved * (full - near)
         layers = self.layers + self.mtp_layers
-        return (
+        looked_over = 2 * self.index_width * layers * sequence / 2
+        return looked_over + (
             2
             * self.heads
             * widths

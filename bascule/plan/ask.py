@@ -17,6 +17,7 @@ from bascule.plan.job import Layout, precision_class
 from bascule.plan.schedule import SCHEDULES
 
 MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+NUM = r"(?:\d+\.?\d*|\.\d+)"
 PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "fp4", "nvfp4", "int8")
 SOFTWARE = {
     "NVIDIA": "megatron-bridge",
@@ -86,7 +87,7 @@ def parse_train(
 
     `tokens` is the default when the text names none (the option it is compared with has said it).
     """
-    head, *rest = [part.strip() for part in text.replace(", ", ",").split(",") if part.strip()]
+    head, *rest = [part.strip() for part in text.split(",") if part.strip()] or [""]
     head, rest = _rejoin_thousands(head, rest)
     found = re.fullmatch(r"([\d,.]+\s*[km]?)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
     if not found:
@@ -118,25 +119,25 @@ def _rejoin_thousands(head: str, rest: list[str]) -> tuple[str, list[str]]:
 
 def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
     word = part.lower()
-    if found := re.fullmatch(r"([\d.]+\s*[kmbt]?)\s*tokens?", word):
+    if found := re.fullmatch(rf"({NUM}\s*[kmbt]?)\s*tokens?", word):
         return replace(ask, tokens=_above_0(part, quantity(found.group(1))))
-    if found := re.fullmatch(r"(?:seq|sequence)\s*([\d.]+\s*k?)", word):
+    if found := re.fullmatch(rf"(?:seq|sequence)\s*({NUM}\s*k?)", word):
         return replace(ask, sequence=int(_above_0(part, length(found.group(1)))))
-    if found := re.fullmatch(r"batch\s*([\d.]+\s*k?)", word):
+    if found := re.fullmatch(rf"batch\s*({NUM}\s*k?)", word):
         return replace(ask, batch=int(_above_0(part, quantity(found.group(1)))))
     if word in PRECISIONS:
         return replace(ask, precision=precision_class(word))
     if (price := _price(part)) is not None:
         return replace(ask, price_usd_h=price)
-    if found := re.fullmatch(r"pue\s*([\d.]+)", word):
+    if found := re.fullmatch(rf"pue\s*({NUM})", word):
         return replace(ask, pue=_pue(found.group(1)))
-    if found := re.fullmatch(r"([\d.]+)\s*failures", word):
+    if found := re.fullmatch(rf"({NUM})\s*failures", word):
         return replace(ask, failures=_above_0(part, quantity(found.group(1))))
     if re.fullmatch(r"(?:(?:tp|pp|cp|ep|vpp|mb|zero-?)\d+\s*)+", word):
         return replace(ask, layout=parse_layout(word, ask.chips))
     if word in SCHEDULES:
         return replace(ask, schedule=word)
-    if found := re.fullmatch(r"(save|detect|restart)\s*([\d.]+)\s*s", word):
+    if found := re.fullmatch(rf"(save|detect|restart)\s*({NUM})\s*s", word):
         return replace(
             ask,
             recovery=replace(
@@ -146,6 +147,10 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
         )
     if word.startswith("software "):
         return replace(ask, software=part[9:].strip())
+    if re.fullmatch(rf"{NUM}\s*[kmbt]?", word):
+        raise RecipeError(
+            f"'{part}' has no unit; write '{part} tokens', 'seq {part}', 'batch {part}' or '{part} USD/h'."
+        )
     raise _not_understood(
         part,
         [
@@ -230,7 +235,11 @@ def _scheduled(layout: Layout, schedule: str) -> Layout:
 
 def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
     """`CHIP, 4k in, 1k out, 50 ms[, ttft 2 s][, 16 chips][, int8][, 2 USD/h]`; `8 x H20` gives the replica's size."""
-    head, *rest = [part.strip() for part in text.split(",") if part.strip()]
+    head, *rest = [part.strip() for part in text.split(",") if part.strip()] or [""]
+    if not head:
+        raise RecipeError(
+            "--serve names no chip; write for instance --serve 'H20, 4k in, 1k out, 50 ms'."
+        )
     found = re.fullmatch(r"(\d+)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
     chip = find_chip(found.group(2) if found else head, extra)
     precision = "fp8" if chip.fp8_tflops else "int8" if chip.int8_tops else "bf16"
@@ -248,11 +257,11 @@ def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
 
 def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
     word = part.lower()
-    if found := re.fullmatch(r"([\d.]+\s*k?)\s*(?:in|prompt)", word):
+    if found := re.fullmatch(rf"({NUM}\s*k?)\s*(?:in|prompt)", word):
         return replace(ask, prompt=int(_above_0(part, length(found.group(1)))))
-    if found := re.fullmatch(r"([\d.]+\s*k?)\s*(?:out|completion)", word):
+    if found := re.fullmatch(rf"({NUM}\s*k?)\s*(?:out|completion)", word):
         return replace(ask, completion=int(_above_0(part, length(found.group(1)))))
-    if found := re.fullmatch(r"(ttft|tpot)?\s*([\d.]+)\s*(ms|s)(?:\s*(ttft|tpot))?", word):
+    if found := re.fullmatch(rf"(ttft|tpot)?\s*({NUM})\s*(ms|s)(?:\s*(ttft|tpot))?", word):
         seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)
         if seconds <= 0:
             raise RecipeError(f"'{part}': a latency limit must be above 0.")
@@ -267,9 +276,9 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
         return replace(ask, precision=precision_class(word))
     if (price := _price(part)) is not None:
         return replace(ask, price_usd_h=price)
-    if found := re.fullmatch(r"pue\s*([\d.]+)", word):
+    if found := re.fullmatch(rf"pue\s*({NUM})", word):
         return replace(ask, pue=_pue(found.group(1)))
-    if re.fullmatch(r"[\d.]+", word):
+    if re.fullmatch(NUM, word):
         raise RecipeError(
             f"'{part}' has no unit; write '{part} ms', '{part} in', '{part} out' or '{part} chips'."
         )
@@ -287,13 +296,13 @@ def _above_0(part: str, value: float | None) -> float:
 
 def _price(part: str) -> float | None:
     found = re.fullmatch(
-        r"(-?[\d.]+)\s*(usd|\$|rmb|cny)?\s*(?:/|per)\s*(?:chip-?)?h(?:our)?", part.lower()
+        rf"\$?\s*(-?{NUM})\s*([a-z$€£¥]*)\s*(?:/|\bper\b)\s*(?:chip-?)?h(?:r|our)?", part.lower()
     )
     if not found:
         return None
-    if found.group(2) is None:
+    if not found.group(2) and "$" not in part:
         raise RecipeError(f"'{part}' has no currency; write for instance '{found.group(1)} USD/h'.")
-    if found.group(2) in ("rmb", "cny"):
+    if found.group(2) not in ("", "usd", "$", "us$"):
         raise RecipeError(
             f"'{part}': give the price in USD/h (the planner holds no exchange rate)."
         )

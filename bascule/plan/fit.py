@@ -30,7 +30,7 @@ from bascule.plan.fit_serving import (
 )
 from bascule.plan.job import Job
 from bascule.plan.memory import GIB, MemoryConstants, memory_of
-from bascule.plan.regress import Array, Point, Process
+from bascule.plan.regress import Array, Point, Process, distrusting
 from bascule.plan.run_features import (
     NUMBERS,
     TERMS,
@@ -200,7 +200,6 @@ MEMORY_PRIOR = {
     "base_gib": (2.0, 0.5),
     "slack": (1.05, 0.05),
     "kept": (0.9, 0.2),
-    "kept_selective": (0.4, 0.4),
     "logits_bytes": (9.0, 0.3),
 }
 STACK_SLACK_SD = 0.1
@@ -256,7 +255,10 @@ def interval_width(process: Process) -> float:
     pooled = []
     for groups in (None, [p.name for p in process.points]):
         mean, sd = process.left_out(groups)
-        pooled.append(np.abs(process.targets - mean) / sd)
+        fresh = [replace(one, noise=1.0) for one in process.points]
+        own = process.noise_variance(fresh) - process.noise_variance(process.points)
+        told = np.sqrt(np.maximum(sd**2 + own, 1e-8))  # a new run is not known to be odd
+        pooled.append(np.abs(process.targets - mean) / told)
     return float(np.quantile(np.concatenate(pooled), 0.80))
 
 
@@ -270,7 +272,7 @@ def fit(rows: Sequence[Row]) -> dict[str, Any]:
         ]
     )
     c = fit_physics(jobs, seconds)
-    process = fit_sizes(build(rows, c, START_SIZES, START_LENGTHS, START_NOISE))
+    process = distrusting(fit_sizes(build(rows, c, START_SIZES, START_LENGTHS, START_NOISE)))
     memory = fit_memory(memory_rows(rows))
     return to_plain(c, process) | {
         "memory": {key: _rounded(value) for key, value in asdict(memory).items()}
@@ -289,7 +291,7 @@ def fit_serving(rows: Sequence[Row]) -> dict[str, Any]:
     """The inference model's constants and regression, as plain values."""
     used = [row for row in rows if usable_serving(row)]
     c = fit_constants(serving_points(used))
-    process = fit_sizes(build_serving(used, c), rounds=40, pull=0.01)
+    process = distrusting(fit_sizes(build_serving(used, c), rounds=40, pull=0.01))
     return serving_plain(c, process, interval_width(process))
 
 

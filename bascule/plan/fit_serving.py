@@ -17,7 +17,7 @@ from bascule.plan.serving import SERVE_NAMES, SERVE_PRIOR_SD, ServeConstants, Se
 from bascule.plan.serving_forecast import SERVE_NUMBERS, SERVE_TERMS, serve_point, serve_value
 from bascule.plan.serving_table import serving_of, target_of
 
-START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2, 1.0])
+START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2, 1.0, 0.5])
 START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0])
 START_NOISE = {"prefill": 0.1, "decode": 0.2, "both": 0.1}
 

@@ -22,14 +22,12 @@ GIB = 2.0**30
 @dataclass(frozen=True)
 class MemoryConstants:
     """`base_gib`: context, libraries, communication buffers; `slack`: peak over the counted sum (fragmentation), with a
-    factor by stack where runs showed one; `kept`: share of the tensor list that is really kept, `kept_selective` that share
-    under op-level selective recomputation; `logits_bytes`: bytes a logit costs at the last stage's peak; `spread`: factor to
+    factor by stack where runs showed one; `kept`: share of the tensor list that is really kept; `logits_bytes`: bytes a logit costs at the last stage's peak; `spread`: factor to
     the ends of the 80 % interval."""
 
     base_gib: float = 2.0
     slack: float = 1.05
     kept: float = 0.9
-    kept_selective: float = 0.4
     logits_bytes: float = 9.0
     spread: float = 1.15
     slack_by_stack: Mapping[str, float] = field(default_factory=dict)
@@ -156,19 +154,29 @@ def layer_activation_bytes(s: Shape, tp: int, *, recompute: str) -> float:
     return 2.0 * (attention + share * routed + (1 - share) * dense) / tp
 
 
+def every_second_product(s: Shape, tp: int) -> float:
+    """Bytes one token leaves behind in a layer under op-level selective recomputation (torchtitan's): the layer's input, the
+    attention's output, and the outputs of every second matrix product (of queries, values, one of the feed-forward's, the last)."""
+    inner = s.topk * s.moe_ffn + s.shared_ffn if s.moe else s.ffn
+    attended = s.heads * (s.latent.v if s.latent else s.head_dim)
+    return 2.0 * (2 * s.hidden + 2 * attended + s.kv_heads * s.head_dim + inner) / tp
+
+
 def _activations(job: Job, stage: int, c: MemoryConstants) -> float:
+    """What waits for the backward pass, and one layer at work there: its gradients, and its tensors where they are rebuilt."""
     s, lay = job.shape, job.layout
-    share = {
-        "none": c.kept,
-        "selective": c.kept_selective if lay.zero >= 3 else c.kept,
-        "full": 1.0,
-    }[lay.recompute]
-    kept = share * layer_activation_bytes(s, lay.tp, recompute=lay.recompute)
-    flying = in_flight(lay, job.micro_batches, stage)
-    total = job.micro_tokens * kept * s.layers / lay.pp * flying
-    if lay.recompute == "full":  # one layer is rebuilt at a time
-        total += job.micro_tokens * layer_activation_bytes(s, lay.tp, recompute="none") * c.kept
-    return total
+    whole = c.kept * layer_activation_bytes(s, lay.tp, recompute="none")
+    rebuilt = lay.recompute == "full" or (lay.recompute == "selective" and lay.zero >= 3)
+    kept = whole
+    if rebuilt:
+        full = lay.recompute == "full"
+        kept = (
+            layer_activation_bytes(s, lay.tp, recompute="full")
+            if full
+            else every_second_product(s, lay.tp)
+        )
+    waiting = kept * s.layers / lay.pp * in_flight(lay, job.micro_batches, stage)
+    return job.micro_tokens * (waiting + whole * (2 if rebuilt else 1))
 
 
 def _logits(job: Job, stage: int, c: MemoryConstants) -> float:

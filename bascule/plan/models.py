@@ -12,68 +12,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from bascule.config.model import PRESETS, ModelConfig
 from bascule.errors import RecipeError, nearest
 from bascule.plan.architecture import Latent, Shape, from_config
-
-
-def from_hugging_face(raw: Mapping[str, Any], *, name: str) -> Shape:
-    """A `config.json` of a decoder-only model. Raises RecipeError naming the key that is missing."""
-    text = raw.get("text_config", raw)
-    try:
-        heads = int(text["num_attention_heads"])
-        experts = int(
-            text.get("n_routed_experts")
-            or text.get("num_local_experts")
-            or text.get("num_experts")
-            or 0
-        )
-        hidden, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
-        ffn = int(text.get("intermediate_size") or text["moe_intermediate_size"])
-        moe_ffn = int(text.get("moe_intermediate_size") or ffn) if experts else 0
-        latent = None
-        if text.get("kv_lora_rank"):
-            latent = Latent(
-                q_lora=text.get("q_lora_rank"),
-                kv_lora=int(text["kv_lora_rank"]),
-                nope=int(text["qk_nope_head_dim"]),
-                rope=int(text["qk_rope_head_dim"]),
-                v=int(text["v_head_dim"]),
-            )
-        return Shape(
-            name=name,
-            hidden=hidden,
-            layers=layers,
-            heads=heads,
-            kv_heads=int(text.get("num_key_value_heads") or heads),
-            head_dim=int(text.get("head_dim") or hidden // heads),
-            ffn=ffn,
-            vocab=int(text["vocab_size"]),
-            tied=bool(text.get("tie_word_embeddings", False)),
-            latent=latent,
-            experts=experts,
-            topk=int(text.get("num_experts_per_tok") or 0) if experts else 0,
-            moe_ffn=moe_ffn,
-            shared_ffn=_shared_width(text, moe_ffn) if experts else 0,
-            dense_layers=int(text.get("first_k_dense_replace") or 0) if experts else layers,
-            mtp_layers=int(text.get("num_nextn_predict_layers") or 0),
-            node_limit=int(text.get("topk_group") or 0) if int(text.get("n_group") or 1) > 1 else 0,
-            window=int(text.get("sliding_window") or 0)
-            if text.get("use_sliding_window", True)
-            else 0,
-            local_layers=sum(kind == "sliding_attention" for kind in text.get("layer_types") or ()),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecipeError(
-            f"The model configuration '{name}' lacks or garbles {error}. Give a decoder's Hugging Face config.json."
-        ) from None
-
-
-def _shared_width(text: Mapping[str, Any], moe_ffn: int) -> int:
-    explicit = text.get("shared_expert_intermediate_size")
-    return int(explicit) if explicit else int(text.get("n_shared_experts") or 0) * moe_ffn
+from bascule.plan.hugging_face import from_hugging_face
 
 
 @functools.cache

@@ -9,7 +9,7 @@ also unlearns what that family taught about the constants, exactly to first orde
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -167,3 +167,21 @@ class Process:
         own = self.parts.covariance(self.sizes, self.lengths).diagonal()
         cross = self.cross([new])[0] / np.sqrt(own)
         return [self.points[int(i)].name for i in np.argsort(-cross)[:count]]
+
+
+TAIL = 4.0  # degrees of freedom of the Student distribution that runs are taken to miss by
+
+
+def distrusting(process: Process) -> Process:
+    """The process with more noise on runs that miss what all others say of them: one step towards a heavy-tailed likelihood. A
+    broken kernel or a mistyped cell then teaches its neighbours less."""
+    mean, sd = process.left_out([one.name for one in process.points])
+    surprise = ((process.targets - mean) / sd) ** 2
+    inflated = np.maximum(1.0, (TAIL + surprise) / (TAIL + 1))
+    noise = process.noise_variance(process.points)
+    scale = np.sqrt(1 + sd**2 * (inflated - 1) / noise)
+    points = tuple(
+        replace(one, noise=round(one.noise * float(more), 5))
+        for one, more in zip(process.points, scale, strict=True)
+    )
+    return replace(process, points=points)

@@ -139,7 +139,7 @@ def service_text(s: Service) -> str:
     a = s.ask
     total = sum(s.parts.values())
     lines = [
-        f"serve on {a.chip.name}: replica of {s.chips} chips, {a.prompt:,} tokens in, {a.completion:,} out, {a.precision}, at most {a.tpot_s * 1e3:.0f} ms a token and {a.ttft_s:.2g} s to the first",
+        f"serve on {a.chip.name}: replica of {s.chips} chip{'s' if s.chips > 1 else ''}, {a.prompt:,} tokens in, {a.completion:,} out, {a.precision}, at most {a.tpot_s * 1e3:g} ms a token and {a.ttft_s:.2g} s to the first",
         f"  decode   {_triple(s.decode)} tokens/s per chip at {number(s.batch_per_chip)} sequences a chip, {s.tpot_s[0] * 1e3:.1f} ms a token",
         "           "
         + ", ".join(
@@ -156,7 +156,7 @@ def service_text(s: Service) -> str:
             if s.usd_per_m_out and a.price_usd_h is not None
             else "money unknown: no public price, give one such as ', 2 USD/h'"
         )
-        + f"; {s.kwh_per_m_out:.2f} kWh",
+        + f"; {number(s.kwh_per_m_out)} kWh per million completion tokens",
         f"  RL       rollouts would take {100 * s.rollout_share:.0f} % of the chip time of a rollout-and-train loop on this chip",
         f"  rests on {s.basis}",
     ]

@@ -53,7 +53,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle)
-            raw, header = list(reader), [str(name).strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = [column_name(name) for name in reader.fieldnames or ()]
+            raw, header = list(reader), list(reader.fieldnames)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecipeError(f"The table '{path}' cannot be read ({error}).") from None
     for column in ("chip", "model"):
@@ -70,9 +71,27 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             if key is not None
         }
         row["id"] = row["id"] or f"row {index}"
+        row["vendor"] = row["vendor"] or _maker(row["chip"])
         row["family"] = row["family"] or f"{row['chip']}|{row['model']}"
         rows.append(row)
     return rows
+
+
+SPELLED = {name.lower(): name for name in COLUMNS}
+
+
+def _maker(chip: str) -> str:
+    """Whose chip it is, where a table does not say; blank when nobody knows."""
+    try:
+        return chip_like(chip).vendor
+    except RecipeError:
+        return ""
+
+
+def column_name(text: str) -> str:
+    """A column as `COLUMNS` spells it, whatever its case, spaces or hyphens: `Global batch seqs` is `global_batch_seqs`."""
+    word = re.sub(r"[\s-]+", "_", text.strip())
+    return SPELLED.get(word.lower(), word)
 
 
 def has_column(rows: list[dict[str, str]], column: str) -> bool:

@@ -102,14 +102,14 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
     notes = []
     if token_s(both, model.constants, 0.01) > ask.tpot_s:
         notes.append(
-            f"the limit of {ask.tpot_s * 1e3:.0f} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
+            f"the limit of {ask.tpot_s * 1e3:g} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
         )
     if memory_batch(both) <= 0.011:
         notes.append(f"the weights leave no room for a cache on {n} chips; take more")
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,
-        cache_gb=batch * (ask.prompt + ask.completion) * both.cache_bytes / 1e9,
+        cache_gb=batch * shape.cached(ask.prompt + ask.completion) * both.cache_bytes / 1e9,
         memory_gb=ask.chip.memory_gb, parts=step_s(both, model.constants, batch),
         prefill_chips_per_decode_chip=(ask.prompt / ask.completion) * decode[0] / prefill[0],
         usd_per_m_out=(usd[0], usd[1], usd[2]) if usd else None, kwh_per_m_out=seconds * 1e6 / 3600 * watts / 1000 * pue,

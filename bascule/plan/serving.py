@@ -21,6 +21,7 @@ WEIGHT_BYTES = {
     "fp4": 0.5625,
 }  # 4-bit formats carry a scale for every 16 or 32 values
 MEMORY_USABLE = 0.88
+INDEX_READ = 0.1  # of a position's cache, what an index keeps of it and reads each time
 LEAST_BATCH = 0.01  # sequences a chip; what is left where the weights alone fill the memory
 
 
@@ -77,7 +78,8 @@ class Serving:
     prefill, decode, or both (prompts and completions share the chips). `prefill_chips`: chips of `chips` that only prefill
     (the others only decode). `group`: decoding chips that share one copy of the weights (None: all of them). `weight_bytes` None: as the precision says. `cached`: share of prompt tokens found in a cache.
     `averaged`: a production average, idle hours included. `varied`: completions differ in length as their mean is long, so
-    that the long ones fill the decoding steps. `balanced`: every expert gets as many rows, by force.
+    that the long ones fill the decoding steps. `balanced`: every expert gets as many rows, by force. `apart`: prompts run on chips
+    of their own, as many as keep the decoding ones busy (where `prefill_chips` does not say how many).
     """
 
     shape: Shape
@@ -98,6 +100,7 @@ class Serving:
     averaged: bool = False
     varied: bool = False
     balanced: bool = False
+    apart: bool = False
     software: str = "unknown"
 
     @property
@@ -168,6 +171,7 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
     weights = shared if p.split and s.moe else shared / n
     weights += s.expert_parameters * touched / n
     seen = min(p.context, 4.0 * s.selected) if s.selected else s.cached(p.context)
+    seen += INDEX_READ * p.context if s.index_width else 0.0
     active = used_weights(p, c)
     good = everyone / (everyone + math.exp(c.rows))
     rate = matrix_rate(p, c, c.compute)
@@ -181,7 +185,7 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
     flash = gemm_peak(chip, "bf16") * math.exp(c.attention)
     attended = {
         "cache": batch * seen * p.cache_bytes * p.copies / bandwidth,
-        "attention": batch * p.accepted * _span_flops(s) * span / flash,
+        "attention": batch * p.accepted * (_span_flops(s) * span + _index_flops(p)) / flash,
     }
     floor = (s.layers - s.moe_layers + s.moe_layers * math.exp(c.layer_moe)) * math.exp(c.layer)
     return (
@@ -200,6 +204,11 @@ def _span_flops(s: Shape) -> float:
     if s.latent:
         return 2.0 * s.heads * (2 * s.latent.kv_lora + s.latent.rope) * s.layers
     return 4.0 * s.heads * s.head_dim * s.layers
+
+
+def _index_flops(p: Serving) -> float:
+    """FLOPs a decoded token spends on looking its whole context over for the positions it will read."""
+    return 2.0 * p.shape.index_width * p.shape.layers * p.context
 
 
 def _collectives(p: Serving, tokens: float) -> float:
@@ -236,8 +245,8 @@ def memory_batch(p: Serving) -> float:
 def token_s(p: Serving, c: ServeConstants, batch: float) -> float:
     """Seconds between two tokens a user sees: a decoding step, and the prompts that share the chip in `both`."""
     step = sum(step_s(p, c, batch).values()) / p.accepted
-    if p.phase == "both":
-        prompts = batch * p.prompt / max(1.0, p.completion) * prefill_s_per_token(p, c)
+    if p.phase == "both" and not p.apart:
+        prompts = batch * prompts_s(p, c)
         if p.prefill_chips:
             return max(step, prompts * p.decoding / p.prefill_chips)
         step += prompts * math.exp(c.mixing)
@@ -250,7 +259,7 @@ def chosen_batch(p: Serving, c: ServeConstants) -> float:
     kept busy by a sequence a chip at least: nobody would spread them for less."""
     most = memory_batch(p)
     if p.batch is not None:
-        return min(p.batch, most)
+        return min(p.batch / decoding_share(p, c), most)
     fewest = min(most, 1.0 if p.split and p.replica > 1 else LEAST_BATCH)
     limit = max(p.tpot_s or 0.1, 1.5 * token_s(p, c, fewest))
     low, high = LEAST_BATCH, most
@@ -262,10 +271,27 @@ def chosen_batch(p: Serving, c: ServeConstants) -> float:
     return low
 
 
+def prompts_s(p: Serving, c: ServeConstants) -> float:
+    """Chip-seconds of prompt behind each completion token."""
+    return p.prompt / max(1.0, p.completion) * prefill_s_per_token(p, c)
+
+
+def decoding_share(p: Serving, c: ServeConstants) -> float:
+    """Share of the chips that decode where prompts run apart, both sides kept busy; the batch is all sequences over all chips."""
+    share = 1.0
+    for _ in range(6 if p.apart and p.batch is not None else 0):
+        batch = (p.batch or 0.0) / share
+        decode = token_s(p, c, batch) / batch
+        share = decode / (decode + prompts_s(p, c))
+    return share
+
+
 def rate(p: Serving, c: ServeConstants) -> float:
     """Tokens a second and chip: prompt tokens in prefill, completion tokens in decode and both."""
     load = math.exp(c.load) if p.averaged else 1.0
     if p.phase == "prefill":
         return load / prefill_s_per_token(p, c)
     batch = chosen_batch(p, c)
+    if p.phase == "both" and p.apart:
+        return load / (token_s(p, c, batch) / batch + prompts_s(p, c))
     return load * batch / token_s(p, c, batch) * p.decoding / max(1, p.chips)

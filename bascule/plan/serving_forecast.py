@@ -37,6 +37,7 @@ SERVE_TERMS = (
     Term(("chip", "model", "software"), "near"),
     Term(("chip", "model", "style")),
     Term(("chip",), "constants"),
+    Term(("source",), "constants"),
 )
 SERVE_NUMBERS = (
     "log2 batch",
@@ -84,6 +85,7 @@ def serve_point(
         "software": p.software,
         "kind": p.phase,
         "style": "split" if p.split else "tensor",
+        "source": "submission" if p.varied else "other",
     }
     return Point(words, tuple(numbers), tuple(slopes), family, name, noise)
 

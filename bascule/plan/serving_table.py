@@ -39,6 +39,7 @@ FILLED = 0.6  # of the memory, by the weights of the smallest replica that peopl
 GIANT = 3e11  # parameters from which a replica is spread over more chips than its weights need
 MOST_CHIPS = 128
 BALANCED = re.compile(r"(perfect|ideal|force|assume)\w*[^;.]{0,20}(balanc|eplb)|balanced experts")
+APART = re.compile(r"disagg|dynamo|\bPDC?\b|llm-d|mooncake", re.IGNORECASE)
 NAMED_SIZE = re.compile(r"(?:EP|TP|DP|NVL)(\d+)")
 TRAINED_AT_4_BIT = ("deepseek-v4", "gpt-oss")  # 4-bit weights, wider products
 SOFTWARE = ("disagg sglang", "disagg", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek")
@@ -95,6 +96,9 @@ def serving_of(row: Row) -> Serving:
         cached=_cached(row["prefix_cache"]),
         averaged="average" in row["notes"],
         varied=bench is not None,
+        apart=phase == "both"
+        and not front
+        and bool(APART.search(f"{row['framework']} {row['deployment']}")),
         balanced=bool(BALANCED.search(f"{row['deployment']} {row['notes']}".lower())),
         software=_software(row),
     )

@@ -64,7 +64,7 @@ def test_a_hugging_face_config_is_read(tmp_path: Path) -> None:
 
 
 def test_a_config_without_sizes_says_what_is_missing() -> None:
-    with pytest.raises(RecipeError, match="num_attention_heads"):
+    with pytest.raises(RecipeError, match="hidden_size"):
         from_hugging_face({}, name="empty")
 
 
