@@ -3,8 +3,8 @@
     python benchmarks/demo_learning.py --seeds 0 1 2 --out out/bench
     python benchmarks/demo_learning.py --recipe runs/scarce.toml --seeds 0 1 2 --out out/scarce
 
-Each seed trains the recipe without a fault (`sim:clean`), then its control, one after the other, so that both see the
-same machine. The control's SFT steps are chosen so that its measured training seconds equal those of SFT + GRPO. Held-out
+Each seed trains the recipe without a fault (`sim:clean`), then come the controls. A control has as many SFT steps as its seed's own run would
+have made in the seconds that its GRPO took, so a busy machine favours neither. The same command goes on where it was cut off. Held-out
 problems are drawn with `data.eval_seed`, which no tuning looked at. The fault-free runs double as the guard's false-alarm test:
 their incidents are counted. `bascule report OUT/seed-0 --seeds OUT/seed-1 OUT/seed-2` draws the curves of the seeds with their range.
 """
@@ -55,11 +55,14 @@ def run(recipe: Path, name: str, out: Path, settings: list[str]) -> dict[str, An
     return found
 
 
-def training_seconds(folder: Path) -> dict[str, float]:
+def told(folder: Path) -> tuple[dict[str, float], int, int]:
+    """Of a run's ledger: training seconds by phase, the guard's alarms, SFT steps."""
+    records = read_ledger(folder / "ledger.jsonl")
     seconds: dict[str, float] = {}
-    for step in of_kind(read_ledger(folder / "ledger.jsonl"), StepStats):
+    for step in of_kind(records, StepStats):
         seconds[step.phase] = seconds.get(step.phase, 0.0) + step.seconds
-    return seconds
+    sft_steps = sum(one.phase == "sft" for one in of_kind(records, StepStats))
+    return seconds, len(of_kind(records, Alarm)), sft_steps
 
 
 def main() -> None:
@@ -80,34 +83,26 @@ def main() -> None:
     print("| seed | after | pass@1 (T=1) | greedy | pass@8 | training s | alarms |")
     print("|---|---|---|---|---|---|---|")
     for seed in options.seeds:
-        base = [f"seed={seed}", *options.settings]
-        found = run(options.recipe, f"seed-{seed}", options.out, base)
-        seconds = training_seconds(options.out / f"seed-{seed}")
-        alarms = len(of_kind(read_ledger(options.out / f"seed-{seed}" / "ledger.jsonl"), Alarm))
-        sft_steps = sum(
-            1
-            for one in of_kind(
-                read_ledger(options.out / f"seed-{seed}" / "ledger.jsonl"), StepStats
-            )
-            if one.phase == "sft"
-        )
-        show(seed, "SFT", found["eval"]["sft"], seconds["sft"], alarms)
-        show(seed, "SFT + GRPO", found["eval"]["grpo"], sum(seconds.values()), alarms)
-        steps = round(sft_steps * sum(seconds.values()) / seconds["sft"])
-        control = run(
-            options.recipe,
-            f"control-{seed}",
-            options.out,
-            [*base, 'train.phases=["sft"]', f"sft.steps={steps}"],
-        )
-        alarms = len(of_kind(read_ledger(options.out / f"control-{seed}" / "ledger.jsonl"), Alarm))
-        show(
-            seed,
-            f"control: {steps} SFT steps",
-            control["eval"]["sft"],
-            training_seconds(options.out / f"control-{seed}")["sft"],
-            alarms,
-        )
+        learn(options.recipe, options.out, seed, options.settings)
+    for seed in options.seeds:
+        control(options.recipe, options.out, seed, options.settings)
+
+
+def learn(recipe: Path, out: Path, seed: int, settings: list[str]) -> None:
+    found = run(recipe, f"seed-{seed}", out, [f"seed={seed}", *settings])
+    seconds, alarms, _ = told(out / f"seed-{seed}")
+    show(seed, "SFT", found["eval"]["sft"], seconds["sft"], alarms)
+    show(seed, "SFT + GRPO", found["eval"]["grpo"], sum(seconds.values()), alarms)
+
+
+def control(recipe: Path, out: Path, seed: int, settings: list[str]) -> None:
+    """As many SFT steps as the seed's own run would have made in the time that its GRPO took."""
+    seconds, _, sft_steps = told(out / f"seed-{seed}")
+    steps = round(sft_steps * sum(seconds.values()) / seconds["sft"])
+    changes = [f"seed={seed}", *settings, 'train.phases=["sft"]', f"sft.steps={steps}"]
+    found = run(recipe, f"control-{seed}", out, changes)
+    seconds, alarms, _ = told(out / f"control-{seed}")
+    show(seed, f"control: {steps} SFT steps", found["eval"]["sft"], seconds["sft"], alarms)
 
 
 def show(seed: int, after: str, score: dict[str, Any], seconds: float, alarms: int) -> None:
