@@ -40,12 +40,18 @@ class Metrics:
         """`gauges` and `counters` are figures the engine keeps itself, read at this moment."""
         lines: list[str] = []
         for name, value in gauges.items():
-            lines += [f"# TYPE {PREFIX}{name} gauge", f"{PREFIX}{name}{self._labels()} {value:g}"]
+            lines += [
+                f"# TYPE {PREFIX}{name} gauge",
+                f"{PREFIX}{name}{self._labels()} {_exact(value)}",
+            ]
         for name, value in counters.items():
-            lines += [f"# TYPE {PREFIX}{name} counter", f"{PREFIX}{name}{self._labels()} {value:g}"]
+            lines += [
+                f"# TYPE {PREFIX}{name} counter",
+                f"{PREFIX}{name}{self._labels()} {_exact(value)}",
+            ]
         named: dict[str, list[str]] = defaultdict(list)
         for (name, labels), value in sorted(self.counters.items()):
-            named[name].append(f"{PREFIX}{name}{self._labels(*labels)} {value:g}")
+            named[name].append(f"{PREFIX}{name}{self._labels(*labels)} {_exact(value)}")
         for name, samples in named.items():
             lines += [f"# TYPE {PREFIX}{name} counter", *samples]
         for name, histogram in sorted(self.histograms.items()):
@@ -59,7 +65,7 @@ class Metrics:
             lines.append(f"{PREFIX}{name}_bucket{self._labels(('le', bound))} {below}")
         return [
             *lines,
-            f"{PREFIX}{name}_sum{self._labels()} {histogram.total:g}",
+            f"{PREFIX}{name}_sum{self._labels()} {_exact(histogram.total)}",
             f"{PREFIX}{name}_count{self._labels()} {histogram.count}",
         ]
 
@@ -68,6 +74,11 @@ class Metrics:
             f'{key}="{_escaped(value)}"' for key, value in (("model_name", self.model), *labels)
         )
         return "{" + inside + "}"
+
+
+def _exact(value: float) -> str:
+    """`:g` would round a counter beyond a million, and rates of it with it."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _escaped(value: str) -> str:

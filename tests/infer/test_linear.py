@@ -47,7 +47,7 @@ def test_laid_out_matrices_give_the_same_numbers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11, 22])
 def test_the_compiled_product_is_the_plain_one(dtype: torch.dtype, rows: int) -> None:
     if compiled() is None:
         pytest.skip("no C++ compiler here")
