@@ -5,8 +5,27 @@ Nothing of bascule is imported here, so that `--help` is quick.
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser as Parser
+from argparse import ArgumentTypeError
 from collections.abc import Callable
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on; the sentence of what argparse says of another."""
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"'{text}' is not a number from 0 on")
+    return number
 
 
 def _overrides(parser: Parser) -> None:
@@ -171,7 +190,7 @@ def _qualify(parser: Parser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=not_negative,
         default=None,
         metavar="S",
         help="seconds per pool (default: 180; with --full 3600)",
@@ -191,10 +210,12 @@ def _evaluate(parser: Parser) -> None:
         "--eval-seed", type=int, help="draw the held-out problems with another seed"
     )
     parser.add_argument(
-        "--problems", type=int, help="how many held-out problems (default: the recipe's)"
+        "--problems", type=positive, help="how many held-out problems (default: the recipe's)"
     )
     parser.add_argument(
-        "--samples", type=int, help="samples of each for pass@k and maj@k (default: the recipe's)"
+        "--samples",
+        type=positive,
+        help="samples of each for pass@k and maj@k (default: the recipe's)",
     )
 
 
@@ -248,8 +269,13 @@ def _chat(parser: Parser) -> None:
     _run_folder(parser)
     parser.add_argument("message", nargs="?", help="one question; without it, an interactive chat")
     _on(parser)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--temperature",
+        type=not_negative,
+        default=0.0,
+        help="0 (the default) takes the likeliest token",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
 
 
 def _report(parser: Parser) -> None:
@@ -294,7 +320,7 @@ def _drill(parser: Parser) -> None:
     )
     parser.add_argument(
         "--at-step",
-        type=int,
+        type=positive,
         metavar="N",
         help="first training step at which it acts (default: the profile's own; with --all a third of the run)",
     )
@@ -304,7 +330,7 @@ def _drill(parser: Parser) -> None:
         help="the truth table: every fault of the catalogue at every severity, in turn; goes on where it was cut off",
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="with --all: each cell with N seeds"
+        "--seeds", type=positive, default=1, metavar="N", help="with --all: each cell with N seeds"
     )
 
 

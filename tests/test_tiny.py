@@ -29,6 +29,7 @@ def run_tiny(out: Path, *arguments: str) -> dict[str, Any]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "{'" not in done.stderr, "a record is said in words, not dumped"
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 

@@ -23,9 +23,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(
             f"The recipe '{path}' does not exist. Give the path of a TOML file, for instance runs/demo.toml."
+        ) from None
+    except IsADirectoryError:
+        raise RecipeError(
+            f"'{path}' is a folder, not a recipe. Give the path of a TOML file, for instance runs/demo.toml; a run's own recipe is the one it was begun with."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe '{path}' is not valid TOML: {error}.") from None
@@ -49,11 +53,11 @@ def read_resolved(path: Path) -> Recipe:
     """Read a run folder's `recipe.json`. Raises RecipeError when it is missing or was written by an incompatible version."""
     try:
         return recipe_from(json.loads(path.read_text(encoding="utf-8")), source=str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(
             f"'{path.parent}' is not a run folder: it has no recipe.json. Give the folder under out/."
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"'{path}' is damaged ({error}). Restore it from the recipe with the same overrides."
         ) from None

@@ -330,8 +330,9 @@ def _headline(data: dict[str, Any]) -> str:
     parts = [f"Run {data['name']}: {data['status']} at step {data['steps']}"]
     if data["incidents"]:
         worst = data["incidents"][-1]
+        count = len(data["incidents"])
         parts.append(
-            f"{len(data['incidents'])} incident(s), the last: {worst['attribution']} on {worst['pool']} at step {worst['step']}"
+            f"{count} incident{'s, the last' if count > 1 else ''}: {worst['attribution']} on {worst['pool']} at step {worst['step']}"
         )
     if data["steps_recomputed"]:
         verified = {
@@ -341,7 +342,7 @@ def _headline(data: dict[str, Any]) -> str:
         }[data["continuation_verified"]]
         parts.append(f"{data['steps_recomputed']} steps recomputed, {verified}")
     for phase, one in data["eval"].items():
-        parts.append(f"{after(phase)}: pass@1 {one['pass_at_1']:.1%}")
+        parts.append(f"{after(phase)[0].lower()}{after(phase)[1:]} pass@1 {one['pass_at_1']:.1%}")
     return "; ".join(parts) + "."
 
 

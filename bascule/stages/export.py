@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bascule import draws
+from bascule.config.load import read_resolved
 from bascule.data import gguf_tokenizer
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ PROBE_TOKENS = 96
 def main(arguments: Namespace) -> Answer:
     """Exit 3 when transformers reads the folder and says something else than we do."""
     folder = RunFolder(Path(arguments.run))
+    read_resolved(folder.recipe)  # refuses a folder that is no run
     target = Path(arguments.to) if arguments.to else folder.root / "export"
     data = export(folder, target)
     lines = [

@@ -39,7 +39,10 @@ def main(arguments: Namespace) -> Answer:
     recipe = origin.resolve(load_recipe(Path(words[0]), arguments.overrides))
     options = price_pools(recipe, {})
     plain = [one.model_dump(exclude={"schema_version", "kind"}) for one in options]
-    return Answer(text="\n".join(_line(one) for one in options), data={"pools": plain})
+    return Answer(
+        text="\n".join(f"{_line(one)}; rests on {one.basis}" for one in options),
+        data={"pools": plain},
+    )
 
 
 def _ask(arguments: Namespace) -> Answer:
@@ -73,7 +76,7 @@ def plan_run(recipe: Recipe, ledger: Ledger) -> None:
         return
     for option in price_pools(recipe, {}, measured):
         ledger.append(option)
-        say(f"plan: {_line(option)}")
+        say(f"plan: {_line(option)}")  # what it rests on is in the report and in `bascule plan`
 
 
 def _line(option: OptionPriced) -> str:
@@ -89,4 +92,4 @@ def _line(option: OptionPriced) -> str:
         )
         time = f", training about {duration(option.train_s)}{interval}"
     cost = f", {option.cost:.2f} {option.cost_unit}" if option.cost is not None else ""
-    return f"{option.pool} ({option.accelerator}): {option.memory_bytes / 2**30:.2f}{available} GiB, {option.fits}{time}{cost}; rests on {option.basis}"
+    return f"{option.pool} ({option.accelerator}): {option.memory_bytes / 2**30:.2f}{available} GiB, {option.fits}{time}{cost}"

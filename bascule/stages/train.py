@@ -47,6 +47,7 @@ from bascule.records import (
     Verdict,
     Warned,
 )
+from bascule.report.story import sentences
 from bascule.stages import workers
 from bascule.stages.answer import say
 from bascule.stages.place import place_roles
@@ -309,9 +310,8 @@ class Supervisor:
             elif isinstance(record, Coverage):
                 say(f"guard: {record.detail}")
             elif record.kind in ("evaluation", "text_evaluation", "continuation", "alarm"):
-                say(
-                    f"{record.kind}: {record.model_dump(exclude={'schema_version', 'kind', 'time_s', 'attempt', 'extra'}, exclude_none=True)}"
-                )
+                for told in sentences([record]):
+                    say(told.text)
 
     # ---- what follows
 

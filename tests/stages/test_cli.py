@@ -57,7 +57,15 @@ def test_an_unknown_verb_is_a_usage_error_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["report"], ["qualify", "cpu", "--seed", "x"], ["run", "a", "b"], ["tarin"]]
+    "words",
+    [
+        ["report"],
+        ["qualify", "cpu", "--seed", "x"],
+        ["run", "a", "b"],
+        ["tarin"],
+        ["drill", "r.toml", "--fault", "zeroed", "--at-step", "-3"],
+        ["chat", "r", "--temperature", "nan"],
+    ],
 )
 def test_wrong_words_are_refused_in_one_line_and_with_json_in_one_object(words: list[str]) -> None:
     done = bascule(*words, "--json")
@@ -141,6 +149,6 @@ def test_two_supervisors_cannot_share_a_run_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    for verb in ("report", "evaluate", "serve", "chat"):
+    for verb in ("report", "evaluate", "serve", "chat", "export"):
         done = bascule(verb, str(tmp_path))
         assert done.returncode == 2 and "not a run folder" in done.stderr, verb
