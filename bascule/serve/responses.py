@@ -7,13 +7,13 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bascule.serve.bodies import Body, Generation, JsonFormat, Message, TextFormat, TextPart
+from bascule.serve.bodies import Body, Generation, JsonFormat, Message, Part, TextFormat
 from bascule.serve.errors import ApiError, read
 from bascule.serve.events import EventStream
 from bascule.serve.service import Ask, Service, Spoken, usage
@@ -27,15 +27,28 @@ def _no_number(value: Any) -> Any:
     return value
 
 
+class InputPart(Part):
+    type: Literal["text", "input_text", "output_text", "reasoning_text"]
+    text: str
+
+
 class InputItem(Body):
     """A message. Reasoning items that a client sends back are accepted and left out, as R1 asks."""
 
     type: Literal["message", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[TextPart] | None = None
+    content: str | list[InputPart] | None = None
     id: str | None = None
     status: str | None = None
+    phase: str | None = None
     summary: list[dict[str, Any]] | None = None
+    encrypted_content: None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content if part.type != "reasoning_text")
+        return self.content or ""
 
 
 class FlatSchema(Body):
@@ -70,6 +83,12 @@ class ResponsesBody(Body):
     parallel_tool_calls: bool | None = None
     reasoning: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> Self:
+        if not self.messages:
+            raise ValueError("input holds no message, only reasoning")
+        return self
+
     @property
     def messages(self) -> list[Message]:
         items = (
@@ -79,7 +98,7 @@ class ResponsesBody(Body):
         )
         told = [Message(role="system", content=self.instructions)] if self.instructions else []
         return told + [
-            Message(role=item.role or "user", content=item.content)
+            Message(role=item.role or "user", content=item.text)
             for item in items
             if item.type == "message"
         ]

@@ -6,6 +6,8 @@
 Every client asks questions one after the other, each with a seed of its own, and reads its stream to the end. Answers to equal
 (question, seed) must be equal, whoever asked and whenever: a stream that was mixed up, cut or answered from another's cache
 shows. Every 20th client behaves badly: it hangs up in the middle, sends garbage, or sends a body far too large.
+
+With --rate R requests come at R a second on average, at random moments, however many are still running: the latencies at that load.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import sys
 import time
@@ -114,13 +117,22 @@ async def client(at: int, host: str, port: int, model: str, until: float, tally:
         round_ += 1
 
 
+async def at_rate(rate: float, host: str, port: int, model: str, until: float, tally: Tally) -> None:  # fmt: skip
+    gaps, asked = random.Random(0), []
+    while time.monotonic() < until:
+        asked.append(asyncio.create_task(ask(host, port, model, len(asked) * 17 % QUESTIONS, tally)))  # fmt: skip
+        await asyncio.sleep(gaps.expovariate(rate))
+    await asyncio.gather(*asked)
+
+
 async def load(options: argparse.Namespace, model: str) -> Tally:
-    host, port = options.url.removeprefix("http://").split(":")
-    tally, until = Tally(), time.monotonic() + options.seconds
-    await asyncio.gather(
-        watch_memory(options.pid, options.seconds, until, tally),
-        *[client(at, host, int(port), model, until, tally) for at in range(options.clients)],
-    )
+    host, port_ = options.url.removeprefix("http://").split(":")
+    port, tally, until = int(port_), Tally(), time.monotonic() + options.seconds
+    clients = 0 if options.rate else options.clients
+    asking = [client(at, host, port, model, until, tally) for at in range(clients)]
+    if options.rate:
+        asking = [at_rate(options.rate, host, port, model, until, tally)]
+    await asyncio.gather(watch_memory(options.pid, options.seconds, until, tally), *asking)
     return tally
 
 
@@ -146,6 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Streaming load against a bascule server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, default=500)
+    parser.add_argument("--rate", type=float, help="requests a second, instead of clients")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--pid", type=int, help="of the server, to watch its memory")
     options = parser.parse_args()
@@ -160,7 +173,7 @@ def main() -> int:
         for name, values in (("first", tally.first_s), ("whole", tally.whole_s))
     }
     print(json.dumps({
-        "clients": options.clients, "seconds": round(seconds, 1), "outcomes": dict(tally.outcomes), "mixed_up": tally.mixed,
+        "clients": None if options.rate else options.clients, "rate": options.rate, "seconds": round(seconds, 1), "outcomes": dict(tally.outcomes), "mixed_up": tally.mixed,
         "tokens_per_s": round(tally.tokens / seconds), "answers_per_s": round(tally.outcomes["whole"] / seconds, 1),
         "first_token_s": {"p50": round(quantiles["first"][49], 3), "p99": round(quantiles["first"][98], 3)},
         "answer_s": {"p50": round(quantiles["whole"][49], 3), "p99": round(quantiles["whole"][98], 3)},

