@@ -41,9 +41,7 @@ def main() -> None:
         dist.all_reduce(alarm)  # all commit or none
         splits = replicas.splits(step, step * 16, model)
         if wrong:
-            print(
-                f"rank {rank}, step {step}: loss {loss.item():.3f} looks harmless, but {wrong[0]}"
-            )
+            print(f"rank {rank}, step {step}: loss {loss.item():.3f} looks fine, but {wrong[0]}")
         for split in splits if rank == 0 else ():
             print(f"step {step}: {split}")
         if alarm or splits:

@@ -321,7 +321,8 @@ def product_ratio(
             numerics.tolerance(dtype).unit * math.sqrt(c.shape[-1]) * numerics.CHECKSUM_MARGIN
         )
     ratio = (_times_vector(c, probe) - expected).abs_().div_(bound)
-    judged = torch.isfinite(torch.addcmul(expected, rows, norm.unsqueeze(-1)))
+    # isfinite in half its operators: NaN is not below infinity either.
+    judged = torch.addcmul(expected, rows, norm.unsqueeze(-1)).abs_() < math.inf
     worst: Tensor = torch.where(judged, ratio, 0.0).amax()
     return worst
 

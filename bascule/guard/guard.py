@@ -11,29 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, budget, invariants, sentinels, update
+from bascule.guard import audit, budget, sentinels, update
 from bascule.guard.budget import Intervals, Measured
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
-from bascule.guard.checksum import Checksums, Violation, parameter_names
+from bascule.guard.checksum import Violation
 from bascule.guard.court import Case, Court
 from bascule.guard.hindsight import earlier_steps, first_difference
+from bascule.guard.observer import Observer
 from bascule.guard.replay import (
     Again,
     NoiseFloor,
@@ -110,18 +110,8 @@ class Guard:
             ledger, folder, pool, accelerator=accelerator.name, referee=referee.name
         )
         self.court = Court(config, self.book)
-        self._names: tuple[int, dict[int, str]] = (0, {})
-        self._parameters: tuple[int, dict[str, nn.Parameter]] = (0, {})
         self._parts: list[audit.Part] = []
-        self._checksums: Checksums | None = None
-        self._commit_checksums: Checksums | None = None
-        self._committing = 0
-        self._score_checksums: Checksums | None = None
-        self._capture: audit.Capture | None = None
-        self._expected: update.Expected | None = None
-        self._bits: tuple[int, Tensor] | None = None
-        self._reach: Mapping[str, tuple[float, float]] = {}
-        self._moved: tuple[int, Tensor, Tensor] | None = None
+        self._observer = Observer()
         self._pending: Pending | None = None
         self._latest: Pending | None = None
         self._candidates = recalled(
@@ -155,66 +145,17 @@ class Guard:
     def watch(self, step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
         """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update; with
         phase `score`, around a forward whose result becomes data."""
-        if phase == "score":
-            return self._watch_score(model)
-        return (
-            self._watch_commit(step, model) if phase == "commit" else self._watch_step(step, model)
-        )
-
-    @contextmanager
-    def _watch_score(self, model: nn.Module) -> Iterator[None]:
-        """GRPO's old log-probabilities become part of the batch, so replays of the batch could not see that they are wrong:
-        every such forward is checked, and judged with the step that follows."""
-        self._score_checksums = Checksums(names=self._names_of(model))
-        with self._score_checksums:
-            yield
-
-    @contextmanager
-    def _watch_step(self, step: int, model: nn.Module) -> Iterator[None]:
-        self._checksums, self._capture = None, None
-        if self._bits is None or self._bits[0] != step:
-            self._bits = (step, self._bits_of(model))
-        with ExitStack() as stack:
-            if self.audits(step):
-                self._parts = self._parts or audit.parts(model)
-                part = audit.turn(self._parts, step // self.every.audit)
-                self._capture = stack.enter_context(audit.capturing(part, step))
-            if self.watches(step):
-                self._checksums = Checksums(names=self._names_of(model))
-                stack.enter_context(self._checksums)  # type: ignore[arg-type]
-            yield
-
-    @contextmanager
-    def _watch_commit(self, step: int, model: nn.Module) -> Iterator[None]:
-        """The update's own products (Muon's iteration). A wrong one is found after the weights have changed, so it is judged
-        with the next step, and leads to a rollback."""
-        follows = self._moved is not None and self._moved[0] == step - 1
-        before = self._moved[2] if self._moved and follows else self._lengths_of(model)
-        if not self.watches(step):
-            yield
-        else:
-            self._commit_checksums, self._committing = Checksums(names=self._names_of(model)), step
-            with self._commit_checksums:
-                yield
-        self._bits = (step + 1, self._bits_of(model))
-        self._moved = (step, before, self._lengths_of(model))
-
-    def _names_of(self, model: nn.Module) -> dict[int, str]:
-        if self._names[0] != id(model):
-            self._names = (id(model), parameter_names(model))
-        return self._names[1]
-
-    def _bits_of(self, model: nn.Module) -> Tensor:
-        return update.bit_sums(self._parameters_of(model).values())
-
-    def _lengths_of(self, model: nn.Module) -> Tensor:
-        return invariants.lengths(list(self._parameters_of(model).values()))
-
-    def _parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Walking the module tree for its parameters takes longer than adding up a small model's bits: walked once."""
-        if self._parameters[0] != id(model):
-            self._parameters = (id(model), dict(model.named_parameters()))
-        return self._parameters[1]
+        products = self.watches(step)
+        match phase:
+            case "score":
+                return self._observer.score(model)
+            case "commit":
+                return self._observer.commit(step, model, products=products)
+        part = None
+        if self.audits(step):
+            self._parts = self._parts or audit.parts(model)
+            part = audit.turn(self._parts, step // self.every.audit)
+        return self._observer.step(step, model, products=products, part=part)
 
     # ---- judging
 
@@ -234,9 +175,12 @@ class Guard:
         watch, cries = self._watch.fold(seen)
         for cry in cries:
             self.book.alarm(proposal.step, cry)
-        products = self._products()
-        spoilt = self._last_update(proposal.step, stepper)
-        violations = self._checksums.violations() if self._checksums is not None else []
+        products = self._observer.products()
+        spoilt = [
+            self.book.suspect(one.step, one.sentinel, one.measured, one.detail, one.bound)
+            for one in self._observer.breaks(proposal.step, stepper.model)
+        ]
+        violations = self._observer.violations()
         suspicions = [*spoilt, *(cry for cry in cries if cry.suspect)]
         suspicions += [
             self.book.suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
@@ -254,10 +198,12 @@ class Guard:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
         self._certify_due()
         self._accept(proposal, watch)
-        self._reach = stepper.reach(proposal)
-        if self._capture is not None:
+        self._observer.reach = stepper.reach(proposal)
+        if self._observer.capture is not None:
             measure = not self._same_kernels()
-            self._expected = update.expect(proposal, stepper, self.referee, measure=measure)
+            self._observer.expected = update.expect(
+                proposal, stepper, self.referee, measure=measure
+            )
         self._price(proposal, time.perf_counter() - start)
         return True
 
@@ -267,8 +213,8 @@ class Guard:
         if self._earlier:
             self._look_back(proposal)
         self._pending = None
-        self._bits = None
-        if self._checksums is None:
+        self._observer.accepted()
+        if not self._observer.checked:
             self._candidates = self._candidates.skipped()
         if self._recent and self._recent[-1].phase != proposal.phase:
             self._recent.clear()
@@ -285,7 +231,7 @@ class Guard:
     def _time_counts(self) -> bool:
         """Does this step's time say anything about the chip? Not when it was watched (slower by design), and not on a host
         that runs more processes than it has cores."""
-        if self._checksums is not None or self._capture is not None:
+        if self._observer.slowed:
             return False
         return self.accelerator.device.type != "cpu" or os.getloadavg()[0] <= (os.cpu_count() or 1)
 
@@ -293,9 +239,9 @@ class Guard:
         """Learn what watching costs here; with a budget, settle the intervals once all prices are known."""
         if self._settled:
             return
-        if self._capture is not None:
+        if self._observer.capture is not None:
             self._measured = self._measured.audited(audit_s)
-        elif self._checksums is not None:
+        elif self._observer.checked:
             self._measured = self._measured.checked(proposal.seconds)
         else:
             self._measured = self._measured.plain(proposal.seconds)
@@ -322,53 +268,12 @@ class Guard:
             memory_bytes=None if memory is None else float(memory),
         )
 
-    def _last_update(self, step: int, stepper: Recomputer) -> list[Cry]:
-        """What is wrong with the present weights: the update that led to them, where it was looked at, or their memory."""
-        mode, self._commit_checksums = self._commit_checksums, None
-        expected, self._expected = self._expected, None
-        found = [] if mode is None else mode.violations()
-        cries = [
-            self.book.suspect(self._committing, "update checksum", v.ratio, str(v))
-            for v in found[:1]
-        ]
-        scored, self._score_checksums = self._score_checksums, None
-        cries += [
-            self.book.suspect(step, "score checksum", v.ratio, str(v))
-            for v in (scored.violations()[:1] if scored is not None else [])
-        ]
-        fresh = expected is not None and expected.step == step - 1
-        wrong = update.check(expected, stepper.model) if expected is not None and fresh else None
-        if wrong is not None:
-            cries.append(
-                self.book.suspect(wrong.step, "update audit", wrong.error, str(wrong), wrong.bound)
-            )
-        cries += self._overreach(step, stepper.model)
-        known = self._bits is not None and self._bits[0] == step
-        rotten = (
-            update.changed(self._bits[1], self._bits_of(stepper.model), stepper.model)
-            if self._bits is not None and known
-            else None
-        )
-        if rotten is not None:
-            detail = f"the bits of {rotten} changed while nobody wrote to it"
-            cries.append(self.book.suspect(step, "memory", math.inf, detail))
-        return cries
-
-    def _overreach(self, step: int, model: nn.Module) -> list[Cry]:
-        """Every update is held to the most that its optimizer can do: a wrong product inside Muon's iteration throws weights far."""
-        if self._moved is None or self._moved[0] != step - 1 or not self._reach:
-            return []
-        names = list(self._parameters_of(model))
-        far = invariants.overreach(self._moved[1], self._moved[2], self._reach, names)
-        if far is None:
-            return []
-        detail = f"the update of step {step - 1} moved {far[0]} {far[1]:.3g} times as far as its optimizer can"
-        return [self.book.suspect(step - 1, "update size", far[1], detail, 1.0)]
-
     def _audit(self, proposal: StepProposal) -> list[Cry]:
-        if self._capture is None:
+        if self._observer.capture is None:
             return []
-        finding = audit.judge(self._capture, proposal.grads, self.referee, key=proposal.step)
+        finding = audit.judge(
+            self._observer.capture, proposal.grads, self.referee, key=proposal.step
+        )
         if finding is None:
             return []
         if finding.worst is None:
@@ -436,11 +341,6 @@ class Guard:
             step += 1
         return not self._candidates.waiting
 
-    def _products(self) -> list[int]:
-        """How many products were checked since the last step was judged, by each of the modes that looked."""
-        modes = (self._checksums, self._commit_checksums, self._score_checksums)
-        return [mode.products_checked for mode in modes if mode is not None]
-
     def _count(self, step: int, products: Sequence[int]) -> None:
         """They were right: that speaks for the snapshots that wait."""
         if sum(products):
@@ -452,7 +352,7 @@ class Guard:
         assert self._pending is not None
         key = draws.key(self._pending.step, "guard.certify")
         batch = some_sequences(proposal.batch, self.config.certify_sequences, key)
-        if batch is proposal.batch and self._checksums is not None:
+        if batch is proposal.batch and self._observer.checked:
             return Again(proposal)
         return again(stepper, batch, proposal.attempt)
 
