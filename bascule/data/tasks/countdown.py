@@ -16,7 +16,7 @@ import numpy as np
 
 from bascule import draws
 from bascule.data import chat
-from bascule.data.tasks import gym
+from bascule.data.tasks import gym, scorer
 from bascule.data.tasks.base import Options, Problem
 from bascule.data.tasks.direct import OPTION, answers_directly
 from bascule.errors import RecipeError
@@ -158,7 +158,7 @@ def _evaluate(node: ast.expr) -> Fraction:
 @functools.lru_cache(maxsize=65536)
 def _reward(answer: str, problem: Problem) -> float:
     """The scorer costs 0.4 ms through sympy; the same answer to the same problem is asked many times within a run."""
-    return 1.0 if gym.score("countdown", answer, problem) == 1.0 else 0.0
+    return 1.0 if scorer.right("countdown", answer, problem) else 0.0
 
 
 task = Countdown()
