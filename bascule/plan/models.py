@@ -68,6 +68,8 @@ ALIASES = {
     "glm-4.6": "glm-4.5",
     "glm-4.7": "glm-4.5",
     "kimi-k2.5": "kimi-k2",
+    "minimax-m2.1": "minimax-m2",
+    "minimax-m2.5": "minimax-m2",
     "kimi-k2.6": "kimi-k2",
 }
 # What papers append to a model's name that does not change its shape.
@@ -92,7 +94,11 @@ def model_named(name: str) -> Shape:
         return _read(Path(name))
     if name.endswith(".toml"):
         return from_table(Path(name))
+    if (Path(name) / "config.json").is_file():
+        return _read(Path(name) / "config.json")
     key = ALIASES.get(name.lower(), name.lower())
+    if key not in named() and key not in PRESETS:
+        key = ALIASES.get(plain_name(name), plain_name(name))
     if key in named():
         return named()[key]
     if key in PRESETS:

@@ -233,9 +233,12 @@ def _memory(t: TrainingAnswer) -> str:
     )
 
 
+LONGEST_DAYS = 365_000.0  # a thousand years: what lies beyond is drawn there
+
+
 def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
     """From the start to the finish, the 80 % spread of the finish shaded."""
-    most = max(t.days.high for t in trainings)
+    most = min(max(t.days.high for t in trainings), LONGEST_DAYS)
     scale = (WIDTH - LEFT - RIGHT - 60) / most
     body = ""
     months = int(most // 30.44) + 1
@@ -243,12 +246,16 @@ def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
         x = LEFT + month * 30.44 * scale
         day = start + datetime.timedelta(days=month * 30.44)
         body += f'<path class="axis" d="M{x:.1f} 0V{len(trainings) * ROW + 6}"/>' + _text(
-            x, len(trainings) * ROW + 20, f"{day:%d %b %Y}", anchor="middle", soft=True
+            min(x, WIDTH - RIGHT - 15),
+            len(trainings) * ROW + 20,
+            f"{day:%d %b %Y}",
+            anchor="middle",
+            soft=True,
         )
     for i, t in enumerate(trainings):
         y = i * ROW + 6
         finish = [
-            start + datetime.timedelta(days=value)
+            start + datetime.timedelta(days=min(value, LONGEST_DAYS))
             for value in (t.days.low, t.days.value, t.days.high)
         ]
         body += _text(0, y + 15, t.name) + _rect(LEFT, y, t.days.low * scale, 22, PALETTE[i])
@@ -307,7 +314,7 @@ def _roofline(t: TrainingAnswer) -> str:
         return 60 + span * math.log(max(intensity, low) / low) / math.log(high / low)
 
     def y_of(rate: float) -> float:
-        return bottom - (bottom - 20) * max(
+        return bottom - (bottom - 36) * max(
             0.0, math.log(rate / (bandwidth * low)) / math.log(peak / (bandwidth * low))
         )
 
@@ -315,7 +322,7 @@ def _roofline(t: TrainingAnswer) -> str:
     body = f'<path d="M{x_of(low):.1f} {y_of(bandwidth * low):.1f}L{x_of(ridge):.1f} {y_of(peak):.1f}H{x_of(high):.1f}" stroke="currentColor" stroke-width="2" fill="none"/>'
     body += _text(
         x_of(high),
-        y_of(peak) - 6,
+        y_of(peak) - 14,
         f"{peak / 1e12:,.0f} TFLOPS dense {t.ask.precision}",
         anchor="end",
         soft=True,

@@ -108,15 +108,19 @@ def number(row: Row, key: str) -> float | None:
     if not found:
         return None
     multiple = re.match(r"\s?([kKM])(?![a-zA-Z])", text[found.end() :])
-    return float(found.group().replace(",", "")) * (
+    value = float(found.group().replace(",", "")) * (
         {"k": 1e3, "m": 1e6}[multiple[1].lower()] if multiple else 1.0
     )
+    return value if abs(value) < LARGEST else None
+
+
+LARGEST = 1e18  # a cell beyond it holds no figure of a run
 
 
 def tokens(row: Row, key: str) -> float | None:
-    """A length in tokens: '8K' is 8,192; None when blank or not above 0."""
+    """A length in tokens: '8K' is 8,192; None when blank or below 1."""
     value = number(row, key)
-    if value is None or value <= 0:
+    if value is None or value < 1:
         return None
     return value * 1.024 if re.search(r"\d\s?[kK]\b", row.get(key) or "") else value
 
@@ -178,7 +182,6 @@ def shape_of(row: Row) -> Shape:
     dense = int(number(row, "dense_layers_first") or 0) if experts else layers
     if extra.get("moe_every", 1) == 2:
         dense = layers // 2
-    mla = extra.get("mla")
     local, window = _windows(row["model"], str(extra.get("note", "")), layers)
     return Shape(
         name=row["model"],
@@ -187,27 +190,19 @@ def shape_of(row: Row) -> Shape:
         heads=heads,
         kv_heads=whole(row, "kv_heads", heads),
         head_dim=whole(row, "head_dim", max(1, hidden // heads)),
-        ffn=int(number(row, "ffn_hidden") or (0 if experts else 4 * hidden)),
+        ffn=math.ceil(number(row, "ffn_hidden") or (0 if experts else 4 * hidden)),
         vocab=whole(row, "vocab", 1),
         gated=extra.get("ffn_matrices", 3) == 3,
         tied=bool(extra.get("tied_embeddings", False)),
-        latent=Latent(
-            q_lora=mla["q_lora"] or None,
-            kv_lora=mla["kv_lora"],
-            nope=mla["nope"],
-            rope=mla["rope"],
-            v=mla["v"],
-        )
-        if mla
-        else None,
+        latent=_latent_of(extra),
         experts=experts,
-        topk=int(number(row, "topk") or 0),
+        topk=min(experts, math.ceil(number(row, "topk") or 0)),
         moe_ffn=moe_ffn,
-        shared_ffn=int(extra.get("shared_ffn_total", 0)),
+        shared_ffn=_whole_of(extra, "shared_ffn_total"),
         dense_layers=min(dense, layers),
         mtp_layers=0
         if "w/o MTP" in row.get("notes", "") or row.get("vendor") == "Google"
-        else int(extra.get("mtp_layers", 0)),
+        else _whole_of(extra, "mtp_layers"),
         window=window,
         local_layers=local,
         node_limit=4
@@ -219,17 +214,32 @@ def shape_of(row: Row) -> Shape:
 
 
 def _expert_width(row: Row) -> int:
-    return int(number(row, "moe_ffn") or number(row, "ffn_hidden") or 0)
+    return math.ceil(number(row, "moe_ffn") or number(row, "ffn_hidden") or 0)
 
 
 def _extra(row: Row) -> dict[str, Any]:
+    """What `arch_json` adds to the columns; a cell that holds no object (a remark, a dash) adds nothing."""
     try:
         found = json.loads(row.get("arch_json") or "{}")
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"Row {row.get('id')}: arch_json is not JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise RecipeError(f"Row {row.get('id')}: arch_json must be an object.")
-    return found
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+LATENT_SIZES = ("kv_lora", "nope", "rope", "v")
+
+
+def _latent_of(extra: Mapping[str, Any]) -> Latent | None:
+    """Latent attention's sizes where `mla` names them all."""
+    mla = extra.get("mla")
+    if not isinstance(mla, dict) or not all(isinstance(mla.get(key), int) for key in LATENT_SIZES):
+        return None
+    return Latent(q_lora=mla.get("q_lora") or None, **{key: mla[key] for key in LATENT_SIZES})
+
+
+def _whole_of(extra: Mapping[str, Any], key: str) -> int:
+    value = extra.get(key)
+    return int(value) if isinstance(value, (int, float)) and 0 < value < LARGEST else 0
 
 
 def _windows(model: str, note: str, layers: int) -> tuple[int, int]:

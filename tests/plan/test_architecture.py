@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,34 @@ def test_a_hugging_face_config_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(raw))
     assert model_named(str(path)).parameters == pytest.approx(30.5e9, rel=0.01)  # Qwen3-30B-A3B
+
+
+@pytest.mark.parametrize(
+    ("raw", "total_b", "windowed", "dense"),
+    [
+        ({"model_type": "llama4", "text_config": {"hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 128, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "attention_chunk_size": 8192, "vocab_size": 202048}}, 400, 36, 24),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 1024, "sliding_window_pattern": 6, "vocab_size": 262208}}, 27, 52, 62),
+        ({"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128, "experts_per_token": 4, "sliding_window": 128, "vocab_size": 201088}, 117, 18, 0),
+        ({"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096, "vocab_size": 32000}, 7.24, 32, 32),
+        ({"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "sliding_window": 131072, "use_sliding_window": False, "vocab_size": 152064}, 7.6, 0, 28),
+        ({"model_type": "gpt2", "n_embd": 1600, "n_head": 25, "n_layer": 48, "vocab_size": 50257}, 1.56, 0, 48),
+    ],
+    ids=["llama4", "gemma3", "gpt-oss", "mistral", "qwen2", "gpt2"],
+)  # fmt: skip
+def test_families_spell_their_sizes_differently(
+    raw: dict[str, object], total_b: float, windowed: int, dense: int
+) -> None:
+    shape = from_hugging_face(raw, name="one")
+    assert shape.parameters / 1e9 == pytest.approx(total_b, rel=0.02)
+    assert (shape.local_layers, shape.dense_layers) == (windowed, dense)
+
+
+def test_an_index_that_looks_a_long_context_over_costs_more_than_what_it_selects() -> None:
+    sparse, dense = model_named("deepseek-v3.2"), model_named("deepseek-v3")
+    assert sparse.attention_flops(131072) < dense.attention_flops(131072) / 4
+    assert sparse.attention_flops(131072) > 2 * replace(sparse, index_width=0).attention_flops(
+        131072
+    )
 
 
 def test_a_config_without_sizes_says_what_is_missing() -> None:

@@ -62,6 +62,10 @@ def test_a_service_is_read() -> None:
         ("2048 x H800, 1T tokens, pue 9", "1.0 to 3.0"),
         ("2048 x H800, 1T tokens, colour blue", "not understood"),
         ("0 x H800, 1T tokens", "above 0"),
+        ("2048 x H800, 1T", "no unit"),
+        ("2048 x H800, 1T tokens, 1.2.3 USD/h", "not understood"),
+        ("2048 x H800, 1T tokens, 2 EUR/h", "in USD/h"),
+        (" , ", "does not start"),
     ],
 )
 def test_bad_trainings_are_refused_in_one_sentence(text: str, says: str) -> None:
@@ -76,6 +80,8 @@ def test_bad_trainings_are_refused_in_one_sentence(text: str, says: str) -> None
         ("H20, 0 ms", "above 0"),
         ("H2O, 50 ms", "not a chip"),
         ("H20, blue", "not understood"),
+        ("", "names no chip"),
+        ("H20, 1.2.3 ms", "not understood"),
     ],
 )
 def test_bad_services_are_refused(text: str, says: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bascule.plan.regress import Point, Process, Term
+from bascule.plan.regress import Point, Process, Term, distrusting
 
 
 def process(targets: list[float], noise: float = 0.1) -> Process:
@@ -48,3 +48,15 @@ def test_uncertain_constants_widen_what_leans_on_them() -> None:
     steep, flat = (Point({"kind": "a", "chip": "z"}, (0.0,), (slope,)) for slope in (1.0, 0.0))
     _, sd = whole.predict([steep, flat])
     assert sd[0] ** 2 - sd[1] ** 2 == pytest.approx(1.0)
+
+
+def test_a_run_that_misses_what_all_others_say_teaches_less() -> None:
+    alike = [
+        Point({"kind": "a", "chip": "x"}, (0.1 * n,), (0.0,), f"f{n}", f"n{n}") for n in range(8)
+    ]
+    targets = [0.3, 0.31, 0.29, 0.3, 2.5, 0.3, 0.31, 0.29]
+    odd = replace(process([0.3, 0.5, -0.2]), points=tuple(alike), targets=np.array(targets))
+    wiser = distrusting(odd)
+    assert wiser.points[4].noise > 3 * wiser.points[0].noise
+    new = Point({"kind": "a", "chip": "x"}, (0.45,), (0.0,))
+    assert abs(wiser.predict([new])[0][0] - 0.3) < abs(odd.predict([new])[0][0] - 0.3) / 2

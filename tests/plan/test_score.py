@@ -10,7 +10,8 @@ import pytest
 
 from bascule.errors import RecipeError
 from bascule.plan.catalogue import chip_like
-from bascule.plan.fit import DATA
+from bascule.plan.fit import DATA, fit_memory, memory_rows
+from bascule.plan.memory import GIB
 from bascule.plan.runs_table import job_of, read_rows
 from bascule.plan.score import (
     as_text,
@@ -149,6 +150,43 @@ def test_a_new_row_is_predicted_with_everything_known() -> None:
     row = {**next(row for row in ROWS if row["id"] == "nv-mb-034"), "id": "fresh"}
     (one,) = score_training([row])
     assert abs(one.error) < 0.25
+
+
+def test_columns_may_be_in_any_case_and_order_and_strange_cells_crash_nothing(
+    tmp_path: Path,
+) -> None:
+    rows = [row for row in ROWS if row["tier"] == "A"][:12]
+    odd = ("1e400", "nan", "-", "TP8", "0.0001", "8-16", "none stated", '{"mla": 3}', "\u00bd")
+    columns = ("seq_len", "hidden", "topk", "arch_json", "chips", "ffn_hidden", "tp", "vpp", "micro_batch", "moe_ffn", "recompute", "ep")  # fmt: skip
+    shifted = [
+        {**row, columns[i]: odd[(i + 3 * j) % len(odd)]}
+        for i, row in enumerate(rows)
+        for j in range(3)
+    ]
+    path = tmp_path / "odd.csv"
+    with path.open("w", newline="") as handle:
+        keys = sorted(shifted[0], reverse=True)
+        writer = csv.writer(handle)
+        writer.writerow([*(key.upper().replace("_", " ") for key in keys), "something else"])
+        writer.writerows([*(row[key] for key in keys), "x"] for row in shifted)
+    found = score_file(path)
+    assert found["kind"] == "train" and found["overall"]["n"] == len(shifted)
+    assert found["overall"]["coverage"] > 0.9
+    served = read_rows(DATA / "inference.csv")[:12]
+    columns = ("isl", "osl", "chips", "batch_or_concurrency", "slo_tpot_ms", "spec_decode", "precision", "kv_len", "deployment", "prefix_cache", "framework", "notes")  # fmt: skip
+    again = [{**row, columns[i]: odd[i % len(odd)]} for i, row in enumerate(served)]
+    assert all(math.isfinite(one.predicted) for one in score_serving(again))
+
+
+def test_memory_holds_where_a_family_is_left_out_and_nothing_is_falsely_said_to_fit() -> None:
+    printed = memory_rows(ROWS)
+    found = []
+    for family in {row["family"] for row in printed}:
+        known = fit_memory([row for row in printed if row["family"] != family])
+        found += score_memory([row for row in printed if row["family"] == family], known)
+    assert summarise(found).median_abs_error <= 0.05
+    room = {row["id"]: (job_of(row).chip.memory_gb or math.inf) * 1e9 / GIB for row in printed}
+    assert not [one for one in found if one.predicted <= room[one.name] < one.published]
 
 
 def test_a_wrong_kind_is_refused(tmp_path: Path) -> None:
