@@ -308,7 +308,8 @@ def product_ratio(
     if alpha != 1:
         expected = expected * alpha
     if addend is not None:
-        expected = expected + _times_vector(addend.to(dtype).expand(c.shape), probe)
+        added = addend.to(dtype).expand(c.shape)
+        expected = expected + _times_vector(added, probe)
     norm = torch.linalg.vector_norm(b, dim=(-2, -1)) * abs(alpha)
     half = output.dtype in (torch.float16, torch.bfloat16)
     output_norms = torch.linalg.vector_norm(c, dim=-1) if half else None
@@ -317,7 +318,9 @@ def product_ratio(
         rows, norm, a.shape[-1], c.shape[-1], output_norms, output.dtype
     )
     if addend is not None:
-        bound = bound + expected.abs() * (
+        # The addend's own rows, not the sum: where it nearly cancels the product (Muon's beta A + alpha A A), the sum is small
+        # and its rounding is not.
+        bound = bound + torch.linalg.vector_norm(added, dim=-1) * (
             numerics.tolerance(dtype).unit * math.sqrt(c.shape[-1]) * numerics.CHECKSUM_MARGIN
         )
     ratio = (_times_vector(c, probe) - expected).abs_().div_(bound)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bascule.guard.checksum import Checksums, parameter_names, product_ratio
+from bascule.guard.checksum import Checksums, _probe, parameter_names, product_ratio
 
 
 class Corrupt(TorchDispatchMode):
@@ -124,6 +124,23 @@ def test_batched_products_with_alpha_and_beta_are_checked() -> None:
     with Corrupt(0, lambda x: x[2, 3, 4:5].neg_()), Checksums() as mode:
         torch.bmm(a, b)
     assert len(mode.violations()) == 1
+
+
+def test_an_addend_larger_than_the_product_is_rounded_too() -> None:
+    """Regression: two strikes of 1.1 and 1.06 times the bound condemned a right chip whose last bits differ, inside Muon's
+    beta A + alpha A A. The addend's rounding was taken from the sum with the probe, which can be 0 for a row that is not."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (1e-3 * torch.randn(4, 64, 64, generator=generator) for _ in range(2))
+    addend = torch.randn(4, 64, 64, generator=generator, dtype=torch.float64)
+    probe = _probe(64, torch.float64, addend.device)
+    addend -= (addend @ probe).unsqueeze(-1) * probe / probe.square().sum()
+    addend = addend.float()
+    other_last_bits = (2 * torch.rand(4, 64, 64, generator=generator) - 1) * 2.0**-22
+    right = torch.baddbmm(addend, a, b) * (1 + other_last_bits)
+    assert product_ratio(a, b, right, addend) <= 0.5
+    wrong = right.clone()
+    wrong[2, 3, 4] *= 1.001
+    assert product_ratio(a, b, wrong, addend) > 1
 
 
 def test_rows_that_underflow_are_silent() -> None:
