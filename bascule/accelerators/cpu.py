@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,10 +84,15 @@ class _MallocInfo(ctypes.Structure):
     ]
 
 
-def _handed_out() -> int:
+@functools.cache
+def _mallinfo() -> Callable[[], _MallocInfo]:
     tell = ctypes.CDLL(None).mallinfo2
     tell.restype = _MallocInfo
-    info = tell()
+    return tell
+
+
+def _handed_out() -> int:
+    info = _mallinfo()()
     return int(info.uordblks + info.hblkhd)
 
 

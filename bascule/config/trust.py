@@ -53,12 +53,12 @@ class QualifyConfig(Section):
 class GuardConfig(Section):
     enabled: bool = True
     checksum_every_steps: int = Field(
-        48,
+        64,
         ge=1,
         description="check every matmul of every n-th step, forward and both backward products",
     )
     audit_every_steps: int = Field(
-        200, ge=1, description="replay one rotating layer of every n-th step on the referee"
+        256, ge=1, description="replay one rotating layer of every n-th step on the referee"
     )
     budget_percent: Annotated[float, Field(gt=0, le=100)] | Literal["full"] | None = Field(
         None,

@@ -334,6 +334,8 @@ def _times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     """matrix (..., m, k) times vector (..., k). No bmm here: a checked product must not check itself, nor count as one."""
     if matrix.dim() == 2:
         return torch.mv(matrix, vector)
+    if vector.dim() == 1 and matrix.is_contiguous():
+        return torch.mv(matrix.view(-1, matrix.shape[-1]), vector).view(matrix.shape[:-1])
     return (matrix * vector.unsqueeze(-2)).sum(-1)
 
 

@@ -37,6 +37,7 @@ class Observer:
         self.reach: Mapping[str, tuple[float, float]] = {}
         self._names: tuple[int, dict[int, str]] = (0, {})
         self._parameters: tuple[int, dict[str, nn.Parameter]] = (0, {})
+        self._words: tuple[list[int], list[Tensor]] = ([], [])
         self._step: Checksums | None = None
         self._score: Checksums | None = None
         self._commit: tuple[int, Checksums] | None = None
@@ -170,7 +171,15 @@ class Observer:
         return self._parameters[1]
 
     def _bits_of(self, model: nn.Module) -> Tensor:
-        return update.bit_sums(self._parameters_of(model).values())
+        parameters = self._parameters_of(model).values()
+        places = [p.data_ptr() for p in parameters]
+        if self._words[0] != places:
+            if not all(
+                p.is_contiguous() for p in parameters
+            ):  # words of such a one are a copy, and would never change
+                return update.bit_sums(parameters)
+            self._words = (places, [update.words(p) for p in parameters])
+        return update.word_sums(self._words[1])
 
     def _lengths_of(self, model: nn.Module) -> Tensor:
         return invariants.lengths(list(self._parameters_of(model).values()))

@@ -94,11 +94,16 @@ def check(expected: Expected, model: nn.Module) -> WrongUpdate | None:
 @torch.no_grad()
 def bit_sums(parameters: Iterable[Tensor]) -> Tensor:
     """One integer per parameter that changes when any bit of it flips: the sum of its words. On the chip, no wait, exact."""
-    return torch.stack([_words(p.detach().reshape(-1)).sum(dtype=torch.int64) for p in parameters])
+    return word_sums([words(p) for p in parameters])
 
 
-def _words(flat: Tensor) -> Tensor:
+def word_sums(views: Iterable[Tensor]) -> Tensor:
+    return torch.stack([view.sum(dtype=torch.int64) for view in views])
+
+
+def words(parameter: Tensor) -> Tensor:
     """The same bytes as integers: 8 at a time where they allow it, because sums of 64-bit words need no conversion."""
+    flat = parameter.detach().reshape(-1)
     size = flat.element_size()
     if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
         return flat.view(torch.int64)

@@ -134,13 +134,8 @@ def _fault(cell: dict[str, Any]) -> dict[str, Any]:
         drilled = Drilled(fault, fault, "chip", "", code)
         look(drilled, RunFolder(held))
         judge(drilled, open_profile(fault), campaign.in_process.weights_of(list(_clean(preset)[2])))
+        certified = _certified(held, records, states)
     right = _clean(preset)[0]
-    spoilt = {step for step, state in states.items() if step in right and state != right[step]}
-    certified = [
-        one.step
-        for one in records
-        if isinstance(one, SnapshotEvent) and one.state == "certified" and one.pool == "chip"
-    ]
     return {
         "fired_at": drilled.first_fired_step,
         "moved": moved,
@@ -151,7 +146,9 @@ def _fault(cell: dict[str, Any]) -> dict[str, Any]:
         "attributions": drilled.attributions,
         "condemned": drilled.condemned,
         "innocent": drilled.innocent_condemned,
-        "corrupt_certified": sorted(spoilt & set(certified)),
+        "corrupt_certified": sorted(
+            {step for step, state in certified if state != right.get(step)}
+        ),
         "exit_code": code,
         "weights_equal": drilled.weights_equal,
         "verdict": drilled.verdict,
@@ -257,6 +254,21 @@ class Nudged:
                 parameter.copy_(numerics.perturb_one_ulp(parameter, key))
         self._done = True
         return self._objective.new_optimizer(model)
+
+
+def _certified(
+    held: Path, records: list[Any], unguarded: dict[int, str]
+) -> list[tuple[int, str | None]]:
+    """(step, hash of the weights) of each snapshot that was certified on the chip. One that a rollback has since written anew is
+    gone: what the run without a guard had at that step stands for it."""
+    states = _states(held)
+    found = []
+    for one in records:
+        if isinstance(one, SnapshotEvent) and one.state == "certified" and one.pool == "chip":
+            path = checkpoint.path_of(held / "snapshots", one.step)
+            same = path.exists() and checkpoint.sha256(path) == one.sha256
+            found.append((one.step, (states if same else unguarded).get(one.step)))
+    return found
 
 
 def _states(folder: Path) -> dict[int, str]:

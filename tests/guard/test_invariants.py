@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bascule.guard.checksum import Checksums
 from bascule.guard.invariants import (
+    copied_ratio,
     lengths,
     log_softmax_backward_ratio,
     log_softmax_ratio,
@@ -112,13 +113,48 @@ def test_the_watched_step_sees_norm_and_softmax_and_names_the_norm() -> None:
     with watch:
         F.cross_entropy(F.rms_norm(x, (8,), weight, 1e-6), torch.arange(4)).backward()
     assert watch.violations() == [] and watch.products_seen == 0
-    assert [check.op for _, check in watch._laws] == [
+    computed = [check for _, check in watch._laws if check.op not in ("_to_copy", "clone", "copy_")]
+    assert [check.op for check in computed] == [
         "rms_norm",
         "_log_softmax",
         "_log_softmax_backward_data",
     ]
-    watch._laws[0][1].ratio.fill_(math.nan)
+    computed[0].ratio.fill_(math.nan)
     assert "rms_norm #0 of norm.weight (forward" in str(watch.violations()[0])
+
+
+def test_a_copy_that_does_not_arrive_is_seen_and_every_right_one_passes() -> None:
+    x = numbers(0, (6, 8), torch.float32)
+    x[1, 2], x[3, 4], x[5, 0] = math.nan, -math.inf, -0.0
+    watch = Checksums()
+    with watch:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64):
+            source = x.nan_to_num(0.0, 0.0, 0.0).to(dtype) if dtype == torch.int64 else x.to(dtype)
+            (
+                source.t().clone(),
+                source.t().contiguous(),
+                torch.cat([source, source[:2], source.new_empty(0)]),
+            )
+            torch.stack([source, source], 1), torch.empty(2, 6, 8, dtype=dtype).copy_(source)
+        torch.empty(0, 3).clone(), (x > 0).clone(), x.to(torch.complex128).clone()
+    assert watch.violations() == []
+    assert {check.op for _, check in watch._laws} >= {"clone", "_to_copy", "copy_", "cat"}
+
+    y = x.clone()
+    y[1, 2] = 0.0  # what was NaN is a number now
+    assert float(copied_ratio([x], y)) == math.inf
+    y = x.clone()
+    y[5, 0] = 0.0  # only the sign of a zero
+    assert float(copied_ratio([x], y)) == math.inf
+    y = torch.cat([x, x, x])
+    y[7] = y[8]
+    assert float(copied_ratio([x, x, x], y)) == math.inf
+    y = torch.stack([x, x], -1)
+    y[0, 0, 1] += 1
+    assert float(copied_ratio([x, x], y, -1, stacked=True)) == math.inf
+    y = x.bfloat16()
+    y[0, 0] *= 1.01
+    assert float(copied_ratio([x], y)) == math.inf
 
 
 def test_no_gradients_move_adamw_beyond_its_reach_and_the_worst_come_close() -> None:
