@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,17 @@ class MachineSpeed:
 
 @functools.cache
 def measure_cpu(budget_s: float = 0.15) -> MachineSpeed:
-    """Time two matrix sizes with numpy, best of several within the budget; cached for the process."""
-    return MachineSpeed(
-        warm_flops_per_s=_matmul_rate(512, 512, budget_s / 2),
-        cold_flops_per_s=_matmul_rate(256, 96, budget_s / 2),
-        memory_bytes=host_memory_bytes(),
-    )
+    """Time two matrix sizes with numpy, best of several within the budget; cached for the process.
+
+    One thread, which is what the planner's shares were taken on. Two threads wait for each other, and where something else
+    uses a core they wait for a time slice: a product of 60 microseconds then takes 10 ms, and a demo is priced at a day.
+    """
+    with threadpool_limits(limits=1, user_api="blas"):
+        return MachineSpeed(
+            warm_flops_per_s=_matmul_rate(512, 512, budget_s / 2),
+            cold_flops_per_s=_matmul_rate(256, 96, budget_s / 2),
+            memory_bytes=host_memory_bytes(),
+        )
 
 
 def _matmul_rate(rows: int, width: int, budget_s: float) -> float:
