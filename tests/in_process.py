@@ -16,10 +16,12 @@ from bascule.config.load import recipe_from
 from bascule.config.recipe import Recipe
 from bascule.errors import BasculeError
 from bascule.folder import RunFolder, write_json_atomic
+from bascule.guard.watchdog import Ending
 from bascule.ledger import Ledger, last
 from bascule.records import AnyRecord, Placement, RunFinished, RunStarted
-from bascule.stages import train, trainer
+from bascule.stages import trainer
 from bascule.stages.place import place_roles
+from bascule.stages.setback import Setbacks, Start
 from bascule.train.objective import Objective
 
 
@@ -34,35 +36,32 @@ class Trainer(trainer.Trainer):
         self.measure.if_due = lambda after, step: None  # type: ignore[method-assign]
 
 
-class Supervisor(train.Supervisor):
-    wrap: Callable[[Objective], Objective] = staticmethod(lambda objective: objective)
-
-    def launch(self, placement: Placement) -> train.Ending:
-        self.placement = placement
-        start, self.from_certified = "certified" if self.from_certified else "newest", False
-        made: Trainer | None = None
-        try:
-            made = Trainer(
-                self.folder,
-                placement.train,
-                self.ledger.attempt,
-                self.folder.root / "no-engine",
-                wrap=self.wrap,
-            )
-            made.run(start)
-        except (BasculeError, RuntimeError, MemoryError, OSError) as error:
-            on_chip = made is not None and made.accelerator.device.type != "cpu"
-            known = trainer.understood(error, on_chip=on_chip)
-            if known is None:
-                raise
-            incident = getattr(known, "incident_id", None)
-            return train.Ending(type(known).__name__, str(known), known.exit_code, incident)
-        finally:
-            if (
-                made is not None
-            ):  # as a process that ends does, and one that is killed at least must not go on writing
-                made.writer._thread.shutdown(wait=True, cancel_futures=sys.exc_info()[0] is not None)  # fmt: skip
-        return train.Ending(None, "finished", 0)
+def launch(
+    folder: RunFolder,
+    ledger: Ledger,
+    placement: Placement,
+    start: Start,
+    wrap: Callable[[Objective], Objective],
+) -> Ending:
+    made: Trainer | None = None
+    try:
+        made = Trainer(
+            folder, placement.train, ledger.attempt, folder.root / "no-engine", wrap=wrap
+        )
+        made.run(start)
+    except (BasculeError, RuntimeError, MemoryError, OSError) as error:
+        on_chip = made is not None and made.accelerator.device.type != "cpu"
+        known = trainer.understood(error, on_chip=on_chip)
+        if known is None:
+            raise
+        incident = getattr(known, "incident_id", None)
+        return Ending(type(known).__name__, str(known), known.exit_code, incident)
+    finally:
+        if (
+            made is not None
+        ):  # as a process that ends does, and one that is killed at least must not go on writing
+            made.writer._thread.shutdown(wait=True, cancel_futures=sys.exc_info()[0] is not None)  # fmt: skip
+    return Ending(None, "finished", 0)
 
 
 def recipe(accelerator: str, *, spare: str = "cpu", **settings: Any) -> Recipe:
@@ -99,12 +98,16 @@ def run(
         ledger.append(RunStarted(name=recipe.name, version="", machine=""))
     if last(ledger.read(), RunFinished):
         return 0, ledger.read()
-    supervisor = Supervisor(recipe, folder, ledger, lambda: False)
-    supervisor.wrap = wrap or supervisor.wrap
+    setbacks = Setbacks(recipe, folder, ledger, lambda: False)
+    laid = wrap or (lambda objective: objective)
     try:
-        supervisor.settle_unfinished()
-        while (ending := supervisor.launch(place_roles(recipe, ledger))).error is not None:
-            supervisor.react(ending)
+        start = setbacks.settle_unfinished()
+        while True:
+            placement = place_roles(recipe, ledger)
+            ending = launch(folder, ledger, placement, start, laid)
+            if ending.error is None:
+                break
+            start = setbacks.react(placement, ending)
     except BasculeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code, ledger.read()

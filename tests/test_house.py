@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bascule"
 TORCH_FREE = [
-    "bascule.cli", "bascule.stages.run", "bascule.stages.train", "bascule.stages.place", "bascule.stages.plan", "bascule.stages.qualify",
+    "bascule.cli", "bascule.stages.run", "bascule.stages.train", "bascule.stages.launch", "bascule.stages.setback", "bascule.stages.place", "bascule.stages.plan", "bascule.stages.qualify",
     "bascule.stages.report", "bascule.place.placement", "bascule.fallback.policy", "bascule.qualify.judge", "bascule.guard.watchdog",
     "bascule.model.count", "bascule.report.page", "bascule.plan.options", "bascule.ledger", "bascule.config.load", "bascule.records",
 ]  # fmt: skip

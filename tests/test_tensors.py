@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bascule.stages.train import ENDING_FILE
+from bascule.stages.launch import ENDING_FILE
 from bascule.tensors import save_tensors
 
 # The size limit of the process stands for the full disk: the system refuses the write in the same place.

@@ -162,12 +162,13 @@ ATTRIBUTIONS: dict[str, Attribution] = {
 @dataclass(frozen=True)
 class Ending:
     """Why a worker ended. `error` is the class name of the error it named, "Hang" where it was ended for its silence, "Death"
-    where it left no word, "OwnFault" for a traceback, None where it finished."""
+    where it left no word, "OwnFault" for a traceback, None where it finished. `stacks`: where a silent one stood."""
 
     error: str | None
     message: str
     exit_code: int
     incident_id: str | None = None
+    stacks: str = ""
 
     @property
     def attribution(self) -> Attribution:

@@ -1,4 +1,4 @@
-"""The training worker: one chip, one loop. Joins train, guard, place and fallback; started by stages/train through stages/child.
+"""The training worker: one chip, one loop. Joins train, guard, place and fallback; started by stages/launch through stages/child.
 
 It leaves with an exit code and, for every error it understands, an ending file that says why in typed words. What it cannot
 understand goes up as a traceback into its log and ends the process with code 1.
@@ -47,10 +47,10 @@ from bascule.records import (
     StepStats,
 )
 from bascule.stages.course import Course, course
+from bascule.stages.launch import ENDING_FILE, STACKS_FILE
 from bascule.stages.measure import Measure
 from bascule.stages.phases import objectives
 from bascule.stages.rollouts import Rollouts
-from bascule.stages.train import ENDING_FILE, STACKS_FILE
 from bascule.train import checkpoint, loop
 from bascule.train.advice import signs
 from bascule.train.grpo import Grpo

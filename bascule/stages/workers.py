@@ -12,6 +12,8 @@ from pathlib import Path
 from bascule.config.environment import whole_environment
 from bascule.guard.watchdog import Health, Watchdog
 
+POLL_S = 0.1  # how often the supervisor looks
+
 
 @dataclass
 class Worker:

@@ -20,7 +20,7 @@ from bascule.errors import (
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
 from bascule.records import Incident, Migration, PoolCondemned, SnapshotEvent, StepStats, Verdict
-from bascule.stages.train import Supervisor
+from bascule.stages.setback import Setbacks
 from bascule.stages.trainer import understood
 from bascule.train import checkpoint
 
@@ -93,7 +93,7 @@ def unsettled(root: Path, **incident: object) -> tuple[RunFolder, Ledger]:
 
 
 def settle(folder: RunFolder, ledger: Ledger, made: Recipe | None = None) -> list[Migration]:
-    Supervisor(made or recipe(), folder, ledger, lambda: True).settle_unfinished()
+    Setbacks(made or recipe(), folder, ledger, lambda: True).settle_unfinished()
     return of_kind(ledger.read(), Migration)
 
 
