@@ -266,6 +266,8 @@ class Guard:
             loads=[] if loads is None else loads.tolist(),
             metrics=proposal.metrics,
             memory_bytes=None if memory is None else float(memory),
+            own_seconds=max(0.0, proposal.seconds - self._observer.withheld_s),
+            watched=self._observer.watched,
         )
 
     def _audit(self, proposal: StepProposal) -> list[Cry]:

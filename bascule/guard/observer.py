@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bascule.guard import audit, invariants, update
+from bascule.guard import audit, host, invariants, update
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 
 
@@ -43,6 +43,7 @@ class Observer:
         self._commit: tuple[int, Checksums] | None = None
         self._bits: tuple[int, Tensor] | None = None
         self._moved: tuple[int, Tensor, Tensor] | None = None
+        self.withheld_s = 0.0
 
     # ---- looking
 
@@ -67,7 +68,9 @@ class Observer:
             if products:
                 self._step = Checksums(names=self._names_of(model))
                 stack.enter_context(self._step)  # type: ignore[arg-type]
+            before = host.withheld_s()
             yield
+            self.withheld_s = host.withheld_s() - before
 
     @contextmanager
     def commit(self, step: int, model: nn.Module, *, products: bool) -> Iterator[None]:
@@ -98,7 +101,13 @@ class Observer:
 
     @property
     def slowed(self) -> bool:
-        return self._step is not None or self.capture is not None
+        return bool(self.watched)
+
+    @property
+    def watched(self) -> str:
+        """What the guard did in the last step beside letting it run; steps of one kind take one time."""
+        kinds = (("products", self._step), ("a part", self.capture))
+        return " and ".join(word for word, mode in kinds if mode is not None)
 
     def violations(self) -> list[Violation]:
         """Of the step's own products."""
