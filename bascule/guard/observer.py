@@ -7,7 +7,8 @@ the guard's to say (guard/guard).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +29,26 @@ class Break:
     bound: float = 1.0
 
 
+class Kept:
+    """The bits of tensors that nobody may write to until the next commit. Holds the tensors, so that a new phase's optimizer cannot
+    come to lie where the old one's was and be taken for it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], before: Kept | None) -> None:
+        self._names, self._tensors = list(tensors), list(tensors.values())
+        same = before is not None and before._are(self._tensors)
+        self._words = before._words if before and same else [update.words(t) for t in self._tensors]
+        self._bits = update.word_sums(self._words) if self._words else None
+
+    def rotten(self, now: Mapping[str, Tensor]) -> str | None:
+        """The tensor whose bits changed, or None; also where these are other tensors by now."""
+        if self._bits is None or not self._are(list(now.values())):
+            return None
+        return update.changed(self._bits, update.word_sums(self._words), self._names)
+
+    def _are(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+
+
 class Observer:
     """Of one model on one chip. A step's looks are dropped when the next step begins."""
 
@@ -42,6 +63,8 @@ class Observer:
         self._score: Checksums | None = None
         self._commit: tuple[int, Checksums] | None = None
         self._bits: tuple[int, Tensor] | None = None
+        self.kept: Callable[[], Mapping[str, Tensor]] = dict
+        self._kept: tuple[int, Kept] | None = None
         self._moved: tuple[int, Tensor, Tensor] | None = None
         self.withheld_s = 0.0
 
@@ -86,6 +109,7 @@ class Observer:
             with mode:
                 yield
         self._bits = (step + 1, self._bits_of(model))
+        self._kept = (step + 1, Kept(self.kept(), self._kept and self._kept[1]))
         self._moved = (step, before, self._lengths_of(model))
 
     def accepted(self) -> None:
@@ -161,7 +185,11 @@ class Observer:
     def _rotten(self, step: int, model: nn.Module) -> list[Break]:
         if self._bits is None or self._bits[0] != step:
             return []
-        rotten = update.changed(self._bits[1], self._bits_of(model), model)
+        rotten = update.changed(
+            self._bits[1], self._bits_of(model), list(self._parameters_of(model))
+        )
+        if rotten is None and self._kept is not None and self._kept[0] == step:
+            rotten = self._kept[1].rotten(self.kept())
         if rotten is None:
             return []
         detail = f"the bits of {rotten} changed while nobody wrote to it"
