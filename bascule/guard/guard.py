@@ -26,7 +26,7 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, budget, sentinels, update
+from bascule.guard import audit, budget, drift, sentinels, update
 from bascule.guard.budget import Intervals, Measured
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
@@ -99,7 +99,10 @@ class Guard:
         self._measured = Measured()
         self._settled = full or None not in (config.checksum_every_steps, config.audit_every_steps)
         self._watch = Watch.begin(
-            sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token)
+            (
+                *sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token),
+                *drift.standard(),
+            )
         )
         self._recent: deque[Any] = deque(maxlen=REMEMBERED_BATCHES)
         self.book = Casebook(
