@@ -59,7 +59,7 @@ class GuardConfig(Section):
     checksum_every_steps: int | None = Field(
         None,
         ge=1,
-        description="check every matmul of every n-th step, forward and both backward products; unset: as the budget allows, every 64th until its prices are known",
+        description="check every matmul of every n-th step, forward and both backward products; unset: as the budget allows, every 128th until its prices are known",
     )
     audit_every_steps: int | None = Field(
         None,

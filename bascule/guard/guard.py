@@ -141,6 +141,11 @@ class Guard:
     def audits(self, step: int) -> bool:
         return step % self.every.audit == 0
 
+    @property
+    def watched(self) -> str:
+        """What was looked at in the last step beside what always is: products, a part, both, or an empty string."""
+        return self._observer.watched
+
     def watch(self, step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
         """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update; with
         phase `score`, around a forward whose result becomes data."""

@@ -36,7 +36,9 @@ class Kept:
     def __init__(self, tensors: Mapping[str, Tensor], before: Kept | None) -> None:
         self._names, self._tensors = list(tensors), list(tensors.values())
         same = before is not None and before._are(self._tensors)
-        self._words = before._words if before and same else [update.words(t) for t in self._tensors]
+        self._words: list[Tensor] = (
+            before._words if before and same else [update.words(t) for t in self._tensors]
+        )
         self._bits = update.word_sums(self._words) if self._words else None
 
     def rotten(self, now: Mapping[str, Tensor]) -> str | None:

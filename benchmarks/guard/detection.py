@@ -3,7 +3,7 @@
     python benchmarks/guard/detection.py [--seeds 5] [--mix 60] [--preset tick] [--out out/detection.jsonl] [--groups mix,...] [--only REGEX]
 
 Whole supervised runs in one process (real trainer, guard, supervisor, policy; no engine): 24 steps of SFT on the real task,
-snapshots every 8 steps, checks at the recipes' defaults (checksums every 64th step, audits every 256th), the fault from a random
+snapshots every 8 steps, checks at the defaults (products every 128th step, audits every 256th), the fault from a random
 step on. Each faulty run is also made without a guard, and held against the clean run and against runs whose first weights were
 moved by one unit in the last place: a fault is consequential when it moves the final weights further than the furthest of those.
 A certified state is corrupt when it lies further from the clean run's than theirs do at that step; one that differs by less is
@@ -53,7 +53,7 @@ from bascule.stages.faults import families
 from bascule.train import checkpoint
 from bascule.train.objective import Objective
 
-STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 64
+STEPS, EVERY, LAST_ONSET = 24, 8, 14
 MIX = {"zeroed": 0.51, "bit_flip": 0.48, "nan": 0.01}
 RATES, STRIDES = (0.002, 0.02, 0.1), (61, 499)
 GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot", "processes")
@@ -220,7 +220,7 @@ def _recipe(accelerator: str, preset: str, guard: dict[str, Any]) -> Any:
     return campaign.in_process.recipe(
         accelerator, model={"preset": preset}, sft={"steps": STEPS},
         train={"snapshot_every_steps": EVERY, "keep_snapshots": 100},
-        guard={"checksum_every_steps": CHECKED_EVERY, "audit_every_steps": 256, "rule_out_rate": 0.001, **guard},
+        guard={"rule_out_rate": 0.001, **guard},
     )  # fmt: skip
 
 

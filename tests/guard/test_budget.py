@@ -30,9 +30,9 @@ def test_the_intervals_cost_no_more_than_the_budget_and_no_shorter_ones_would(
     every = intervals(percent, seen)
     assert 0.4 / every.checksum + 0.7 / every.audit <= percent / 100 + 1e-9
     if every.checksum > 1:
-        assert 0.4 / (every.checksum - 1) > 0.6 * percent / 100
+        assert 0.4 / (every.checksum - 1) >= 0.4 * percent / 100 - 1e-9
     if every.audit > 1:
-        assert 0.7 / (every.audit - 1) > 0.4 * percent / 100
+        assert 0.7 / (every.audit - 1) >= 0.2 * percent / 100 - 1e-9
 
 
 def test_detection_within_the_stated_steps_holds_in_simulation() -> None:
@@ -58,7 +58,7 @@ def test_the_guard_measures_and_then_keeps_to_its_budget(
 ) -> None:
     monkeypatch.setattr(budget, "FIRST", Intervals(4, 6))
     rig = guarded.rig(tmp_path, config=GuardConfig(budget_percent=5.0))
-    rig.run(14, every=50)
+    rig.run(17, every=50)
     told = of_kind(rig.ledger.read(), Coverage)
     assert [one.checksum_every for one in told] == [4, rig.guard.every.checksum]
     assert rig.guard.every.audit > 6 and rig.guard.every.checksum >= 1
@@ -71,10 +71,10 @@ def test_a_budget_is_the_default_and_an_interval_that_is_set_holds(
     assert GuardConfig().budget_percent == 1.0
     monkeypatch.setattr(budget, "FIRST", Intervals(4, 6))
     rig = guarded.rig(tmp_path / "one", config=GuardConfig(checksum_every_steps=3))
-    rig.run(14, every=50)
+    rig.run(17, every=50)
     assert rig.guard.every.checksum == 3 and rig.guard.every.audit > 6
     both = guarded.rig(tmp_path / "both", config=GuardConfig(checksum_every_steps=3, audit_every_steps=5))  # fmt: skip
-    both.run(14, every=50)
+    both.run(6, every=50)
     assert both.guard.every == Intervals(3, 5)
 
 
