@@ -7,7 +7,8 @@ snapshots every 8 steps, checks at the defaults (products every 128th step, audi
 step on. Each faulty run is also made without a guard, and held against the clean run and against runs whose first weights were
 moved by one unit in the last place: a fault is consequential when it moves the final weights further than the furthest of those.
 A certified state is corrupt when it lies further from the clean run's than theirs do at that step; one that differs by less is
-listed as a trace.
+listed as a trace. A fault in the last bits acts at every step, so its states are also held against runs whose weights move by one unit
+in the last place before each step: what lies within that response is told apart.
 
     mix        the realistic mix in 0.2 to 10 % of the products, to the end of the run: of a hundred runs 51 lose values to 0, 48 have
                several bits of a value flipped, one meets NaN
@@ -237,13 +238,16 @@ def _clean(preset: str) -> tuple[dict[int, str], Path, tuple[Any, ...]]:
 
 
 @cache
-def _nudged(preset: str) -> dict[int, float]:
-    """Snapshot step -> how far weights have gone by then when the first ones were moved by one unit in the last place."""
+def _nudged(preset: str, always: bool = False) -> dict[int, float]:
+    """Snapshot step -> how far weights have gone by then when the first ones were moved by one unit in the last place; `always`: and
+    again before each step."""
     furthest: dict[int, float] = {}
     for number in range(NUDGES):
         with tempfile.TemporaryDirectory() as room:
             recipe = _recipe("cpu", preset, {"enabled": False})
-            campaign.in_process.run(recipe, Path(room), lambda one, n=number: Nudged(one, n))
+            campaign.in_process.run(
+                recipe, Path(room), lambda one, n=number: Nudged(one, n, always)
+            )
             for step in _states(Path(room)):
                 moved = _distance(Path(room), preset, step)
                 assert moved is not None
@@ -252,22 +256,32 @@ def _nudged(preset: str) -> dict[int, float]:
 
 
 class Nudged:
-    """The first weights moved by one unit in the last place, once, when the optimizer is made."""
+    """The first weights moved by one unit in the last place, when the optimizer is made; `always`: and before each step."""
 
-    def __init__(self, objective: Objective, seed: int) -> None:
-        self._objective, self._seed, self._done = objective, seed, False
+    def __init__(self, objective: Objective, seed: int, always: bool) -> None:
+        self._objective, self._seed, self._always = objective, seed, always
+        self._model: nn.Module | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    @torch.no_grad()
     def new_optimizer(self, model: nn.Module) -> Any:
-        if not self._done:
-            for number, parameter in enumerate(model.parameters()):
-                key = draws.key(self._seed, "campaign.nudge", number)
-                parameter.copy_(numerics.perturb_one_ulp(parameter, key))
-        self._done = True
+        if self._model is None:
+            self._model = model
+            self._nudge(0)
         return self._objective.new_optimizer(model)
+
+    def next_batch(self, step: int) -> Any:
+        if self._always:
+            self._nudge(step)
+        return self._objective.next_batch(step)
+
+    @torch.no_grad()
+    def _nudge(self, step: int) -> None:
+        assert self._model is not None
+        for number, parameter in enumerate(self._model.parameters()):
+            key = draws.key(self._seed, "campaign.nudge", number, step)
+            parameter.copy_(numerics.perturb_one_ulp(parameter, key))
 
 
 def _differing(
@@ -315,6 +329,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
 # ---- the answer
 
 
+def _beyond(one: dict[str, Any]) -> bool:
+    moved = _nudged(one["cell"]["preset"], always=True)
+    return any(
+        away is None or away > moved[int(step)] for step, away in one["traces_certified"].items()
+    )
+
+
 def report(results: list[dict[str, Any]]) -> None:
     for group in GROUPS:
         rows = [one for one in results if one["cell"]["group"] == group]
@@ -334,6 +355,8 @@ def report(results: list[dict[str, Any]]) -> None:
             print(f"  called by a right name, of those seen       {campaign.said(len(named), sum(one['seen'] for one in heavy))}")  # fmt: skip
         print(f"  runs in which a corrupt state was certified {sum(bool(one['corrupt_certified']) for one in rows)}; innocent pools condemned {sum(bool(one['innocent']) for one in rows)}")  # fmt: skip
         print(f"  inconsequential, yet seen                   {sum(one['seen'] for one in fired if not one['consequential'])} of {len(fired) - len(heavy)}")  # fmt: skip
+        beyond = sum(_beyond(one) for one in rows if one.get("traces_certified"))
+        print(f"  of these, beyond the response to one ulp before each step   {beyond}")
         traces = sum(bool(set(map(int, one.get("traces_certified", {}))) - set(one["corrupt_certified"])) for one in rows)  # fmt: skip
         print(f"  runs in which a state with a lesser trace was certified (within one ulp's response)  {traces}")  # fmt: skip
         finished = [one for one in fired if one["exit_code"] == 0]
