@@ -52,17 +52,19 @@ class QualifyConfig(Section):
 
 class GuardConfig(Section):
     enabled: bool = True
-    checksum_every_steps: int = Field(
-        64,
-        ge=1,
-        description="check every matmul of every n-th step, forward and both backward products",
+    budget_percent: Annotated[float, Field(gt=0, le=100)] | Literal["full"] = Field(
+        1.0,
+        description="share of the step time for checksums and audits; their intervals follow from costs measured in the run. 'full': every step. An interval set below holds whatever the budget says",
     )
-    audit_every_steps: int = Field(
-        256, ge=1, description="replay one rotating layer of every n-th step on the referee"
-    )
-    budget_percent: Annotated[float, Field(gt=0, le=100)] | Literal["full"] | None = Field(
+    checksum_every_steps: int | None = Field(
         None,
-        description="share of the step time for checksums and audits; their intervals follow from costs measured in the run. 'full': every step; unset: the intervals above",
+        ge=1,
+        description="check every matmul of every n-th step, forward and both backward products; unset: as the budget allows, every 128th until its prices are known",
+    )
+    audit_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="replay one rotating layer of every n-th step on the referee; unset: as the budget allows, every 256th until its prices are known",
     )
     certify_sequences: int = Field(
         8,

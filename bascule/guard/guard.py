@@ -26,7 +26,7 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, budget, sentinels, update
+from bascule.guard import audit, budget, drift, sentinels, update
 from bascule.guard.budget import Intervals, Measured
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
@@ -95,15 +95,14 @@ class Guard:
         self.snapshots = snapshots
         self.floor = NoiseFloor(referee)
         full = config.budget_percent == "full"
-        self.every = (
-            Intervals(1, 1)
-            if full
-            else Intervals(config.checksum_every_steps, config.audit_every_steps)
-        )
+        self.every = Intervals(1, 1) if full else self._asked(budget.FIRST)
         self._measured = Measured()
-        self._settled = not isinstance(config.budget_percent, float)
+        self._settled = full or None not in (config.checksum_every_steps, config.audit_every_steps)
         self._watch = Watch.begin(
-            sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token)
+            (
+                *sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token),
+                *drift.standard(),
+            )
         )
         self._recent: deque[Any] = deque(maxlen=REMEMBERED_BATCHES)
         self.book = Casebook(
@@ -142,6 +141,11 @@ class Guard:
     def audits(self, step: int) -> bool:
         return step % self.every.audit == 0
 
+    @property
+    def watched(self) -> str:
+        """What was looked at in the last step beside what always is: products, a part, both, or an empty string."""
+        return self._observer.watched
+
     def watch(self, step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
         """Entered around a step's forward and backward inside the chip's session; with phase `commit`, around its update; with
         phase `score`, around a forward whose result becomes data."""
@@ -165,7 +169,7 @@ class Guard:
             return True
         if proposal.step in self.court.refused:
             return False
-        if not self._judged and self._settled:
+        if not self._judged:
             self._parts = self._parts or audit.parts(stepper.model)
             self.book.coverage(
                 proposal.step, self.every, len(self._parts), self.config.rule_out_rate
@@ -176,6 +180,7 @@ class Guard:
         for cry in cries:
             self.book.alarm(proposal.step, cry)
         products = self._observer.products()
+        self._observer.kept = stepper.kept
         spoilt = [
             self.book.suspect(one.step, one.sentinel, one.measured, one.detail, one.bound)
             for one in self._observer.breaks(proposal.step, stepper.model)
@@ -228,6 +233,16 @@ class Guard:
         if told is not None or proposal.step >= max(self._earlier):
             self._earlier = {}
 
+    def _asked(self, affordable: Intervals) -> Intervals:
+        """An interval that the recipe sets holds; the budget decides the others."""
+        return Intervals(
+            self.config.checksum_every_steps or affordable.checksum,
+            self.config.audit_every_steps or affordable.audit,
+        )
+
+    def _own_seconds(self, proposal: StepProposal) -> float:
+        return max(0.0, proposal.seconds - self._observer.withheld_s)
+
     def _time_counts(self) -> bool:
         """Does this step's time say anything about the chip? Not when it was watched (slower by design), and not on a host
         that runs more processes than it has cores."""
@@ -239,15 +254,16 @@ class Guard:
         """Learn what watching costs here; with a budget, settle the intervals once all prices are known."""
         if self._settled:
             return
+        seconds = self._own_seconds(proposal)
         if self._observer.capture is not None:
             self._measured = self._measured.audited(audit_s)
         elif self._observer.checked:
-            self._measured = self._measured.checked(proposal.seconds)
+            self._measured = self._measured.checked(seconds)
         else:
-            self._measured = self._measured.plain(proposal.seconds)
+            self._measured = self._measured.plain(seconds)
         if self._measured.complete:
             assert isinstance(self.config.budget_percent, float)
-            self.every = budget.intervals(self.config.budget_percent, self._measured)
+            self.every = self._asked(budget.intervals(self.config.budget_percent, self._measured))
             self._settled = True
             self.book.coverage(
                 proposal.step, self.every, len(self._parts), self.config.rule_out_rate
@@ -266,6 +282,8 @@ class Guard:
             loads=[] if loads is None else loads.tolist(),
             metrics=proposal.metrics,
             memory_bytes=None if memory is None else float(memory),
+            own_seconds=self._own_seconds(proposal),
+            watched=self._observer.watched,
         )
 
     def _audit(self, proposal: StepProposal) -> list[Cry]:

@@ -7,13 +7,14 @@ the guard's to say (guard/guard).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bascule.guard import audit, invariants, update
+from bascule.guard import audit, host, invariants, update
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 
 
@@ -26,6 +27,28 @@ class Break:
     measured: float
     detail: str
     bound: float = 1.0
+
+
+class Kept:
+    """The bits of tensors that nobody may write to until the next commit. Holds the tensors, so that a new phase's optimizer cannot
+    come to lie where the old one's was and be taken for it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], before: Kept | None) -> None:
+        self._names, self._tensors = list(tensors), list(tensors.values())
+        same = before is not None and before._are(self._tensors)
+        self._words: list[Tensor] = (
+            before._words if before and same else [update.words(t) for t in self._tensors]
+        )
+        self._bits = update.word_sums(self._words) if self._words else None
+
+    def rotten(self, now: Mapping[str, Tensor]) -> str | None:
+        """The tensor whose bits changed, or None; also where these are other tensors by now."""
+        if self._bits is None or not self._are(list(now.values())):
+            return None
+        return update.changed(self._bits, update.word_sums(self._words), self._names)
+
+    def _are(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
 
 
 class Observer:
@@ -42,7 +65,10 @@ class Observer:
         self._score: Checksums | None = None
         self._commit: tuple[int, Checksums] | None = None
         self._bits: tuple[int, Tensor] | None = None
+        self.kept: Callable[[], Mapping[str, Tensor]] = dict
+        self._kept: tuple[int, Kept] | None = None
         self._moved: tuple[int, Tensor, Tensor] | None = None
+        self.withheld_s = 0.0
 
     # ---- looking
 
@@ -67,7 +93,9 @@ class Observer:
             if products:
                 self._step = Checksums(names=self._names_of(model))
                 stack.enter_context(self._step)  # type: ignore[arg-type]
+            before = host.withheld_s()
             yield
+            self.withheld_s = host.withheld_s() - before
 
     @contextmanager
     def commit(self, step: int, model: nn.Module, *, products: bool) -> Iterator[None]:
@@ -83,6 +111,7 @@ class Observer:
             with mode:
                 yield
         self._bits = (step + 1, self._bits_of(model))
+        self._kept = (step + 1, Kept(self.kept(), self._kept and self._kept[1]))
         self._moved = (step, before, self._lengths_of(model))
 
     def accepted(self) -> None:
@@ -98,7 +127,13 @@ class Observer:
 
     @property
     def slowed(self) -> bool:
-        return self._step is not None or self.capture is not None
+        return bool(self.watched)
+
+    @property
+    def watched(self) -> str:
+        """What the guard did in the last step beside letting it run; steps of one kind take one time."""
+        kinds = (("products", self._step), ("a part", self.capture))
+        return " and ".join(word for word, mode in kinds if mode is not None)
 
     def violations(self) -> list[Violation]:
         """Of the step's own products."""
@@ -152,7 +187,11 @@ class Observer:
     def _rotten(self, step: int, model: nn.Module) -> list[Break]:
         if self._bits is None or self._bits[0] != step:
             return []
-        rotten = update.changed(self._bits[1], self._bits_of(model), model)
+        rotten = update.changed(
+            self._bits[1], self._bits_of(model), list(self._parameters_of(model))
+        )
+        if rotten is None and self._kept is not None and self._kept[0] == step:
+            rotten = self._kept[1].rotten(self.kept())
         if rotten is None:
             return []
         detail = f"the bits of {rotten} changed while nobody wrote to it"

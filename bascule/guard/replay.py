@@ -80,7 +80,7 @@ class StepProposal(Protocol):
 class Recomputer(Protocol):
     """What the guard asks of train's Stepper: the same weights, any batch, any chip, nothing changed. `rehearse` gives the
     weights by name that committing a proposal would leave, worked out on the given chip; `reach` how far it can move each at most
-    (2-norm, share of the parameter's own length)."""
+    (2-norm, share of the parameter's own length); `kept` the live tensors beside the parameters that only a commit changes."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -96,6 +96,8 @@ class Recomputer(Protocol):
     def rehearse(self, proposal: Any, accelerator: Accelerator) -> Mapping[str, Tensor]: ...
 
     def reach(self, proposal: Any) -> Mapping[str, tuple[float, float]]: ...
+
+    def kept(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)

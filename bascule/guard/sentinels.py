@@ -19,7 +19,9 @@ WARM_UP = 16
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step shows. `loads`: tokens per expert, one row per MoE layer. `seconds` is the time of forward and backward."""
+    """What a step shows. `loads`: tokens per expert, one row per MoE layer. `seconds` is the time of forward and backward;
+    `own_seconds` the same without what the host's scheduler gave to others, and `watched` says what the guard did meanwhile: only
+    steps that were watched alike are compared by time."""
 
     step: int
     phase: str
@@ -30,6 +32,8 @@ class Seen:
     loads: Sequence[Sequence[float]] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: float | None = None
+    own_seconds: float = 0.0
+    watched: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Spike:
 class StepTime:
     """Seconds per token far above the past for many steps in a row: a straggler, a throttled chip, work on the host.
 
-    A warning, not a suspicion: slow is not wrong. One slow step is nothing (garbage collection, a busy machine).
+    A warning, not a suspicion: slow is not wrong. One slow step is nothing here; a long one is `Stall`'s.
     """
 
     name = "step time"
@@ -175,6 +179,45 @@ class StepTime:
         return (history.then(seen.phase, pace), 0), Cry(
             self.name, pace / usual, self.factor, detail, suspect=False
         )
+
+
+class Stall:
+    """One step that took far longer than steps like it: the chip, a link or a disk held it up. Told once, never a suspicion, so
+    it condemns nobody; steps that stay slow are `StepTime`'s.
+
+    Time in which the thread was ready and the host ran other work does not count: on a loaded machine steps of ten times the usual
+    length are everyday. Nor does an excess under `least_s` (garbage collection, a page that comes from the disk), or one within the
+    spread of the steps before.
+    """
+
+    name = "stall"
+    warm_up = 6
+    sigma = 12.0
+
+    def __init__(self, *, factor: float = 3.0, least_s: float = 0.5) -> None:
+        self.factor = factor
+        self.least_s = least_s
+
+    def start(self) -> dict[str, History]:
+        return {}
+
+    def fold(self, state: dict[str, History], seen: Seen) -> tuple[dict[str, History], Cry | None]:
+        if seen.tokens <= 0 or seen.own_seconds <= 0:
+            return state, None
+        history = state.get(seen.watched, History())
+        known = history.values if history.phase == seen.phase else ()
+        then = {**state, seen.watched: history.then(seen.phase, seen.own_seconds / seen.tokens)}
+        if len(known) < self.warm_up:
+            return then, None
+        usual = median(known) * seen.tokens
+        spread = 1.4826 * median([abs(pace * seen.tokens - usual) for pace in known])
+        if seen.own_seconds <= max(self.factor * usual, usual + max(self.least_s, self.sigma * spread)):  # fmt: skip
+            return then, None
+        detail = (
+            f"one step took {seen.own_seconds:.2f} s where such steps take {usual:.2f} s, without what the host's scheduler withheld: "
+            "the chip, its link or its disk held it up"
+        )
+        return then, Cry(self.name, seen.own_seconds / usual, self.factor, detail, suspect=False)
 
 
 class ExpertCollapse:
@@ -244,6 +287,7 @@ def standard(spike_sigma: float, *, experts_per_token: int = 1) -> tuple[Sentine
         Spike("loss spike", "loss", spike_sigma, least_spread=0.05, least_factor=2.0),
         Spike("gradient spike", "grad_norm", spike_sigma, least_spread=0.1, least_factor=20.0),
         StepTime(),
+        Stall(),
         ExpertCollapse(experts_per_token=experts_per_token),
         MemoryTrend(),
     )

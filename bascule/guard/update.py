@@ -12,7 +12,7 @@ step that would build on it commits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +110,9 @@ def words(parameter: Tensor) -> Tensor:
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
 
 
-def changed(before: Tensor, now: Tensor, model: nn.Module) -> str | None:
-    """The first parameter whose bits are not those of `before` any more, though nothing should have written to it."""
-    if torch.equal(before, now):
-        return None
-    return [name for name, _ in model.named_parameters()][int(before.ne(now).nonzero()[0])]
+def changed(before: Tensor, now: Tensor, names: Sequence[str]) -> str | None:
+    """The first tensor whose bits are not those of `before` any more, though nothing should have written to it."""
+    return None if torch.equal(before, now) else names[int(before.ne(now).nonzero()[0])]
 
 
 def _rounding(expected: Expected, name: str) -> float:

@@ -175,6 +175,14 @@ class SplitOptimizer:
             found[name] = (rate * most * math.sqrt(p.numel()), rate * decay)
         return found
 
+    def moments(self) -> dict[str, Tensor]:
+        """The live tensors that only `step` writes to; matrices of one shape go together, under the first one's name."""
+        found = {f"momentum/{stack.names[0]}": stack.momentum_NRC for stack in self._stacks}
+        for name in self._first:
+            found[f"first/{name}"] = self._first[name]
+            found[f"second/{name}"] = self._second[name]
+        return found
+
     def state_dict(self) -> StateDict:
         """`steps_taken`, and by parameter name `momentum/…` (Muon) or `first/…` and `second/…` (AdamW); tensors are copies."""
         state: StateDict = {"steps_taken": self.steps_taken}

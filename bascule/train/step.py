@@ -92,6 +92,7 @@ class Stepper:
         self.objective: Objective | None = None
         self.optimizer: SplitOptimizer | None = None
         self._replicas: dict[str, Transformer] = {}
+        self._buffers: dict[str, Tensor] | None = None
 
     def begin(self, objective: Objective) -> None:
         """Start a phase with a fresh optimizer."""
@@ -142,6 +143,13 @@ class Stepper:
         """How far `commit` can move each parameter at most, whatever the gradients (optimizer.reach)."""
         objective, optimizer = self._phase(proposal.phase)
         return optimizer.reach(objective.learning_rate(proposal.step)[0])
+
+    def kept(self) -> dict[str, Tensor]:
+        """What only `commit` writes to, beside the parameters: the live moments of the optimizer, and the router biases."""
+        if self._buffers is None:
+            persistent = self.model.state_dict(keep_vars=True)
+            self._buffers = {n: b for n, b in self.model.named_buffers() if n in persistent}
+        return {**self._buffers, **(self.optimizer.moments() if self.optimizer else {})}
 
     def rehearse(self, proposal: Proposal, accelerator: Accelerator) -> StateDict:
         """The weights and router biases that `commit` would leave, worked out on a copy on another chip. Changes nothing.

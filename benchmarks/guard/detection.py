@@ -1,11 +1,14 @@
 """Of faults that matter, how many are seen before a snapshot is certified, and are they called by their right name?
 
-    python benchmarks/guard/detection.py [--seeds 5] [--mix 60] [--preset tick] [--out out/detection.jsonl] [--groups mix,...]
+    python benchmarks/guard/detection.py [--seeds 5] [--mix 60] [--preset tick] [--out out/detection.jsonl] [--groups mix,...] [--only REGEX]
 
 Whole supervised runs in one process (real trainer, guard, supervisor, policy; no engine): 24 steps of SFT on the real task,
-snapshots every 8 steps, checks at the recipes' defaults (checksums every 64th step, audits every 200th, every snapshot
-certified), the fault from a random step on. Each faulty run is also made without a guard, and held against the clean run and
-one from weights moved by one unit in the last place: a fault is consequential when it moves the final weights further than that.
+snapshots every 8 steps, checks at the defaults (products every 128th step, audits every 256th), the fault from a random
+step on. Each faulty run is also made without a guard, and held against the clean run and against runs whose first weights were
+moved by one unit in the last place: a fault is consequential when it moves the final weights further than the furthest of those.
+A certified state is corrupt when it lies further from the clean run's than theirs do at that step; one that differs by less is
+listed as a trace. A fault in the last bits acts at every step, so its states are also held against runs whose weights move by one unit
+in the last place before each step: what lies within that response is told apart.
 
     mix        the realistic mix in 0.2 to 10 % of the products, to the end of the run: of a hundred runs 51 lose values to 0, 48 have
                several bits of a value flipped, one meets NaN
@@ -22,6 +25,8 @@ A straggler and a leak are only seen on chips that report memory and on an idle 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -49,12 +54,14 @@ from bascule.stages.faults import families
 from bascule.train import checkpoint
 from bascule.train.objective import Objective
 
-STEPS, EVERY, LAST_ONSET, CHECKED_EVERY = 24, 8, 14, 48
+STEPS, EVERY, LAST_ONSET = 24, 8, 14
 MIX = {"zeroed": 0.51, "bit_flip": 0.48, "nan": 0.01}
 RATES, STRIDES = (0.002, 0.02, 0.1), (61, 499)
 GROUPS = ("mix", "mix full", "one-off", "one-off full", "catalogue", "snapshot", "processes")
 ELSEWHERE = {"collective", "storage", "timing"}
 PROCESSES = {"process_death", "hang"}
+NUDGES = 4
+"""Runs from weights moved by one ulp, each in other directions: the response is the furthest of them."""
 
 
 def main() -> None:
@@ -66,13 +73,14 @@ def main() -> None:
     parser.add_argument("--preset", default="tick")
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--out", type=Path, default=Path("out/detection.jsonl"))
+    parser.add_argument("--only", default="", help="cells whose fault matches this pattern")
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = options.groups.split(",")
     cells = [
         {"preset": options.preset, **cell}
         for cell in _cells(options.seeds, options.mix)
-        if cell["group"] in wanted
+        if cell["group"] in wanted and re.search(options.only, cell["fault"])
     ]
     report(campaign.carry_out(cells, options.out, one_cell))
 
@@ -130,16 +138,15 @@ def _fault(cell: dict[str, Any]) -> dict[str, Any]:
         free, held = Path(room) / "free", Path(room) / "held"
         campaign.in_process.run(_recipe(f"sim:{fault}@cpu", preset, {"enabled": False}), free)
         code, records = campaign.in_process.run(_recipe(f"sim:{fault}@cpu", preset, full), held)
-        moved, states = _distance(free, preset), _states(free)
+        moved = _distance(free, preset, STEPS)
         drilled = Drilled(fault, fault, "chip", "", code)
         look(drilled, RunFolder(held))
         judge(drilled, open_profile(fault), campaign.in_process.weights_of(list(_clean(preset)[2])))
-        certified = _certified(held, records, states)
-    right = _clean(preset)[0]
+        differ = _differing(held, free, records, preset)
     return {
         "fired_at": drilled.first_fired_step,
         "moved": moved,
-        "consequential": moved is None or moved > _nudged(preset),
+        "consequential": moved is None or moved > _nudged(preset)[STEPS],
         "seen": bool(drilled.attributions or drilled.condemned),
         "by": drilled.seen[0].by if drilled.seen else None,
         "seen_at": drilled.seen[0].step if drilled.seen else None,
@@ -147,8 +154,11 @@ def _fault(cell: dict[str, Any]) -> dict[str, Any]:
         "condemned": drilled.condemned,
         "innocent": drilled.innocent_condemned,
         "corrupt_certified": sorted(
-            {step for step, state in certified if state != right.get(step)}
+            step
+            for step, away in differ.items()
+            if not (math.inf if away is None else away) <= _nudged(preset)[step]
         ),
+        "traces_certified": differ,
         "exit_code": code,
         "weights_equal": drilled.weights_equal,
         "verdict": drilled.verdict,
@@ -211,7 +221,7 @@ def _recipe(accelerator: str, preset: str, guard: dict[str, Any]) -> Any:
     return campaign.in_process.recipe(
         accelerator, model={"preset": preset}, sft={"steps": STEPS},
         train={"snapshot_every_steps": EVERY, "keep_snapshots": 100},
-        guard={"checksum_every_steps": CHECKED_EVERY, "audit_every_steps": 200, "rule_out_rate": 0.001, **guard},
+        guard={"rule_out_rate": 0.001, **guard},
     )  # fmt: skip
 
 
@@ -228,46 +238,66 @@ def _clean(preset: str) -> tuple[dict[int, str], Path, tuple[Any, ...]]:
 
 
 @cache
-def _nudged(preset: str) -> float:
-    """How far final weights go when the first weights move by one unit in the last place."""
-    with tempfile.TemporaryDirectory() as room:
-        campaign.in_process.run(_recipe("cpu", preset, {"enabled": False}), Path(room), Nudged)
-        moved = _distance(Path(room), preset)
-    assert moved is not None
-    return moved
+def _nudged(preset: str, always: bool = False) -> dict[int, float]:
+    """Snapshot step -> how far weights have gone by then when the first ones were moved by one unit in the last place; `always`: and
+    again before each step."""
+    furthest: dict[int, float] = {}
+    for number in range(NUDGES):
+        with tempfile.TemporaryDirectory() as room:
+            recipe = _recipe("cpu", preset, {"enabled": False})
+            campaign.in_process.run(
+                recipe, Path(room), lambda one, n=number: Nudged(one, n, always)
+            )
+            for step in _states(Path(room)):
+                moved = _distance(Path(room), preset, step)
+                assert moved is not None
+                furthest[step] = max(moved, furthest.get(step, 0.0))
+    return furthest
 
 
 class Nudged:
-    """The first weights moved by one unit in the last place, once, when the optimizer is made."""
+    """The first weights moved by one unit in the last place, when the optimizer is made; `always`: and before each step."""
 
-    def __init__(self, objective: Objective) -> None:
-        self._objective, self._done = objective, False
+    def __init__(self, objective: Objective, seed: int, always: bool) -> None:
+        self._objective, self._seed, self._always = objective, seed, always
+        self._model: nn.Module | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    @torch.no_grad()
     def new_optimizer(self, model: nn.Module) -> Any:
-        if not self._done:
-            for number, parameter in enumerate(model.parameters()):
-                key = draws.key(0, "campaign.nudge", number)
-                parameter.copy_(numerics.perturb_one_ulp(parameter, key))
-        self._done = True
+        if self._model is None:
+            self._model = model
+            self._nudge(0)
         return self._objective.new_optimizer(model)
 
+    def next_batch(self, step: int) -> Any:
+        if self._always:
+            self._nudge(step)
+        return self._objective.next_batch(step)
 
-def _certified(
-    held: Path, records: list[Any], unguarded: dict[int, str]
-) -> list[tuple[int, str | None]]:
-    """(step, hash of the weights) of each snapshot that was certified on the chip. One that a rollback has since written anew is
-    gone: what the run without a guard had at that step stands for it."""
-    states = _states(held)
-    found = []
+    @torch.no_grad()
+    def _nudge(self, step: int) -> None:
+        assert self._model is not None
+        for number, parameter in enumerate(self._model.parameters()):
+            key = draws.key(self._seed, "campaign.nudge", number, step)
+            parameter.copy_(numerics.perturb_one_ulp(parameter, key))
+
+
+def _differing(
+    held: Path, unguarded: Path, records: list[Any], preset: str
+) -> dict[int, float | None]:
+    """Step -> distance from the clean run's weights, of each snapshot certified on the chip whose bits are not the clean run's. One
+    that a rollback has since written anew is gone: what the run without a guard had at that step stands for it."""
+    states, clean = {held: _states(held), unguarded: _states(unguarded)}, _clean(preset)[0]
+    found: dict[int, float | None] = {}
     for one in records:
         if isinstance(one, SnapshotEvent) and one.state == "certified" and one.pool == "chip":
             path = checkpoint.path_of(held / "snapshots", one.step)
             same = path.exists() and checkpoint.sha256(path) == one.sha256
-            found.append((one.step, (states if same else unguarded).get(one.step)))
+            root = held if same else unguarded
+            if states[root].get(one.step) != clean.get(one.step):
+                found[one.step] = _distance(root, preset, one.step)
     return found
 
 
@@ -278,12 +308,12 @@ def _states(folder: Path) -> dict[int, str]:
     }
 
 
-def _distance(folder: Path, preset: str) -> float | None:
-    """||final weights - clean ones|| / ||clean ones||; None when there is no finite final state."""
-    path = checkpoint.path_of(folder / "snapshots", STEPS)
+def _distance(folder: Path, preset: str, step: int) -> float | None:
+    """||weights after `step` - clean ones|| / ||clean ones||; None when there is no finite such state."""
+    path = checkpoint.path_of(folder / "snapshots", step)
     if not path.exists():
         return None
-    clean = _weights(checkpoint.path_of(_clean(preset)[1] / "snapshots", STEPS))
+    clean = _weights(checkpoint.path_of(_clean(preset)[1] / "snapshots", step))
     found = _weights(path)
     away = sum(
         float((found[name].double() - clean[name].double()).square().sum()) for name in clean
@@ -297,6 +327,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 # ---- the answer
+
+
+def _beyond(one: dict[str, Any]) -> bool:
+    moved = _nudged(one["cell"]["preset"], always=True)
+    return any(
+        away is None or away > moved[int(step)] for step, away in one["traces_certified"].items()
+    )
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -318,13 +355,17 @@ def report(results: list[dict[str, Any]]) -> None:
             print(f"  called by a right name, of those seen       {campaign.said(len(named), sum(one['seen'] for one in heavy))}")  # fmt: skip
         print(f"  runs in which a corrupt state was certified {sum(bool(one['corrupt_certified']) for one in rows)}; innocent pools condemned {sum(bool(one['innocent']) for one in rows)}")  # fmt: skip
         print(f"  inconsequential, yet seen                   {sum(one['seen'] for one in fired if not one['consequential'])} of {len(fired) - len(heavy)}")  # fmt: skip
+        beyond = sum(_beyond(one) for one in rows if one.get("traces_certified"))
+        print(f"  of these, beyond the response to one ulp before each step   {beyond}")
+        traces = sum(bool(set(map(int, one.get("traces_certified", {}))) - set(one["corrupt_certified"])) for one in rows)  # fmt: skip
+        print(f"  runs in which a state with a lesser trace was certified (within one ulp's response)  {traces}")  # fmt: skip
         finished = [one for one in fired if one["exit_code"] == 0]
         equal = sum(bool(one["weights_equal"]) for one in finished)
         print(f"  final weights equal the clean run's         {equal} of {len(finished)} that finished")  # fmt: skip
         for one in rows:
             good = one in seen or (one in fired and not one["consequential"]) or one not in fired
             if not good or one["corrupt_certified"] or one["innocent"]:
-                print(f"    {one['cell']['fault']}: {one['verdict']}; seen by {one['by']} at {one['seen_at']}, fired at {one.get('fired_at')}, moved {one.get('moved')}, corrupt certified {one['corrupt_certified']}")  # fmt: skip
+                print(f"    {one['cell']['fault']}: {one['verdict']}; seen by {one['by']} at {one['seen_at']}, fired at {one.get('fired_at')}, moved {one.get('moved')}, corrupt certified {one['corrupt_certified']}, traces {one.get('traces_certified')}")  # fmt: skip
 
 
 if __name__ == "__main__":

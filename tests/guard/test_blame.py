@@ -167,3 +167,86 @@ def test_a_rank_that_died_first_is_named_and_not_those_that_fell_in_its_wake(
         (tmp_path / f"rank_{number}.json").write_text(json.dumps(gloo(4)))
     assert blame.blame(tmp_path).guilty_ranks == (2, 3)
     assert blame.blame(tmp_path, died_first=3).guilty_ranks == (3,)
+
+
+def test_ranks_without_a_status_table_are_not_taken_for_stopped(tmp_path: Path) -> None:
+    """Old dumps have none: a rank whose first entry is number 10 had finished 9."""
+    dumps = {number: waiting() for number in range(WORLD)}
+    dumps[2] = dump(9, [entry(10)], 10)
+    del dumps[2]["pg_status"]
+    assert judged(tmp_path, dumps).guilty_ranks == ()
+
+
+def test_a_root_that_ran_ahead_with_broadcasts_accuses_nobody(tmp_path: Path) -> None:
+    ahead = [entry(number, name="x:broadcast") for number in range(10, 15)]
+    root = dump(14, [entry(15)], 15)
+    held = dump(9, [*ahead, entry(15)], 15)
+    assert judged(tmp_path, {0: root, 1: held, 2: held, 3: held}).guilty_ranks == ()
+
+
+def test_two_groups_of_one_purpose_and_the_same_ranks_are_not_mixed(tmp_path: Path) -> None:
+    """Device meshes call them all `undefined`."""
+
+    def twice(second: int) -> dict[str, Any]:
+        made = dump(100, [], 100)
+        everyone = str(list(range(WORLD)))
+        made["pg_config"] = {
+            name: {"name": name, "desc": "undefined", "ranks": everyone} for name in ("0", "1")
+        }
+        made["pg_status"]["1"] = {"last_enqueued_collective": second, "last_completed_collective": 5}  # fmt: skip
+        return made
+
+    found = judged(tmp_path, {0: twice(6), 1: twice(6), 2: twice(5), 3: twice(6)})
+    assert found.guilty_ranks == (2,) and "(2)" in found.evidence[0]
+
+
+def test_another_type_of_number_is_another_operation(tmp_path: Path) -> None:
+    def reducing(kind: str) -> dict[str, Any]:
+        return dump(9, [entry(10) | {"input_sizes": [[8, 8]], "input_dtypes": [kind]}], 10)
+
+    dumps = {number: reducing("Float" if number == 1 else "BFloat16") for number in range(WORLD)}
+    found = judged(tmp_path, dumps)
+    assert found.guilty_ranks == (1,) and "64 Float" in found.evidence[0]
+
+
+def test_batches_of_collectives_under_one_number_are_not_compared(tmp_path: Path) -> None:
+    """The ring of rank 3 has forgotten the first of three coalesced gathers."""
+    batch = [
+        entry(10, name="x:_all_gather_base") | {"input_sizes": [[size]]} for size in (4, 8, 16)
+    ]
+    dumps = {number: dump(9, batch, 10) for number in range(3)}
+    dumps[3] = dump(9, batch[1:], 10)
+    assert judged(tmp_path, dumps).guilty_ranks == ()
+
+
+def test_messages_in_the_group_of_all_ranks_leave_its_collectives_comparable(
+    tmp_path: Path,
+) -> None:
+    """Its status counts messages too; the entries of its collectives do not."""
+    message = entry(3, name="x:recv 1<-0", p2p=True) | {"state": "completed"}
+    dumps = {number: waiting() for number in range(WORLD)}
+    for number in (0, 1):
+        dumps[number]["entries"].insert(0, message)
+        dumps[number]["pg_status"]["0"]["last_enqueued_collective"] = 400
+        dumps[number]["pg_status"]["0"]["last_completed_collective"] = 390
+    assert judged(tmp_path, dumps).guilty_ranks == ()
+    dumps[3] = dump(9, [])
+    assert judged(tmp_path, dumps).guilty_ranks == (3,)
+
+
+def test_a_folder_with_a_few_of_many_dumps_names_none_of_the_rest(tmp_path: Path) -> None:
+    found = judged(tmp_path, {0: waiting()})
+    assert found.guilty_ranks == ()
+
+
+def test_one_that_left_a_collective_out_and_went_on_is_named(tmp_path: Path) -> None:
+    def standing(number: int, group: str) -> dict[str, Any]:
+        made = dump(9, [entry(number, name="x:all_to_all", group=group)], 9)
+        everyone = str(list(range(WORLD)))
+        made["pg_config"]["1"] = {"name": "1", "desc": "group 1", "ranks": everyone}
+        return made
+
+    dumps = {number: standing(10, "0") for number in range(WORLD)}
+    dumps[2] = standing(5, "1")
+    found = judged(tmp_path, dumps)
+    assert found.guilty_ranks == (2,) and "left out" in found.reason

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bascule.config.trust import GuardConfig
+from bascule.guard import budget
 from bascule.guard.budget import (
     Intervals,
     Measured,
@@ -21,17 +22,17 @@ from bascule.ledger import of_kind
 from bascule.records import Coverage
 
 
-@pytest.mark.parametrize("budget", [0.1, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("percent", [0.1, 1.0, 5.0, 100.0])
 def test_the_intervals_cost_no_more_than_the_budget_and_no_shorter_ones_would(
-    budget: float,
+    percent: float,
 ) -> None:
     seen = Measured(plain_s=(1.0,) * 5, checked_s=(1.4,), audit_s=(0.7,))
-    every = intervals(budget, seen)
-    assert 0.4 / every.checksum + 0.7 / every.audit <= budget / 100 + 1e-9
+    every = intervals(percent, seen)
+    assert 0.4 / every.checksum + 0.7 / every.audit <= percent / 100 + 1e-9
     if every.checksum > 1:
-        assert 0.4 / (every.checksum - 1) > 0.6 * budget / 100
+        assert 0.4 / (every.checksum - 1) >= 0.4 * percent / 100 - 1e-9
     if every.audit > 1:
-        assert 0.7 / (every.audit - 1) > 0.4 * budget / 100
+        assert 0.7 / (every.audit - 1) >= 0.2 * percent / 100 - 1e-9
 
 
 def test_detection_within_the_stated_steps_holds_in_simulation() -> None:
@@ -53,17 +54,28 @@ def test_the_words_say_the_numbers() -> None:
 
 
 def test_the_guard_measures_and_then_keeps_to_its_budget(
-    tmp_path: Path, guarded: ModuleType
+    tmp_path: Path, guarded: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = guarded.rig(
-        tmp_path,
-        config=GuardConfig(budget_percent=5.0, checksum_every_steps=4, audit_every_steps=6),
-    )
-    rig.run(14, every=50)
+    monkeypatch.setattr(budget, "FIRST", Intervals(4, 6))
+    rig = guarded.rig(tmp_path, config=GuardConfig(budget_percent=5.0))
+    rig.run(17, every=50)
     told = of_kind(rig.ledger.read(), Coverage)
-    assert len(told) == 1
+    assert [one.checksum_every for one in told] == [4, rig.guard.every.checksum]
     assert rig.guard.every.audit > 6 and rig.guard.every.checksum >= 1
     assert rig.alarms == []
+
+
+def test_a_budget_is_the_default_and_an_interval_that_is_set_holds(
+    tmp_path: Path, guarded: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert GuardConfig().budget_percent == 1.0
+    monkeypatch.setattr(budget, "FIRST", Intervals(4, 6))
+    rig = guarded.rig(tmp_path / "one", config=GuardConfig(checksum_every_steps=3))
+    rig.run(17, every=50)
+    assert rig.guard.every.checksum == 3 and rig.guard.every.audit > 6
+    both = guarded.rig(tmp_path / "both", config=GuardConfig(checksum_every_steps=3, audit_every_steps=5))  # fmt: skip
+    both.run(6, every=50)
+    assert both.guard.every == Intervals(3, 5)
 
 
 def test_full_checks_and_audits_every_step(tmp_path: Path, guarded: ModuleType) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bascule.guard.sentinels import Cry, Seen, Spike, Watch, standard
+from bascule.guard.sentinels import Cry, Seen, Spike, Stall, Watch, standard
 
 
 def seen(step: int, loss: float = 1.0, grad_norm: float = 0.5, **more: object) -> Seen:
@@ -141,3 +141,31 @@ def test_a_gradient_ten_times_the_usual_is_no_spike() -> None:
     usual = quiet[-1].grad_norm
     assert cries([*quiet, seen(301, loss=quiet[-1].loss, grad_norm=10 * usual)]) == []
     assert cries([*quiet, seen(301, loss=quiet[-1].loss, grad_norm=1000 * usual)]) != []
+
+
+def timed(step: int, own_s: float, tokens: int = 1000, **more: object) -> Seen:
+    return seen(step, seconds=0.0, tokens=tokens, own_seconds=own_s, **more)
+
+
+def test_one_stalled_step_is_a_warning_told_once() -> None:
+    watch, found = Watch.begin((Stall(),)), []
+    for number in range(40):
+        watch, heard = watch.fold(timed(number, 1.4 if number == 20 else 0.1))
+        found += [(number, cry) for cry in heard]
+    assert [(step, cry.suspect) for step, cry in found] == [(20, False)]
+    assert "1.40 s where such steps take 0.10 s" in found[0][1].detail
+
+
+def test_a_stall_is_judged_by_steps_that_were_watched_alike_and_by_their_tokens() -> None:
+    every_8th = [
+        timed(n, 1.0, watched="products") if n % 8 == 0 else timed(n, 0.1) for n in range(64)
+    ]
+    assert cries(every_8th) == []
+    assert cries([timed(n, 1.0, 10_000) if n == 30 else timed(n, 0.1) for n in range(40)]) == []
+
+
+def test_short_delays_first_steps_and_an_unquiet_past_are_no_stall() -> None:
+    assert cries([timed(n, 0.3 if n == 20 else 0.01) for n in range(40)]) == []
+    assert cries([timed(n, 3.0 if n == 0 else 0.1) for n in range(40)]) == []
+    restless = [timed(n, (0.1, 0.4, 0.9)[n % 3]) for n in range(40)]
+    assert cries([*restless, timed(40, 2.0)]) == []
