@@ -34,10 +34,10 @@ static inline float exp_(float x) {
 
 typedef int32_t bits __attribute__((vector_size(32), aligned(4), may_alias));
 
+// For x up to 88: shares of a softmax, whose scores have their largest taken off.
 static inline lanes exp_(lanes x) {
   const lanes zero = {};
   const bits alive = !(x < -87.0f);
-  x = x > 88.0f ? zero + 88.0f : x;
   x = x < -87.0f ? zero - 87.0f : x;
   const lanes shifted = x * 1.44269504088896341f + 12582912.0f;
   const lanes n = shifted - 12582912.0f;
@@ -347,8 +347,33 @@ static void product(const float *a, long am, long ak, const float *b, long ldb, 
   if (n) columns<8, 1>(a, am, ak, b, ldb, c, ldc, m, k, add);
 }
 
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+
+// Eight by eight in registers: pairs, then pairs of pairs, then halves.
+static inline void transpose_square(const float *x, long sx, float *y, long ldy) {
+  lanes a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = *(const lanes *)(x + i * sx);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = PICK(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = PICK(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = PICK(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] = PICK(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    *(lanes *)(y + i * ldy) = PICK(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *(lanes *)(y + (i + 4) * ldy) = PICK(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// n a multiple of WIDTH.
 static void transpose(const float *x, long sx, float *y, long ldy, long rows, long n) {
-  for (long r = 0; r < rows; r++)
+  long r = 0;
+  for (; r + WIDTH <= rows; r += WIDTH)
+    for (long i = 0; i < n; i += WIDTH) transpose_square(x + r * sx + i, sx, y + i * ldy + r, ldy);
+  for (; r < rows; r++)
     for (long i = 0; i < n; i++) y[i * ldy + r] = x[r * sx + i];
 }
 
@@ -359,7 +384,9 @@ static inline long padded(long x) { return (x + WIDTH - 1) / WIDTH * WIDTH; }
 // The first `mine` scores of a row stay; the others of its last lanes become -inf and those after them, up to `seen`, 0. Where the lanes end.
 static inline long hide(float *row, long mine, long seen) {
   const long end = padded(mine);
-  for (long j = mine; j < end; j++) row[j] = -INFINITY;
+  const bits place = {0, 1, 2, 3, 4, 5, 6, 7};
+  lanes *last = (lanes *)(row + end - WIDTH);
+  *last = place < (int32_t)(mine - end + WIDTH) ? *last : lanes{} - INFINITY;
   for (long j = end; j < seen; j++) row[j] = 0;
   return end;
 }

@@ -316,11 +316,12 @@ def _attention_backward(
 
 @_operator(
     "adamw_(Tensor(a!) p, Tensor(b!) first, Tensor(c!) second, Tensor grad, float grad_scale, float beta1, float beta2, "
-    "float keep, float rate, float correction, float eps) -> ()"
+    "float keep, float rate, float correction, float eps) -> Tensor(a!)"
 )
-def _adamw_(p: Tensor, first: Tensor, second: Tensor, grad: Tensor, *numbers: float) -> None:
+def _adamw_(p: Tensor, first: Tensor, second: Tensor, grad: Tensor, *numbers: float) -> Tensor:
     """p = keep p - rate first / (sqrt(correction second) + eps), moments updated with grad_scale grad before."""
     _run("adamw", p, first, second, grad.contiguous(), p.numel(), *numbers)
+    return p
 
 
 def _within(indices: Tensor, end: int) -> None:
