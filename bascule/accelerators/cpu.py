@@ -41,6 +41,10 @@ class CpuAccelerator(Accelerator):
             base=None,
         )
 
+    def prepare(self, threads: int) -> None:
+        super().prepare(threads)
+        _keep_freed_pages()
+
     def synchronize(self) -> None:
         """Nothing to wait for: CPU kernels have finished when they return."""
 
@@ -82,6 +86,19 @@ class _MallocInfo(ctypes.Structure):
             "keepcost",
         ]
     ]
+
+
+_TRIM, _MAP = -1, -3  # mallopt's numbers
+KEPT_BYTES = 2**28
+
+
+def _keep_freed_pages() -> None:
+    """Ask the C library (glibc) to keep what a step frees for the next one. As it comes it hands blocks of some megabytes back to
+    the system and has every page cleared again: 2,000 page faults, a twentieth of a step of `nano`."""
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tell is not None:
+        tell(_MAP, 2**25)  # glibc's own upper bound
+        tell(_TRIM, KEPT_BYTES)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ GROUPS: dict[str, frozenset[str]] = {
     ),
     "softmax": frozenset({"_softmax", "softmax", "_safe_softmax"}),
     "attention": frozenset(
-        {"scaled_dot_product_attention", "_scaled_dot_product_attention_math"}
+        {"attention", "scaled_dot_product_attention", "_scaled_dot_product_attention_math"}
         | {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"}
         | {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"}
     ),
@@ -40,6 +40,17 @@ GROUPS: dict[str, frozenset[str]] = {
     "all_reduce": frozenset(
         {"allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_coalesced"}
     ),
+}
+
+
+# A fused operator (model/kernels.py) does the work of these: what a chip gets wrong in the piece, it gets wrong in the whole.
+PIECES: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("rms_norm", "add_rms_norm"), frozenset({"pow", "mean", "rsqrt"})),
+    **dict.fromkeys(("swiglu", "swiglu_halves"), frozenset({"silu", "silu_"})),
+    **dict.fromkeys(("swiglu_backward", "swiglu_halves_backward"), frozenset({"silu_backward"})),
+    "token_logprobs": frozenset({"_log_softmax"}),
+    "token_logprobs_backward": frozenset({"_log_softmax_backward_data"}),
+    "adamw_": frozenset({"addcdiv_"}),
 }
 
 
@@ -95,8 +106,10 @@ class Fault:
 
     def matches(self, op: str) -> bool:
         """Is `op`, an aten or c10d name without overload, among the operators that this fault strikes?"""
+        pieces = PIECES.get(op, frozenset())
         return any(
-            wanted in ("any", op) or op in GROUPS.get(wanted, ()) for wanted in self.spec.ops
+            wanted in ("any", op) or wanted in pieces or op in GROUPS.get(wanted, ())
+            for wanted in self.spec.ops
         )
 
     def may_act(self, work: WorkLike) -> bool:

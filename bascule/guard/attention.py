@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bascule import numerics
+from bascule.model import kernels  # noqa: F401  (registers our own operators)
 
 aten = torch.ops.aten
 
@@ -44,9 +45,13 @@ def _table() -> dict[Any, Fused]:
     for name, (forward_at, backward_at) in names.items():
         table[getattr(aten, name).default] = Fused(False, forward_at)
         table[getattr(aten, f"{name}_backward").default] = Fused(True, backward_at)
+    ours = torch.ops.bascule
+    table[ours.attention.default] = Fused(False, _NO_DROPOUT)
+    table[ours.attention_backward.default] = Fused(True, _NO_DROPOUT)
     return table
 
 
+_NO_DROPOUT = 99
 FUSED = _table()
 
 

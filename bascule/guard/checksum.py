@@ -28,9 +28,9 @@ from bascule import draws, numerics
 from bascule.guard.attention import FUSED, attention_ratio
 from bascule.guard.invariants import LAWS, rms_norm_ratio
 
-aten = torch.ops.aten
+aten, ours = torch.ops.aten, torch.ops.bascule
 
-_OTHER, _LAW = (-1, -1, None), (-2, -2, None)
+_OTHER, _LAW, _NORM = (-1, -1, None), (-2, -2, None), (-3, -3, None)
 
 # What each operator multiplies: positions of A and B among the arguments, and of the added term, if any. One table with the
 # fused operators (None): a step dispatches some 1,500 operators, and each look-up hashes one in Python.
@@ -41,6 +41,7 @@ _CHECKED: dict[Any, tuple[int, int, int | None] | None] = {
     aten.baddbmm.default: (1, 2, 0),
     **dict.fromkeys(FUSED),
     **dict.fromkeys(LAWS, _LAW),
+    **dict.fromkeys((ours.rms_norm.default, ours.add_rms_norm.default), _NORM),
 }
 
 
@@ -126,7 +127,12 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
         if places is _OTHER:
             return output
         if places is _LAW:
-            self._obey(func.overloadpacket.__name__, LAWS[func](args, output), output)
+            first = output[0] if isinstance(output, tuple) else output
+            self._obey(func.overloadpacket.__name__, LAWS[func](args, output), first)
+            return output
+        if places is _NORM:
+            x, weight, eps = (args[0], *args[1:]) if len(args) == 3 else (output[2], *args[2:])
+            self._norms._judge(output[0], x, weight.shape, weight, eps)
             return output
         index, self._count = self._count, self._count + 1
         if self.only is None or self.only(index):
@@ -248,7 +254,7 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
 
 
 class _Norms(TorchFunctionMode):  # type: ignore[misc]
-    """Sees RMS norm as one function: where there is no fused kernel the dispatcher sees only its pieces."""
+    """Sees PyTorch's RMS norm as one function: where there is no fused kernel the dispatcher sees only its pieces."""
 
     def __init__(self, checksums: Checksums) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
     softmax         no entry below zero, rows sum to one;  backward: rows of dX sum to zero
     log-softmax     exp of rows sums to one, and Y - X is one number a row;  backward: rows of dX sum to zero
+    log-probability exp(x - its logsumexp) sums to one, and the target's is x - logsumexp;  backward: rows of dX sum to zero
     RMS norm        for y = w x / rms(x): p.y = p.(w x) / rms(x) for a fixed p, and |y| = |w x| / rms(x)
     a copy          what was copied, cast or joined arrives, bit for bit
     an update       no parameter's length changes by more than its optimizer can move it (train/optimizer.reach)
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bascule import numerics
+from bascule.model import kernels  # noqa: F401  (registers our own operators)
 
-aten = torch.ops.aten
+aten, ours = torch.ops.aten, torch.ops.bascule
 
 MARGIN = 8.0
 """As for attention. The largest breaks seen in clean use stand in tests/guard/test_invariants.py, which measures them."""
@@ -65,6 +67,24 @@ def log_softmax_backward_ratio(dy: Tensor, y: Tensor, dx: Tensor, dim: int) -> T
     wide_dy = _wide(dy)
     reach = torch.linalg.vector_norm(wide_dy, dim=dim) + wide_dy.sum(dim).abs()
     return _conserved(dx, reach, dim)
+
+
+@torch.no_grad()
+def token_logprobs_ratio(x: Tensor, targets: Tensor, logp: Tensor, total: Tensor) -> Tensor:
+    """`x` (..., V); one target, its log-probability and the logsumexp for each row."""
+    wide_x, wide_total = _wide(x), _wide(total).unsqueeze(-1)
+    reach = wide_x.abs().amax(-1) + wide_total.squeeze(-1).abs()
+    room = MARGIN * _unit(x) * (math.sqrt(x.shape[-1]) + reach)
+    shifted = wide_x - wide_total
+    mass = (shifted.exp().sum(-1) - 1.0).abs()
+    picked = (shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - _wide(logp)).abs()
+    return _worst(torch.maximum(mass, picked) / room, reach)
+
+
+@torch.no_grad()
+def token_logprobs_backward_ratio(d: Tensor, dx: Tensor) -> Tensor:
+    """dX = d (one at the target - probabilities)."""
+    return _conserved(dx, 2.0 * _wide(d).abs(), -1)
 
 
 @torch.no_grad()
@@ -147,13 +167,15 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Operators that the dispatcher sees by themselves: (arguments, output) to ratio. RMS norm is seen as a function (guard/checksum):
 # where there is no fused kernel the dispatcher sees only its pieces.
-LAWS: dict[Any, Callable[[Sequence[Any], Tensor], Tensor]] = {
+LAWS: dict[Any, Callable[[Sequence[Any], Any], Tensor]] = {
     aten._softmax.default: lambda a, y: softmax_ratio(a[0], y, a[1]),
     aten._log_softmax.default: lambda a, y: log_softmax_ratio(a[0], y, a[1]),
     aten._softmax_backward_data.default: lambda a, dx: softmax_backward_ratio(a[0], a[1], dx, a[2]),
     aten._log_softmax_backward_data.default: lambda a, dx: log_softmax_backward_ratio(
         a[0], a[1], dx, a[2]
     ),
+    ours.token_logprobs.default: lambda a, y: token_logprobs_ratio(a[0], a[1], *y),
+    ours.token_logprobs_backward.default: lambda a, dx: token_logprobs_backward_ratio(a[0], dx),
     aten.clone.default: lambda a, y: copied_ratio(a[:1], y),
     aten._to_copy.default: lambda a, y: copied_ratio(a[:1], y),
     aten.copy_.default: lambda a, y: copied_ratio(a[1:2], y),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.config.model import ModelConfig
+from bascule.model import fused, kernels
 from bascule.model.cache import Context
 from bascule.model.layers import RMSNorm, rotate_halves, rotate_neighbours
 from bascule.model.rope import score_gain
@@ -47,6 +48,19 @@ def cached_bias(positions_BT: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
         hidden, float("-inf")
     )
+
+
+def attend(
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of a call's tokens among themselves: causal, unless an additive bias says more. [B,T,H*V]."""
+    if bias is None and kernels.attends(q_BHTE, k_BKTE, v_BKTE):
+        return fused.attention(q_BHTE, k_BKTE, v_BKTE, scale).transpose(1, 2).flatten(2)
+    out_BHTV = F.scaled_dot_product_attention(
+        q_BHTE, k_BKTE, v_BKTE, attn_mask=bias, is_causal=bias is None, scale=scale,
+        enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1],
+    )  # fmt: skip
+    return out_BHTV.transpose(1, 2).flatten(2)
 
 
 def _scores(q_BMA: Tensor, keys_BSA: Tensor, bias: Tensor | None, heads: int) -> Tensor:
@@ -89,11 +103,8 @@ class GroupedQueryAttention(nn.Module):
         if context.read:
             out_BTD = self._attend_cached(q_BTHE, context)
         else:
-            out = F.scaled_dot_product_attention(
-                q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2), attn_mask=context.bias,
-                is_causal=context.bias is None, enable_gqa=self.heads != self.kv_heads,
-            )  # fmt: skip
-            out_BTD = out.transpose(1, 2).flatten(2)
+            heads = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+            out_BTD = attend(*heads, context.bias, self.size**-0.5)
         result: Tensor = self.o_proj(out_BTD)
         return result
 
@@ -149,9 +160,15 @@ class LatentAttention(nn.Module):
             if self.low_rank_queries
             else self.q_proj(x_BTD)
         )
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rope], -1)
         latent_BTC = self.kv_a_layernorm(latent)
+        if context.cache is None and kernels.usable(q, k_rope, context.cos_BT1R):
+            heads = fused.latent_heads(
+                q, k_rope, self.kv_b_proj(latent_BTC), context.cos_BT1R, context.sin_BT1R, self.heads
+            )
+            done: Tensor = self.o_proj(attend(*heads, context.bias, self.scale))
+            return done
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         # The shared key turns together with the queries: one rotation over H+1 heads instead of two.
         turned = rotate_neighbours(
             torch.cat([q_rope, k_rope.unsqueeze(2)], 2), context.cos_BT1R, context.sin_BT1R
@@ -181,15 +198,7 @@ class LatentAttention(nn.Module):
         )
         q = torch.cat([q_nope, q_rope], -1).transpose(1, 2)
         k = torch.cat([k_nope, k_rope_BT1R.expand(-1, -1, self.heads, -1)], -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v.transpose(1, 2),
-            attn_mask=context.bias,
-            is_causal=context.bias is None,
-            scale=self.scale,
-        )
-        return out.transpose(1, 2).flatten(2)
+        return attend(q, k, v.transpose(1, 2), context.bias, self.scale)
 
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, context: Context) -> Tensor:
         assert context.cache is not None

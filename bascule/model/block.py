@@ -34,8 +34,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, context: Context, mask_BT: Tensor | None) -> BlockOutput:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        normed = self.post_attention_layernorm(x_BTD)
+        attended = self.self_attn(self.input_layernorm(x_BTD), context)
+        x_BTD, normed = self.post_attention_layernorm.after_adding(x_BTD, attended)
         if isinstance(self.mlp, MoE):
             out, loads_E = self.mlp(normed, mask_BT)
             return BlockOutput(x_BTD + out, loads_E)

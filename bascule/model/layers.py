@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.config.model import RopeScaling
-from bascule.model import rope
+from bascule.model import fused, kernels, rope
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +25,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x, self.weight):
+            return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + more, its norm): a residual stream and what the next part reads of it."""
+        if kernels.usable(x, more, self.weight):
+            return fused.add_rms_norm(x, more, self.weight, self.eps)
+        x = x + more
+        return x, self(x)
 
 
 class Rotary(nn.Module):
@@ -88,11 +97,15 @@ def _same_dtype(moved: Tensor, before: Tensor) -> Tensor:
 
 
 def rotate_neighbours(x_BTHR: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
+    if kernels.usable(x_BTHR, cos_BT1R):
+        return fused.rotate(x_BTHR, cos_BT1R, sin_BT1R, halves=False)
     swapped = torch.unflatten(x_BTHR, -1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x_BTHR * cos_BT1R, swapped, sin_BT1R).to(x_BTHR.dtype)
 
 
 def rotate_halves(x_BTHR: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
+    if kernels.usable(x_BTHR, cos_BT1R):
+        return fused.rotate(x_BTHR, cos_BT1R, sin_BT1R, halves=True)
     swapped = x_BTHR.roll(x_BTHR.shape[-1] // 2, -1)
     return torch.addcmul(x_BTHR * cos_BT1R, swapped, sin_BT1R).to(x_BTHR.dtype)
 
@@ -107,5 +120,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
         return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return fused.swiglu(gate, up) if kernels.usable(gate, up) else F.silu(gate) * up

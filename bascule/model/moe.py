@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.config.model import ModelConfig
+from bascule.model import fused, kernels
 from bascule.model.layers import SwiGLU, _same_dtype
 
 
@@ -96,8 +97,7 @@ class Experts(nn.Module):
         parts = []
         for expert, rows in enumerate(torch.split(sorted_MD, counts)):
             if counts[expert]:
-                gate, up = F.linear(rows, gate_up[expert]).chunk(2, -1)
-                parts.append(F.linear(F.silu(gate) * up, down[expert]))
+                parts.append(F.linear(gated_halves(F.linear(rows, gate_up[expert])), down[expert]))
         return torch.cat(parts) if parts else sorted_MD
 
 
@@ -117,6 +117,13 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weights_NK = self.gate(x_ND)
         per_token, experts = chosen_NK.shape[1], self.gate.weight.shape[0]
+        if kernels.usable(x_ND, weights_NK):
+            order, place, counts_E = torch.ops.bascule.expert_order(chosen_NK, experts)
+            sorted_MD = fused.gather_rows(x_ND, order, place, per_token)
+            done_MD = self.experts(sorted_MD, counts_E.tolist())
+            shared_BTD = self.shared_experts(x_BTD)
+            out_BTD = fused.combine(shared_BTD, done_MD, place, weights_NK)
+            return out_BTD, counts_E if mask_BT is None else _count(chosen_NK, mask_BT.flatten(), experts)
         by_expert, order = chosen_NK.flatten().sort(stable=True)
         # Counting by searching the sorted list: bincount synchronises by itself, scatter_add is not deterministic everywhere.
         edges = torch.searchsorted(by_expert, torch.arange(experts + 1, device=by_expert.device))
@@ -127,6 +134,14 @@ class MoE(nn.Module):
         routed_ND = (done_NKD * weights_NK.unsqueeze(-1).to(done_NKD.dtype)).sum(1)
         loads_E = counts_E if mask_BT is None else _count(chosen_NK, mask_BT.flatten(), experts)
         return self.shared_experts(x_BTD) + routed_ND.view_as(x_BTD), loads_E
+
+
+def gated_halves(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of rows that hold the gate first, then up."""
+    if kernels.usable(gate_up):
+        return fused.swiglu_halves(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def _inverse(order: Tensor) -> Tensor:

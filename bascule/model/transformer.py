@@ -90,6 +90,7 @@ class Transformer(nn.Module):
         every: bool = False,
         ahead: bool = False,
         documents: Tensor | None = None,
+        right_padded: bool = False,
     ) -> Output:
         """Logits of the next token after every token.
 
@@ -99,9 +100,12 @@ class Transformer(nn.Module):
         hidden states are those of that token too unless `every` asks for all (for `look_ahead`).
         `ahead` also runs the prediction layer over the whole call (for training; not together with `cache` or `at_B`).
         `documents` [B, T] numbers the documents packed into a row: no token sees another document's (with `mask`, without `cache`).
+        `right_padded`: what `mask` hides lies behind every real token, where no causal row sees it; it is then only left out of the
+        expert loads, and attention works without a mask.
         Raises ValueError when a position exceeds `max_position_embeddings`.
         """
-        context = self._context(tokens_BT.shape[1], positions_BT, mask, cache, documents)
+        seen = None if right_padded else mask
+        context = self._context(tokens_BT.shape[1], positions_BT, seen, cache, documents)
         x_BTD, loads = self.model.embed_tokens(tokens_BT), []
         for block in self.model.layers:
             x_BTD, loads_E = block(x_BTD, context, mask)
@@ -116,7 +120,7 @@ class Transformer(nn.Module):
         if ahead:
             ahead_BTV, _, loads_E = self.draft(
                 hidden_BTD[:, :-1], tokens_BT[:, 1:], mask=None if mask is None else mask[:, 1:],
-                documents=None if documents is None else documents[:, 1:],
+                documents=None if documents is None else documents[:, 1:], right_padded=right_padded,
             )  # fmt: skip
             loads += [] if loads_E is None else [loads_E]
         logits_BTV = self._logits(hidden_BTD)
@@ -132,14 +136,15 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         documents: Tensor | None = None,
+        right_padded: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logits fp32, hidden, expert loads) of the prediction layer for pairs of a hidden state and the token after it.
 
         `cache` holds the pairs before. Raises ValueError when the model has no such layer.
         """
         ahead_BTD, loads_E = self.look_ahead(
-            hidden_BTD, next_BT, mask=mask, cache=cache, documents=documents
-        )
+            hidden_BTD, next_BT, mask=mask, cache=cache, documents=documents, right_padded=right_padded
+        )  # fmt: skip
         return self._logits(ahead_BTD), ahead_BTD, loads_E
 
     def look_ahead(
@@ -150,13 +155,15 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         documents: Tensor | None = None,
+        right_padded: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`draft` without its logits: what the head would read, and the loads. Reading a prompt wants no guesses, only the cache."""
         if not self.mtp:
             raise ValueError(
                 "Asked to look a token ahead; the model has num_nextn_predict_layers=0. Set it to 1 in the recipe and train it."
             )
-        context = self._context(next_BT.shape[1], None, mask, cache, documents)
+        seen = None if right_padded else mask
+        context = self._context(next_BT.shape[1], None, seen, cache, documents)
         ahead_BTD, loads_E = self.mtp[0](
             hidden_BTD, self.model.embed_tokens(next_BT), context, mask
         )

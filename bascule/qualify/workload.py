@@ -19,7 +19,7 @@ from torch import Tensor
 from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.model import ModelConfig
-from bascule.model import weights
+from bascule.model import kernels, weights
 from bascule.model.transformer import Transformer
 from bascule.qualify.trace import Trace
 from bascule.train.optimizer import SplitOptimizer
@@ -152,7 +152,11 @@ class Workload:
     @cached_property
     def trace(self) -> Trace:
         """Every operator of one training step and one prefill plus decode on the CPU, by phase: forward, backward, optimizer,
-        inference."""
+        inference. Without our own CPU kernels: these are the operators that other chips run."""
+        with kernels.plain():
+            return self._traced()
+
+    def _traced(self) -> Trace:
         trace = Trace()
         model, batch = self.new_model(), self.batch(1)
         optimizer = self.optimizer(model)

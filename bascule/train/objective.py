@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bascule import draws
 from bascule.config.training import PretrainConfig, SftConfig
+from bascule.model import fused, kernels
 from bascule.model.transformer import Output
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
@@ -165,5 +166,7 @@ def spread(rows: Sequence[Sequence[float]], mask_BT: Tensor) -> Tensor:
 def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Log-probability of each target, (B,T) fp32."""
     logits = logits_BTV.float()
+    if kernels.usable(logits):
+        return fused.token_logprobs(logits, targets_BT)
     picked_BT = logits.gather(-1, targets_BT[..., None])[..., 0]
     return picked_BT - logits.logsumexp(-1)

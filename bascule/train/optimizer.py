@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bascule.errors import SnapshotError
+from bascule.model import kernels
 from bascule.train.state import StateDict
 
 # Quintic with the steepest slope at zero that keeps singular values within about [0.7, 1.2] (Jordan 2024).
@@ -132,7 +133,7 @@ class SplitOptimizer:
         for stack in self._stacks:
             self._muon(stack, grads, factor * self.muon_learning_rate, grad_scale)
         for name in self._first:
-            self._adamw(name, grads[name] * grad_scale, factor * self.learning_rate)
+            self._adamw(name, grads[name], factor * self.learning_rate, grad_scale)
 
     def _muon(
         self, stack: _Stack, grads: Mapping[str, Tensor], rate: float, grad_scale: float
@@ -147,13 +148,22 @@ class SplitOptimizer:
             p.mul_(1.0 - rate * self.weight_decay)
             p.add_(_as_was(update_NRC, p), alpha=-rate * math.sqrt(max(1.0, rows / columns)))
 
-    def _adamw(self, name: str, grad: Tensor, rate: float) -> None:
+    def _adamw(self, name: str, grad: Tensor, rate: float, grad_scale: float) -> None:
         beta1, beta2 = self.betas
         p, first, second = self.parameters[name], self._first[name], self._second[name]
+        keep = 1.0 - rate * self.weight_decay if is_matrix(name, p) else 1.0
+        if p.is_contiguous() and kernels.usable(p, grad):
+            rate /= 1.0 - beta1**self.steps_taken
+            correction = 1.0 / (1.0 - beta2**self.steps_taken)
+            torch.ops.bascule.adamw_(
+                p, first, second, grad, grad_scale, beta1, beta2, keep, rate, correction, self.eps
+            )
+            return
+        grad = grad * grad_scale
         first.lerp_(grad, 1.0 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-        if self.weight_decay and is_matrix(name, p):
-            p.mul_(1.0 - rate * self.weight_decay)
+        if keep != 1.0:
+            p.mul_(keep)
         spread = (second / (1.0 - beta2**self.steps_taken)).sqrt_().add_(self.eps)
         p.addcdiv_(first, spread, value=-rate / (1.0 - beta1**self.steps_taken))
 

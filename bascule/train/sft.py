@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from bascule.config.training import SftConfig
 from bascule.errors import UsageError
 from bascule.model.transformer import Output
 from bascule.train import schedule
-from bascule.train.objective import Batch, FromText, choose, collate, packed
+from bascule.train.objective import Batch, FromText, choose, collate, packed, token_logprobs
 
 
 class Sft(FromText[SftConfig]):
@@ -65,8 +64,6 @@ class Sft(FromText[SftConfig]):
 
     def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over all counted tokens of the batch (a long row weighs more than a short one)."""
-        nats_N = F.cross_entropy(
-            output.logits_BTV.flatten(0, 1), tensors["targets"].flatten(), reduction="none"
-        )
-        mask_N = tensors["mask"].flatten()
-        return (nats_N * mask_N).sum() / mask_N.sum(), {}
+        nats_BT = -token_logprobs(output.logits_BTV, tensors["targets"])
+        mask_BT = tensors["mask"]
+        return (nats_BT * mask_BT).sum() / mask_BT.sum(), {}

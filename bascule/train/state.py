@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from bascule.model import kernels
+
 StateDict = dict[str, Any]
 """State by name: each value is a tensor or a JSON value. Tensors travel as safetensors, the rest as JSON; no pickle."""
 
@@ -31,6 +33,7 @@ class Circumstances:
     python: str
     threads: int
     cpu: str
+    kernels: str
 
     @classmethod
     def now(cls) -> Circumstances:
@@ -40,6 +43,7 @@ class Circumstances:
             python=platform.python_version(),
             threads=torch.get_num_threads(),
             cpu=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            kernels="compiled" if kernels.compiled() else "PyTorch's",
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -305,7 +305,8 @@ def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
             output = _forward(model, plain)
         return replace(output, routes_agree=torch.stack(agreed))
     return model(  # type: ignore[no-any-return]
-        tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors
+        tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors,
+        right_padded="documents" not in tensors,
     )  # fmt: skip
 
 
