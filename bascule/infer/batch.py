@@ -33,6 +33,7 @@ class Batch:
     `share`: rows that begin alike share blocks, also with rows that left. `reproducible`: equal bits whatever else runs (runner.py);
     then nothing is shared across requests, because a prefix read by another request was read in other chunks.
     `precision` is that of the large matrices of a larger model (linear.py). `preemptions` counts rows sent back for want of blocks.
+    `native`: steps are compiled code where there is a compiler and the chip is a CPU in fp32 or int8 (decoder.py); never for a simulated chip.
     `speculate`: while at most so many rows run, the prediction layer guesses a token ahead (draft.py); of `guessed` ones `kept` were
     right. A row that ran beside more rows than that goes on without guesses.
     """
@@ -50,6 +51,7 @@ class Batch:
         reproducible: bool = False,
         precision: Precision = "fp32",
         speculate: int = 0,
+        native: bool = False,
     ) -> None:
         self.model = model
         self.slots = slots
@@ -62,7 +64,7 @@ class Batch:
         count = most if tokens is None else min(most, max(tokens // BLOCK, blocks_for(length)))
         self.blocks = Blocks(count)
         self._runner = Runner(
-            model, count, length=length, pad_id=pad_id, fixed=reproducible, precision=precision, speculate=speculate > 0,
+            model, count, length=length, pad_id=pad_id, fixed=reproducible, precision=precision, speculate=speculate > 0, native=native,
         )  # fmt: skip
         self._drafter = self._runner.drafter
         self._speculate = speculate
@@ -82,6 +84,11 @@ class Batch:
     def precision(self) -> Precision:
         """What its matrices really have: a small model or one on another chip has no second precision."""
         return self._runner.precision
+
+    @property
+    def native(self) -> bool:
+        """Are its steps compiled code?"""
+        return self._runner.decoder is not None
 
     @property
     def free(self) -> int:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bascule.infer.decoder import Decoder
 from bascule.infer.packed import PackedDecoder
 from bascule.model.pages import BLOCK, PagedCache, Pages
 from bascule.model.transformer import Transformer
@@ -35,6 +36,8 @@ class Drafter:
         self.pages = Pages(model.config, blocks, weight.device, weight.dtype, layers=1)
         self.ends_ND = weight.new_empty(blocks + 1, model.config.hidden_size)
         self._model, self._packed = model, packed
+        self.decoder: Decoder | None = None
+        """The compiled one, which is made after these pages."""
 
     def read_together(
         self, tokens_BT: Tensor, hidden_BTD: Tensor, mask_BT: Tensor | None, tables_BM: NDArray[np.int64]
@@ -67,6 +70,8 @@ class Drafter:
         self, hidden_ND: Tensor, tokens_N: Sequence[int], tables_NM: NDArray[np.int64], slots_N: NDArray[np.int64], last: Sequence[int]
     ) -> Tensor:  # fmt: skip
         """Add pairs, some of them of the same row; logits of what follows each pair that `last` names."""
+        if self.decoder is not None:
+            return self.decoder.draft(hidden_ND, tokens_N, tables_NM, slots_N, last)
         cache = PagedCache(self.pages, tables_NM, slots_N - 1, first=1)
         tokens = torch.tensor(tokens_N, device=hidden_ND.device)
         if self._packed is not None:

@@ -20,6 +20,7 @@ BEAT_EVERY_STEPS = 8
 class Engine:
     """Samples from one model on one chip. `on_progress(request number)` is called every few steps: proof of life.
 
+    `native`: steps in compiled code (decoder.py); not for rollouts, whose bits all pools must share, and never on a simulated chip.
     `reproducible`: a completion's tokens and log-probabilities are the same bits whatever else is in the batch (runner.py).
     """
 
@@ -32,12 +33,14 @@ class Engine:
         pad_id: int,
         batch_size: int = 1024,
         reproducible: bool = False,
+        native: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.accelerator = accelerator
         self.batch_size = batch_size
         self.reproducible = reproducible
+        self.native = native
         self.requests = 0
         self._eos_id = eos_id
         self._pad_id = pad_id
@@ -113,6 +116,7 @@ class Engine:
             length = self.model.config.max_position_embeddings
         return Batch(
             self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id, reproducible=self.reproducible,
+            native=self.native,
         )  # fmt: skip
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -1,7 +1,7 @@
 """The matrices of a larger model laid out once for the CPU that decodes with it, instead of at every call.
 
-In fp32 a few rows are bound by memory and go through rows.py; more rows through oneDNN's blocked layout, which is up to twice as fast as the
-plain one. For serving only (log-probabilities that are trained on stay fp32): bf16 reads half the bytes and multiplies in the
+Two kernels: the compiled product (cpp/products.h), for engines that serve and for int8; and oneDNN's blocked layout, which torch sees, up to twice as
+fast as the plain one. For serving only (log-probabilities that are trained on stay fp32): bf16 reads half the bytes and multiplies in the
 CPU's bf16 unit, and is refused without one, because it would be slower than fp32; int8 reads a quarter, one scale a row of the
 matrix, activations stay fp32.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.errors import UsageError
-from bascule.infer.rows import LANES, MOST_ROWS, compiled, product
+from bascule.infer.compiled import Panels, compiled, why_not
 from bascule.model.attention import LatentAttention
 from bascule.model.transformer import Transformer
 
@@ -28,56 +28,50 @@ LEAST_WEIGHTS = (
 )  # below it a call costs more than its arithmetic, and a plain call is the cheapest
 
 
+class PanelLinear(nn.Module):
+    """y = x @ weight^T + bias through the compiled product, the weight in fp32 or as int8 with a scale a row. The plain weight stays:
+    other parts of the model read it."""
+
+    def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = plain.weight, plain.bias
+        weight = plain.weight.detach()
+        codes, scale_N1 = quantised(weight) if dtype == torch.int8 else (weight, None)
+        self.panels = Panels.of(codes, scale_N1, plain.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.panels.product(x)
+
+
 class BlockedLinear(nn.Module):
-    """y = x @ weight^T + bias, in and out in fp32. The plain weight stays: other parts of the model read it."""
+    """y = x @ weight^T + bias through oneDNN, in and out in fp32. The plain weight stays, as above."""
 
     def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias, self.dtype = plain.weight, plain.bias, dtype
-        self._quick = quick(plain)
         weight = plain.weight.detach().to(dtype)
         self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._bias = None if plain.bias is None else plain.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dtype == torch.float32:
-            if self._quick and x.numel() <= MOST_ROWS[self.dtype] * x.shape[-1]:
-                done = product(x, self.weight, None)
-                return done if self.bias is None else done + self.bias
-            if x.numel() == x.shape[-1]:
-                return F.linear(x, self.weight, self.bias)
+        if self.dtype == torch.float32 and x.numel() == x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
         blocked: Tensor = torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self._blocked, self._bias, "none", [], None
         )
         return blocked.float()
 
 
-class ByteLinear(nn.Module):
-    """y = x @ (q * scale)^T + bias, q int8. The plain weight stays: other parts of the model read it."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = plain.weight, plain.bias
-        self._bytes, self._scale_N1 = quantised(plain.weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= MOST_ROWS[torch.int8] * x.shape[-1]:
-            done = product(x, self._bytes, self._scale_N1)
-            return done if self.bias is None else done + self.bias
-        return F.linear(x, self._bytes.float() * self._scale_N1, self.bias)
-
-
 class RoundedLinear(nn.Module):
-    """The numbers of a BlockedLinear or ByteLinear without their kernels."""
+    """The numbers of a BlockedLinear in bf16 or a PanelLinear in int8 without their kernels."""
 
     def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.bias, self.dtype = plain.bias, dtype
         weight = plain.weight.detach()
         if dtype == torch.int8:
-            if weight.shape[1] % LANES == 0:
-                codes, scale_N1 = quantised(weight)
-                weight = codes * scale_N1
+            codes, scale_N1 = quantised(weight)
+            weight = codes * scale_N1
         else:
             weight = weight.to(dtype).to(weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -97,8 +91,9 @@ def quantised(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (weight_NK / scale_N1).round().to(torch.int8), scale_N1
 
 
-def lay_out(model: Transformer, precision: Precision) -> Transformer:
-    """A model that shares everything with `model` but its large matrices; itself when it is not fp32 on a CPU.
+def lay_out(model: Transformer, precision: Precision, *, native: bool = False) -> Transformer:
+    """A model that shares everything with `model` but its large matrices; itself when it is not fp32 on a CPU. `native`: fp32 goes through
+    the compiled product too, which torch does not see, so that no simulated fault could act on it.
 
     Raises UsageError for bf16 on a CPU that has no unit for it, and for int8 without a compiler.
     """
@@ -111,16 +106,11 @@ def lay_out(model: Transformer, precision: Precision) -> Transformer:
         )
     if precision == "int8" and compiled() is None:
         raise UsageError(
-            "precision int8 was asked for; it needs a C++ compiler for this CPU's kernel and found neither g++ nor clang++. Install one, or use fp32."
+            f"precision int8 was asked for; it needs a C++ compiler for this CPU's kernel, and {why_not()}. Install one, or use fp32."
         )
-    return _with(
-        model,
-        lambda plain: (
-            ByteLinear(plain)
-            if precision == "int8" and quick(plain)
-            else BlockedLinear(plain, _blocked(precision))
-        ),
-    )
+    panels = precision == "int8" or (precision == "fp32" and native and compiled() is not None)
+    kind = PanelLinear if panels else BlockedLinear
+    return _with(model, lambda plain: kind(plain, DTYPES[precision]))
 
 
 def as_laid_out(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -142,12 +132,3 @@ def _with(model: Transformer, other: Callable[[nn.Linear], nn.Module]) -> Transf
             if isinstance(child, nn.Linear) and child.weight.numel() >= LEAST_WEIGHTS and not absorbed:  # fmt: skip
                 setattr(parent, name, other(child))
     return laid
-
-
-def quick(plain: nn.Linear) -> bool:
-    """Can rows.py take this matrix?"""
-    return plain.weight.shape[1] % LANES == 0 and compiled() is not None
-
-
-def _blocked(precision: Precision) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32

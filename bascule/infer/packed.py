@@ -30,14 +30,17 @@ MOST_ROWS = 64  # above it choosing experts beats computing all of them
 
 
 def pack(model: Transformer) -> PackedDecoder | None:
-    """A decoder for this model's present weights, or None when the model is of another kind, too large, or not fp32 on a CPU."""
+    """A decoder for this model's present weights, or None when it is not `packable`."""
+    return PackedDecoder(model) if packable(model) else None
+
+
+def packable(model: Transformer) -> bool:
+    """A small model of the kind described above, in fp32 on a CPU."""
     config, weight = model.config, model.lm_head.weight
     small = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_PARAMETERS
     plain = config.attention == "mla" and config.q_lora_rank is None and not config.attention_bias
     few = config.ffn == "swiglu" or config.n_routed_experts <= MOST_EXPERTS
-    if small and plain and few and weight.dtype == torch.float32 and weight.device.type == "cpu":
-        return PackedDecoder(model)
-    return None
+    return small and plain and few and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 @dataclass(frozen=True)

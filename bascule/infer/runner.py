@@ -1,6 +1,8 @@
 """How the model is called: whole prompts together, one prompt in chunks, or one token for every row.
 
-`fixed` is the reproducible mode. A product's bits depend on its shape (how many rows share the call), so every step is
+`native`: one token for every row is one call of compiled code (decoder.py), whose rows do not depend on each other.
+
+`fixed` is the reproducible mode. In torch a product's bits depend on its shape (how many rows share the call), so every step is
 made of calls of one shape: TILE rows, missing ones filled up, and as many slots as the row's own length rounds up to. Then a row's
 bits depend on that row alone. Prompts are read one by one, in chunks counted from their start. Experts that are called with the tokens that chose
 them have no fixed shape; models with such layers run row by row. What it costs: benchmarks/serve/reproducible.py.
@@ -18,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bascule.infer.blocks import blocks_for
+from bascule.infer.compiled import compiled
+from bascule.infer.decoder import Decoder
 from bascule.infer.draft import Drafter
 from bascule.infer.linear import Precision, lay_out
-from bascule.infer.packed import pack
+from bascule.infer.packed import pack, packable
 from bascule.model.pages import PagedCache, Pages
 from bascule.model.transformer import Output, Transformer
 
@@ -41,18 +45,27 @@ class Runner:
         fixed: bool = False,
         precision: Precision = "fp32",
         speculate: bool = False,
+        native: bool = False,
     ) -> None:
         weight = model.lm_head.weight
         self.device = weight.device
         self.pages = Pages(model.config, blocks, self.device, weight.dtype)
         self.fixed = fixed
         self._length, self._pad_id = length, pad_id
-        self._packed = pack(model)
-        self.reader = model if self._packed is not None else lay_out(model, precision)
+        plain = self.device.type == "cpu" and weight.dtype == torch.float32 and precision != "bf16"
+        native = native and plain and compiled() is not None
+        self._packed = None if native else pack(model)
+        self.reader = model if packable(model) else lay_out(model, precision, native=native)
         self.precision: Precision = "fp32" if self.reader is model else precision
         self.drafter = (
             Drafter(self.reader, self._packed, blocks) if speculate and model.mtp else None
         )
+        self.decoder: Decoder | None = None
+        if native:
+            ahead = None if self.drafter is None else self.drafter.pages
+            self.decoder = Decoder(self.reader, self.pages, ahead)
+            if self.drafter is not None:
+                self.drafter.decoder = self.decoder
         self._tile = 1 if self._packed is None and model.moe_layers() else TILE
 
     def read_together(
@@ -102,6 +115,8 @@ class Runner:
     ) -> tuple[Tensor, Tensor]:
         """One more token for every row, which has `read_B` tokens in its blocks; the logits after it, (B, V), and the hidden
         state, (B, D). A row may follow another of the same blocks, one token further."""
+        if self.decoder is not None:
+            return self.decoder.step(tokens_B, tables_BM, read_B)
         if not self.fixed:
             return self._step(tokens_B, tables_BM, read_B)
         logits_BV: Tensor | None = None

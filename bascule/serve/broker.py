@@ -294,6 +294,9 @@ class Broker:
         self._heard_s = time.monotonic()
         if self.about["fallback_note"]:
             self._note("accelerator fallback", self.candidate, self.about["fallback_note"])
+        if self.about["decoder_note"]:
+            why = f"{self.about['decoder_note']}; steps go through torch and are several times slower. Install g++ or clang++."
+            self._note("no compiled decoder", self.candidate, why)
         for ticket in self.tickets.values():
             ticket.moves += self.moves > 0
             if not self._suspects.pending:

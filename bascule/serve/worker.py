@@ -33,6 +33,7 @@ from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import BasculeError, DeviceFault, OutOfMemory
 from bascule.infer.batch import CHUNK, Batch, Prefill
+from bascule.infer.compiled import why_not
 from bascule.infer.linear import DTYPES, Precision
 from bascule.infer.row import Row
 from bascule.infer.score import divergence, score
@@ -88,6 +89,7 @@ class Desk:
             reproducible=reproducible,
             precision=precision,
             speculate=speculate,
+            native=_real_cpu(accelerator),
         )
         self.accelerator = accelerator
         self.waiting: deque[list[Seat]] = deque()
@@ -240,6 +242,11 @@ class Desk:
         }
 
 
+def _real_cpu(accelerator: Accelerator) -> bool:
+    """Compiled steps bypass torch, through which the faults of a simulated chip act."""
+    return accelerator.device.type == "cpu" and not accelerator.info().simulated
+
+
 def _length(seats: Sequence[Seat]) -> int:
     return len(seats[0].prompt) + len(seats[0].said)
 
@@ -357,6 +364,8 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "weights_sha256": sha256,
         "dtype": str(_dtype(desk.batch)).removeprefix("torch."),
         "precision": desk.batch.precision,
+        "decoder": "compiled" if desk.batch.native else "torch",
+        "decoder_note": why_not() if _real_cpu(desk.accelerator) else "",
         "reproducible": desk.batch.reproducible,
         "slots": desk.batch.slots,
         "context": desk.batch.length,

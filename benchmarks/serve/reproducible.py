@@ -48,7 +48,13 @@ def begin(model: Transformer, prompts: list[tuple[int, list[int]]], *, reproduci
     """A batch that has read its prompts, given with their row numbers: a row's random numbers follow its number."""
     length = len(prompts[0][1]) + ROOM
     batch = Batch(
-        model, slots=len(prompts), length=length, eos_id=-1, pad_id=0, reproducible=reproducible
+        model,
+        slots=len(prompts),
+        length=length,
+        eos_id=-1,
+        pad_id=0,
+        reproducible=reproducible,
+        native=True,
     )
     asked = Sampling(max_tokens=ROOM - 2)
     batch.join([[Row(prompt, asked, index=i)] for i, prompt in prompts])

@@ -62,7 +62,7 @@ def compare(model: Transformer, asked: list[list[int]], tokenizer: Tokenizer) ->
     said: list[list[list[int]]] = []
     for _ in range(3):
         for limit in best:
-            batch = Batch(model, slots=len(asked), length=256, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, speculate=limit)  # fmt: skip
+            batch = Batch(model, slots=len(asked), length=256, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, speculate=limit, native=True)  # fmt: skip
             rows = [Row(prompt, Sampling(max_tokens=NEW, seed=at)) for at, prompt in enumerate(asked)]  # fmt: skip
             with torch.inference_mode():
                 batch.join([[row] for row in rows])

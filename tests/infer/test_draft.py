@@ -59,16 +59,18 @@ def row_of(kind: int) -> Row:
     return Row(prompt, SETTINGS[kind % len(SETTINGS)], index=kind, top=1 if kind % 2 else None)
 
 
-def batch_of(shape: str, speculate: int, *, reproducible: bool, tokens: int = 2048) -> Batch:
+def batch_of(
+    shape: str, speculate: int, *, reproducible: bool, native: bool, tokens: int = 2048
+) -> Batch:
     return Batch(
         model_of(shape), slots=12, length=LENGTH, eos_id=EOS, pad_id=PAD, tokens=tokens, share=True,
-        reproducible=reproducible, speculate=speculate,
+        reproducible=reproducible, speculate=speculate, native=native,
     )  # fmt: skip
 
 
 @cache
-def alone(shape: str, kind: int) -> Row:
-    row, batch = row_of(kind), batch_of(shape, 0, reproducible=True)
+def alone(shape: str, kind: int, native: bool) -> Row:
+    row, batch = row_of(kind), batch_of(shape, 0, reproducible=True, native=native)
     batch.join([[row]])
     while batch.rows:
         batch.step()
@@ -77,12 +79,11 @@ def alone(shape: str, kind: int) -> Row:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("native", [False, True])
 @torch.inference_mode()
-def test_answers_are_those_without_guesses(shape: str, reproducible: bool) -> None:
-    rows, batch = (
-        [row_of(kind) for kind in range(10)],
-        batch_of(shape, 10, reproducible=reproducible),
-    )
+def test_answers_are_those_without_guesses(shape: str, reproducible: bool, native: bool) -> None:
+    rows = [row_of(kind) for kind in range(10)]
+    batch = batch_of(shape, 10, reproducible=reproducible, native=native)
     batch.join([[row] for row in rows[:6]])
     batch.step()
     for row in rows[6:]:  # the others are read in chunks, after a prefix where one is known
@@ -95,7 +96,7 @@ def test_answers_are_those_without_guesses(shape: str, reproducible: bool) -> No
         batch.step()
         steps += 1
     for kind, row in enumerate(rows):
-        whole = alone(shape, kind)
+        whole = alone(shape, kind, native)
         assert (row.said, row.finish) == (whole.said, whole.finish)
         assert row.logprobs == (whole.logprobs if reproducible else pytest.approx(whole.logprobs, abs=1e-4))  # fmt: skip
         assert len(row.tops) == (len(row.said) if row.top else 0)
@@ -103,14 +104,15 @@ def test_answers_are_those_without_guesses(shape: str, reproducible: bool) -> No
     assert steps < 50 and batch.blocks.free == batch.blocks.count
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @given(moves=st.lists(st.tuples(st.sampled_from(["add", "add", "step", "step", "abort"]), st.integers(0, 9)), max_size=40), tokens=st.sampled_from([128, 256, 2048]), few=st.integers(1, 6))  # fmt: skip
 @settings(max_examples=8, deadline=None)
 @torch.inference_mode()
 def test_no_interleaving_shows_that_there_were_guesses(
-    shape: str, moves: list[tuple[str, int]], tokens: int, few: int
+    shape: str, native: bool, moves: list[tuple[str, int]], tokens: int, few: int
 ) -> None:
-    batch = batch_of(shape, few, reproducible=True, tokens=tokens)
+    batch = batch_of(shape, few, reproducible=True, native=native, tokens=tokens)
     rows: list[tuple[int, Row]] = []
     waiting: list[Row] = []
 
@@ -132,7 +134,7 @@ def test_no_interleaving_shows_that_there_were_guesses(
     while waiting or batch.rows:
         advance()
     for kind, row in rows:
-        whole = alone(shape, kind)
+        whole = alone(shape, kind, native)
         count = len(row.said)
         assert row.finish == "cancelled" or count == len(whole.said)
         assert row.said == whole.said[:count] and row.logprobs == whole.logprobs[:count]

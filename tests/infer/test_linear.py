@@ -8,7 +8,7 @@ import torch
 from bascule.config.model import ModelConfig
 from bascule.errors import UsageError
 from bascule.infer import linear
-from bascule.infer.rows import compiled, product
+from bascule.infer.compiled import Panels, compiled
 from bascule.infer.score import divergence
 from bascule.model.transformer import Transformer
 from bascule.model.weights import fingerprint, initialise
@@ -26,15 +26,17 @@ def model_of(**shape: object) -> Transformer:
     "shape", [{"attention": "gqa", "attention_bias": True}, {"q_lora_rank": 16}, {"ffn": "swiglu"}]
 )
 @pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("native", [False, True])
 @torch.inference_mode()
 def test_laid_out_matrices_give_the_same_numbers(
-    shape: dict[str, object], rows: int, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, object], rows: int, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
     model = model_of(**shape)
     before = fingerprint(model)
-    laid = linear.lay_out(model, "fp32")
-    assert sum(isinstance(part, linear.BlockedLinear) for part in laid.modules()) > 5
+    laid = linear.lay_out(model, "fp32", native=native)
+    kind = linear.PanelLinear if native and compiled() is not None else linear.BlockedLinear
+    assert sum(isinstance(part, kind) for part in laid.modules()) > 5
     expected = model(TOKENS[:rows]).logits_BTV
     assert (laid(TOKENS[:rows]).logits_BTV - expected).abs().max() < 1e-5 * expected.std()
     caches = [model.new_cache(rows, 12) for _ in range(2)]
@@ -43,18 +45,25 @@ def test_laid_out_matrices_give_the_same_numbers(
     steps = [one(TOKENS[:rows, :1], cache=cache).logits_BTV for one, cache in zip((model, laid), caches, strict=True)]  # fmt: skip
     assert (steps[0] - steps[1]).abs().max() < 1e-5 * expected.std()
     assert fingerprint(model) == before
-    assert not any(isinstance(part, linear.BlockedLinear) for part in model.modules())
+    assert not any(isinstance(part, kind) for part in model.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11, 22])
-def test_the_compiled_product_is_the_plain_one(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 11, 22])
+@pytest.mark.parametrize("shape", [(37, 48), (200, 33)])
+def test_the_compiled_product_is_the_plain_one(
+    dtype: torch.dtype, rows: int, shape: tuple[int, int]
+) -> None:
     if compiled() is None:
         pytest.skip("no C++ compiler here")
-    weight, x = torch.randn(37, 48), torch.randn(rows, 1, 48)
+    weight, x, bias = torch.randn(shape), torch.randn(rows, 1, shape[1]), torch.randn(shape[0])
     codes, scale = (weight, None) if dtype == torch.float32 else linear.quantised(weight)
-    expected = torch.nn.functional.linear(x, codes.float() * (1.0 if scale is None else scale))
-    torch.testing.assert_close(product(x, codes, scale), expected, rtol=1e-4, atol=1e-4)
+    plain = codes.float() * (1.0 if scale is None else scale)
+    expected = torch.nn.functional.linear(x, plain, bias)
+    found = Panels.of(codes, scale, bias).product(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for row in range(rows):  # to the bit, whatever shares the call
+        assert torch.equal(Panels.of(codes, scale, bias).product(x[row]), found[row])
 
 
 @torch.inference_mode()
@@ -66,14 +75,9 @@ def test_int8_is_near_and_says_how_near(monkeypatch: pytest.MonkeyPatch) -> None
             linear.lay_out(model, "int8")
         return
     laid = linear.lay_out(model, "int8")
-    assert sum(isinstance(part, linear.ByteLinear) for part in laid.modules()) > 5
+    assert sum(isinstance(part, linear.PanelLinear) for part in laid.modules()) > 5
     kl = divergence(model, laid, TOKENS.flatten().tolist())
     assert 0 < kl < 1e-3
-    one, many = (
-        laid(TOKENS[:1]).logits_BTV,
-        laid(TOKENS).logits_BTV,
-    )  # 9 rows through the kernel, 36 past it
-    torch.testing.assert_close(one, many[:1], rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -50,28 +50,29 @@ def row_of(kind: int) -> Row:
     return Row(prompt, SETTINGS[kind % len(SETTINGS)], index=kind)
 
 
-ALONE: dict[tuple[str, int], Row] = {}
+ALONE: dict[tuple[str, int, bool], Row] = {}
 
 
-def alone(shape: str, kind: int) -> Row:
-    if (shape, kind) not in ALONE:
-        row = ALONE[shape, kind] = row_of(kind)
-        batch = Batch(model_of(shape), slots=1, length=LENGTH, eos_id=EOS, pad_id=PAD, reproducible=True)  # fmt: skip
+def alone(shape: str, kind: int, native: bool) -> Row:
+    if (shape, kind, native) not in ALONE:
+        row = ALONE[shape, kind, native] = row_of(kind)
+        batch = Batch(model_of(shape), slots=1, length=LENGTH, eos_id=EOS, pad_id=PAD, reproducible=True, native=native)  # fmt: skip
         batch.join([[row]])
         while batch.rows:
             batch.step()
-    return ALONE[shape, kind]
+    return ALONE[shape, kind, native]
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @given(moves=st.lists(st.tuples(st.sampled_from(["add", "add", "step", "step", "step", "abort"]), st.integers(0, 9)), max_size=40), tokens=st.sampled_from([128, 256, 2048]))  # fmt: skip
 @settings(max_examples=4, deadline=None)
 @torch.inference_mode()
 def test_any_interleaving_gives_each_request_the_bits_it_has_alone(
-    shape: str, moves: list[tuple[str, int]], tokens: int
+    shape: str, native: bool, moves: list[tuple[str, int]], tokens: int
 ) -> None:
     batch = Batch(
-        model_of(shape), slots=12, length=LENGTH, eos_id=EOS, pad_id=PAD, tokens=tokens, reproducible=True
+        model_of(shape), slots=12, length=LENGTH, eos_id=EOS, pad_id=PAD, tokens=tokens, reproducible=True, native=native
     )  # fmt: skip
     rows: list[tuple[int, Row]] = []
     waiting: list[Row] = []
@@ -94,7 +95,7 @@ def test_any_interleaving_gives_each_request_the_bits_it_has_alone(
     while waiting or batch.rows:
         advance()
     for kind, row in rows:
-        whole = alone(shape, kind)
+        whole = alone(shape, kind, native)
         count = len(row.said)
         assert row.finish == "cancelled" or count == len(whole.said)
         assert row.said == whole.said[:count]
@@ -102,9 +103,12 @@ def test_any_interleaving_gives_each_request_the_bits_it_has_alone(
     assert batch.blocks.free == batch.blocks.count
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_engine_gives_one_completion_the_same_bits_in_every_batch(shape: str) -> None:
-    engine = Engine(model_of(shape), CpuAccelerator(), eos_id=EOS, pad_id=PAD, reproducible=True)
+def test_an_engine_gives_one_completion_the_same_bits_in_every_batch(
+    shape: str, native: bool
+) -> None:
+    engine = Engine(model_of(shape), CpuAccelerator(), eos_id=EOS, pad_id=PAD, reproducible=True, native=native)  # fmt: skip
     prompts = [[1, *range(5, 8 + 5 * at)] for at in range(10)]
     sampling = Sampling(max_tokens=24, seed=9)
     together = engine.generate(prompts, sampling)

@@ -15,10 +15,10 @@ import torch
 
 from bascule.errors import UsageError
 from bascule.infer.batch import Batch
+from bascule.infer.compiled import compiled
 from bascule.infer.linear import Precision
 from bascule.infer.reference import Reference
 from bascule.infer.row import Row
-from bascule.infer.rows import compiled
 from bascule.infer.sampling import Sampling
 from bascule.infer.stamp import marks
 from bascule.stages import verify_answer
