@@ -189,12 +189,17 @@ def _axes(x0: float, x1: float, y0: float, y1: float, x_label: str, *, log_y: bo
     for tick in _ticks(x0, x1):
         x = LEFT + (tick - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{tick:g}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="{_anchor(x)}">{tick:g}</text>'
         )
     parts.append(
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>'
     )
     return "".join(parts)
+
+
+def _anchor(x: float) -> str:
+    """A label in the middle of the right edge would be cut off there."""
+    return "end" if x > WIDTH - 2 * RIGHT else "middle"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

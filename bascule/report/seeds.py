@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,15 +30,16 @@ def chart(runs: Sequence[Sequence[AnyRecord]]) -> str:
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     at = {step: [curve[step] for curve in curves] for step in shared}
     passes = [(float(one.step), one.pass_at_1) for run in runs for one in of_kind(run, Evaluation)]
+    lowest = min([low for of in at.values() for low in of] + [share for _, share in passes], default=0.0)  # fmt: skip
     return line_chart(
-        f"Reward of {len(runs)} seeds: their mean, and the range from the lowest to the highest",
+        f"{len(runs)} seeds: mean, and range from lowest to highest",
         "step",
         [
             Series(f"reward (mean of the last {SMOOTHED} rollouts)", "a", [(step, sum(of) / len(of)) for step, of in at.items()]),
             Series("pass@1 held out, each seed", "b", passes, markers=True),
         ],
         band=Band("a", [(step, min(of), max(of)) for step, of in at.items()]),
-        y_min=0.0,
+        y_min=math.floor(10 * lowest) / 10,  # a band of a few points is a hairline on an axis from 0
         y_max=1.0,
     )  # fmt: skip
 

@@ -37,8 +37,8 @@ def test_the_band_lies_between_the_lowest_and_the_highest_seed(tmp_path: Path) -
     page = (runs[0] / "report.html").read_text()
     [band] = re.findall(r'<polygon class="band a" points="([^"]*)"', page)
     heights = [float(point.split(",")[1]) for point in band.split()]
-    # along the lows 0.2, 0.3 (means of the rewards so far), back along the highs 0.6, 0.4; y runs downward from 1 at the top
-    shares = [1.0 - (y - 14.0) / (220.0 - 14.0 - 30.0) for y in heights]
+    # along the lows 0.2, 0.3 (means of the rewards so far), back along the highs 0.6, 0.4; y runs downward from 1 at the top to 0.2, the tenth below the lowest
+    shares = [1.0 - 0.8 * (y - 14.0) / (220.0 - 14.0 - 30.0) for y in heights]
     assert shares == pytest.approx([0.2, 0.3, 0.6, 0.4], abs=1e-3)
     assert answer.data["seeds"]["grpo"]["pass_at_1"] == [0.4, 0.8, 0.9]
     assert answer.data["seeds"]["grpo"]["lowest"] == 0.4
