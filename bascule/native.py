@@ -1,8 +1,8 @@
-"""A small C++ file, compiled for this CPU when it is first asked for and kept for the next process.
+"""A C++ file of ours, compiled for this CPU when it is first asked for and kept for the next process.
 
-A compiler is not promised: without one, or with one that does not know the source, `library` is None and its caller does without.
-The OpenMP library is the one that torch has loaded (import torch first). Compiled files lie in the user's cache folder under the hash
-of source, flags, compiler and CPU, so that a home directory shared between machines holds one for each.
+A compiler is not promised: without one, or with one that does not know the source, there is no library but the reason why, and the
+caller does without. The OpenMP library is the one that torch has loaded (import torch first). Compiled files lie in the user's cache folder
+under the hash of source, headers, flags, compiler and CPU, so that a home directory shared between machines holds one for each.
 """
 
 from __future__ import annotations
@@ -13,47 +13,57 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from bascule.config.environment import environment
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """`library` is None where there is none to be had; `why` then says so in words, else it is empty."""
+
+    library: ctypes.CDLL | None
+    why: str = ""
 
 
 @cache
-def library(package: str, source: str) -> ctypes.CDLL | None:
-    """The shared library of `source` (a file of `package`); None where it cannot be had."""
+def build(source: Path) -> Built:
+    """Compile `source`, which may include the headers that lie beside it, or take what an earlier process compiled."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        return None
-    text = resources.files(package).joinpath(source).read_bytes()
-    kept = _cache_folder() / f"{Path(source).stem}-{_key(compiler, text)}.so"
+        return Built(None, "neither g++ nor clang++ was found")
+    try:
+        return Built(_library(compiler, source))
+    except subprocess.CalledProcessError as error:
+        told = error.stderr.decode(errors="replace")[-300:].strip()
+        return Built(None, f"{compiler} refused {source.name}: {told}")
+    except OSError as error:
+        return Built(None, f"what {compiler} made of {source.name} cannot be loaded: {error}")
+
+
+def _library(compiler: str, source: Path) -> ctypes.CDLL:
+    kept = _cache_folder() / f"{source.stem}-{_key(compiler, source)}.so"
     try:
         if not kept.exists():
-            _compile(compiler, text, kept)
+            _compile(compiler, source, kept)
         return ctypes.CDLL(str(kept))
-    except (subprocess.CalledProcessError, OSError):
-        return _uncached(compiler, text)
-
-
-def _uncached(compiler: str, text: bytes) -> ctypes.CDLL | None:
-    """Where no cache folder can be written."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            _compile(compiler, text, Path(folder) / "whole.so")
+    except OSError:
+        # No cache folder can be written, or what lies there cannot be loaded (mounted without the right to execute, torn).
+        with tempfile.TemporaryDirectory() as folder:
+            _compile(compiler, source, Path(folder) / "whole.so")
             return ctypes.CDLL(str(Path(folder) / "whole.so"))
-        except (subprocess.CalledProcessError, OSError):
-            return None
 
 
-def _compile(compiler: str, text: bytes, to: Path) -> None:
+def _compile(compiler: str, source: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         part, whole = Path(folder) / "part.o", Path(folder) / "whole.so"
-        compiling = [compiler, *FLAGS, "-x", "c++", "-c", "-", "-o", str(part)]
-        subprocess.run(compiling, input=text, check=True, capture_output=True)
+        compiling = [compiler, *FLAGS, "-c", str(source), "-o", str(part)]
+        subprocess.run(compiling, check=True, capture_output=True)
         # linked without -fopenmp: a second OpenMP library in the process would bring threads of its own
         subprocess.run(
             [compiler, "-shared", str(part), "-o", str(whole)], check=True, capture_output=True
@@ -66,9 +76,10 @@ def _cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "bascule"
 
 
-def _key(compiler: str, text: bytes) -> str:
+def _key(compiler: str, source: Path) -> str:
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
     told = subprocess.run([compiler, "--version"], check=False, capture_output=True).stdout
-    about = [text, told, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
+    about = [*texts, told, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
 
 

@@ -1,15 +1,12 @@
 """The C++ of this room: products of any number of rows with a matrix laid out for them, and the decoding step made of them (cpp/).
 
-Compiled for this CPU when it is first asked for (some seconds); without a C++ compiler nothing is lost but speed and int8. Its threads are
+Compiled for this CPU when it is first asked for (bascule/native.py); without a C++ compiler nothing is lost but speed and int8. Its threads are
 torch's: the OpenMP library is the one that torch has loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bascule import native
+
 SOURCE = Path(__file__).parent / "cpp" / "decode.cpp"
-COMPILING = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-c"]  # fmt: skip
 
 
 class Matrix(ctypes.Structure):
@@ -70,36 +68,23 @@ def laid(weight_NK: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
 
 
-@cache
 def compiled() -> ctypes.CDLL | None:
     """None where there is no compiler, or one that does not know this source; `why_not` says so."""
-    return _outcome()[0]
+    return _outcome().library
 
 
 def why_not() -> str:
     """Why there is nothing compiled, "" where there is."""
-    return _outcome()[1]
+    return _outcome().why
 
 
 @cache
-def _outcome() -> tuple[ctypes.CDLL | None, str]:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None, "neither g++ nor clang++ was found"
-    with tempfile.TemporaryDirectory() as folder:
-        part, whole = Path(folder) / "decode.o", Path(folder) / "decode.so"
-        try:
-            subprocess.run([compiler, *COMPILING, str(SOURCE), "-o", str(part)], check=True, capture_output=True)  # fmt: skip
-            # linked without -fopenmp: a second OpenMP library in the process would bring threads of its own
-            subprocess.run([compiler, "-shared", str(part), "-o", str(whole)], check=True, capture_output=True)  # fmt: skip
-            library = ctypes.CDLL(str(whole))
-        except subprocess.CalledProcessError as error:
-            return None, f"{compiler} refused the kernel: {error.stderr.decode(errors='replace')[-300:].strip()}"  # fmt: skip
-        except OSError as error:
-            return None, f"what {compiler} made of the kernel cannot be loaded: {error}"
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    library.multiply.argtypes, library.multiply.restype = [pointer] * 3 + [number], None
-    library.decode.argtypes, library.decode.restype = [pointer] * 5 + [number] * 3 + [pointer], None
-    library.panel_width.argtypes, library.panel_width.restype = [number], number
-    torch.get_num_threads()  # loads the OpenMP library, should nothing have done so yet
-    return library, ""
+def _outcome() -> native.Built:
+    built = native.build(SOURCE)
+    if (library := built.library) is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        library.multiply.argtypes, library.multiply.restype = [pointer] * 3 + [number], None
+        library.decode.argtypes, library.decode.restype = [pointer] * 5 + [number] * 3 + [pointer], None  # fmt: skip
+        library.panel_width.argtypes, library.panel_width.restype = [number], number
+        torch.get_num_threads()  # loads the OpenMP library, should nothing have done so yet
+    return built

@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_double}
 
 @cache
 def compiled() -> ctypes.CDLL | None:
-    library = native.library("bascule.model", "kernels.cpp")
+    library = native.build(Path(__file__).with_name("kernels.cpp")).library
     for name, kinds in _ARGUMENTS.items() if library else ():
         run = getattr(library, name)
         run.argtypes, run.restype = [_KINDS[kind] for kind in kinds], None
@@ -78,9 +79,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def _run(name: str, *arguments: Tensor | float | None) -> None:
     """Tensors become addresses; the caller keeps them alive until this returns."""
-    getattr(compiled(), name)(
-        *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-    )
+    getattr(compiled(), name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -326,7 +325,7 @@ def _adamw_(p: Tensor, first: Tensor, second: Tensor, grad: Tensor, *numbers: fl
 
 def _within(indices: Tensor, end: int) -> None:
     """The kernels trust their indices; a wrong one must not read or write elsewhere."""
-    if indices.numel() and not (0 <= int(indices.amin()) and int(indices.amax()) < end):
+    if indices.numel() and not (int(indices.amin()) >= 0 and int(indices.amax()) < end):
         raise IndexError(f"index {int(indices.amin())} .. {int(indices.amax())} out of range 0 .. {end - 1}")  # fmt: skip
 
 

@@ -51,9 +51,7 @@ class Course:
         opened = chat.THINK_OPEN if self.tokenizer.opens_thought else ""
         return [
             (encode(prompt), encode(trace.removeprefix(opened)) + end)
-            for prompt, trace in corpus.sft_examples(
-                self.worked, seed, self.tokenizer.prompt
-            )
+            for prompt, trace in corpus.sft_examples(self.worked, seed, self.tokenizer.prompt)
         ]
 
 

@@ -23,6 +23,7 @@ from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
 from bascule.model.pages import BLOCK, PagedCache, Pages
 from bascule.model.transformer import Transformer
+from bascule.native import build
 from bascule.serve.worker import _real_cpu
 from tests.infer.test_packed import random_model
 
@@ -155,14 +156,14 @@ def test_without_a_compiler_steps_go_through_torch_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     room._outcome.cache_clear()
-    room.compiled.cache_clear()
+    build.cache_clear()
     monkeypatch.setenv("PATH", "")
     try:
         batch = Batch(Transformer(ModelConfig(preset="nano")), slots=1, length=64, eos_id=-1, pad_id=0, native=True)  # fmt: skip
         assert not batch.native and "g++" in room.why_not()
     finally:
         room._outcome.cache_clear()
-        room.compiled.cache_clear()
+        build.cache_clear()
 
 
 @needs_compiler

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bascule import native
 from bascule.config.model import ModelConfig
 from bascule.model import fused, kernels, weights
 from bascule.model.layers import rotate_halves, rotate_neighbours
@@ -198,17 +197,3 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     q = normal(6, 2, 30, 16)
     whole = fused.attention(q, q, q, 0.25)
     assert torch.equal(whole[2:3], fused.attention(q[2:3], q[2:3], q[2:3], 0.25))
-
-
-def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert native.library.__wrapped__("bascule.model", "kernels.cpp") is None
-
-
-def test_a_cache_that_cannot_be_written_costs_a_compilation_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
-    blocked = tmp_path / "file"  # type: ignore[operator]
-    blocked.write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert native.library.__wrapped__("bascule.infer", "rows.cpp") is not None
