@@ -2,7 +2,7 @@
 
 Certification left a witness beside each certified snapshot: the step that followed it, with loss and every gradient, on which two
 kinds of chip agreed. The new chip must compute the same from the snapshot's weights, within the noise measured on the referee
-(guard/replay.NoiseFloor: the response to weights moved by one unit in the last place), tensor by tensor.
+(guard/noise.NoiseFloor: the response to weights moved by one unit in the last place), tensor by tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bascule.accelerators.base import Accelerator
 from bascule.errors import ContinuationRefused
-from bascule.guard.replay import NoiseFloor
+from bascule.guard.noise import NoiseFloor
 from bascule.ledger import Ledger
 from bascule.records import Continuation
 from bascule.train import checkpoint

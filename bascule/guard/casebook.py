@@ -13,7 +13,8 @@ from torch import nn
 from bascule.folder import RunFolder
 from bascule.guard import budget, incident
 from bascule.guard.budget import Intervals
-from bascule.guard.replay import Finding, StepProposal
+from bascule.guard.proposal import StepProposal
+from bascule.guard.replay import Finding
 from bascule.guard.sentinels import Cry
 from bascule.ledger import Ledger
 from bascule.records import (

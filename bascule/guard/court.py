@@ -18,7 +18,8 @@ from torch import nn
 from bascule.config.trust import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
 from bascule.guard.casebook import Casebook
-from bascule.guard.replay import Finding, StepProposal
+from bascule.guard.proposal import StepProposal
+from bascule.guard.replay import Finding
 from bascule.guard.sentinels import Cry
 
 DIVERGED_AFTER = 3

@@ -33,21 +33,18 @@ from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Violation
 from bascule.guard.court import Case, Court
 from bascule.guard.hindsight import earlier_steps, first_difference
+from bascule.guard.noise import NoiseFloor
 from bascule.guard.observer import Observer
-from bascule.guard.replay import (
-    Again,
-    NoiseFloor,
-    Recomputer,
-    StepProposal,
-    again,
-    investigate,
-    some_sequences,
-)
+from bascule.guard.proposal import Recomputer, StepProposal
+from bascule.guard.replay import Again, again, investigate, some_sequences
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
 from bascule.records import StepStats
 
 REMEMBERED_BATCHES = 2
+
+MEMORY_EVERY = 4
+"""Steps between looks at the memory in use: a leak lasts, and on a CPU a look costs as much as the other sentinels together."""
 
 
 class Snapshots(Protocol):
@@ -73,7 +70,7 @@ class Guard:
     """One per launch of a trainer. Implements train's Judge.
 
     `accelerator`: the chip under watch, for its memory figures and to know whether the referee is of the same kind.
-    `referee`: another kind of chip wherever there is one.
+    `referee`: another kind of chip wherever there is one. `sibling` opens another chip of the pool, if it has one, for replays.
     """
 
     def __init__(
@@ -87,8 +84,10 @@ class Guard:
         referee: Accelerator,
         snapshots: Snapshots,
         experts_per_token: int = 1,
+        sibling: Callable[[], Accelerator | None] = lambda: None,
     ) -> None:
         self.config = config
+        self.sibling = sibling
         self.pool = pool
         self.accelerator = accelerator
         self.referee = referee
@@ -271,7 +270,8 @@ class Guard:
 
     def _seen(self, proposal: StepProposal) -> Seen:
         loads = proposal.expert_loads
-        memory = self.accelerator.memory().allocated_bytes
+        due = proposal.step % MEMORY_EVERY == 0
+        memory = self.accelerator.memory().allocated_bytes if due else None
         return Seen(
             step=proposal.step,
             phase=proposal.phase,
@@ -431,6 +431,7 @@ class Guard:
             other_batches=tuple(self._recent),
             looks_normal=self._looks_normal,
             same_kind=self._same_kind(),
+            sibling=self.sibling,
         )
         case = Case(
             proposal=proposal,

@@ -194,7 +194,7 @@ class Stall:
     warm_up = 6
     sigma = 12.0
 
-    def __init__(self, *, factor: float = 3.0, least_s: float = 0.5) -> None:
+    def __init__(self, *, factor: float = 3.0, least_s: float = 0.75) -> None:
         self.factor = factor
         self.least_s = least_s
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bascule import draws, numerics
 from bascule.accelerators.base import Accelerator
-from bascule.guard.replay import Recomputer
+from bascule.guard.proposal import Recomputer
 
 MARGIN = 8.0
 PERTURBATIONS = 2

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.load import read_resolved
 from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
+    AcceleratorUnavailable,
     BasculeError,
     DeviceFault,
     ModelFolderError,
@@ -30,6 +32,7 @@ from bascule.errors import (
     UsageError,
 )
 from bascule.fallback import verify
+from bascule.fallback.policy import condemned
 from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.guard.guard import REMEMBERED_BATCHES, Guard
@@ -347,8 +350,25 @@ class Trainer:
         referee = open_accelerator("cpu")
         return Guard(
             self.recipe.guard, self.ledger, self.folder, self.pool, accelerator=self.accelerator, referee=referee,
-            snapshots=self.writer, experts_per_token=self.course.model.num_experts_per_tok,
+            snapshots=self.writer, experts_per_token=self.course.model.num_experts_per_tok, sibling=self._open_sibling,
         )  # fmt: skip
+
+    def _open_sibling(self) -> Accelerator | None:
+        """Another chip of this pool that nobody condemned, to ask whether a fault is this chip's or the kind's."""
+        gone = {pool for pool, role in condemned(self.ledger.read()) if role == "train"}
+        for pool in self.recipe.siblings(self.pool):
+            if pool in gone:
+                continue
+            name = self.recipe.pools[pool].accelerator
+            log = self.folder.ground_truth / f"{pool}-train.jsonl"
+            try:
+                chip = open_accelerator(name, seed=self.recipe.seed, fault_log=log)
+            except AcceleratorUnavailable as error:
+                self.ledger.warn("no second chip for the replay", f"{pool}: {error}")
+                continue
+            if not chip.fallback_note:
+                return chip
+        return None
 
     def _certify_last(self, step: int) -> None:
         """No step follows the last snapshot, so one is computed for the referee and thrown away: the model that is exported

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import in_process  # noqa: F401  (re-exported: the tests' whole run in one process)
 
 Z = 1.96
+BY_BUDGET = {"checksum_every_steps": None, "audit_every_steps": None, "rule_out_rate": 0.001}
+"""The guard's defaults, over the frequent checks that in_process.recipe sets for tests."""
 
 
 def carry_out(

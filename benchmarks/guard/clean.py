@@ -90,7 +90,7 @@ def one_cell(cell: dict[str, Any]) -> dict[str, Any]:
         data={"train_problems": 2000},
         sft={"steps": CELL_STEPS, "batch_sequences": 4, "warmup_steps": 20, **sections.get("sft", {})},
         train={"snapshot_every_steps": 100},
-        guard={"checksum_every_steps": 64, "audit_every_steps": 200, **sections.get("guard", {})},
+        guard={**campaign.BY_BUDGET, **sections.get("guard", {})},
     )  # fmt: skip
 
     def wrap(objective: Objective) -> Objective:

@@ -221,7 +221,7 @@ def _recipe(accelerator: str, preset: str, guard: dict[str, Any]) -> Any:
     return campaign.in_process.recipe(
         accelerator, model={"preset": preset}, sft={"steps": STEPS},
         train={"snapshot_every_steps": EVERY, "keep_snapshots": 100},
-        guard={"rule_out_rate": 0.001, **guard},
+        guard={**campaign.BY_BUDGET, **guard},
     )  # fmt: skip
 
 

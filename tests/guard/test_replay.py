@@ -12,8 +12,10 @@ import torch
 
 from bascule import numerics
 from bascule.accelerators.cpu import CpuAccelerator
+from bascule.accelerators.registry import open_accelerator
 from bascule.guard import incident
-from bascule.guard.replay import NoiseFloor, again, investigate, moved_weights
+from bascule.guard.noise import NoiseFloor, moved_weights
+from bascule.guard.replay import again, investigate
 
 REFEREE = CpuAccelerator("referee")
 
@@ -170,3 +172,39 @@ def test_a_folder_that_is_no_incident_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SnapshotError, match="is not an incident"):
         incident.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "attribution", "words"),
+    [
+        ("sim:clean@cpu", "persistent chip fault", "right on sim:clean@cpu, another chip"),
+        ("sim:zeroed?rate=1@cpu", "software", "wrong on sim:zeroed?rate=1@cpu too"),
+    ],
+)
+def test_another_chip_of_the_kind_tells_the_chip_from_the_kind(
+    trained, other: str, attribution: str, words: str
+) -> None:  # type: ignore[no-untyped-def]
+    rig = trained("zeroed?rate=1")
+    proposal = rig.stepper.propose(rig.objective.next_batch(1))
+    found = investigate(
+        proposal, rig.stepper, NoiseFloor(REFEREE), sibling=lambda: open_accelerator(other)
+    )
+    assert found.attribution == attribution and words in found.evidence
+    assert found.replays[-1].where.startswith("another chip of the kind")
+
+
+def test_another_chip_is_not_asked_about_what_did_not_repeat_and_its_own_failure_says_nothing(
+    trained,
+) -> None:  # type: ignore[no-untyped-def]
+    rig = trained()
+    proposal = rig.stepper.propose(rig.objective.next_batch(1))
+    asked = []
+    found = investigate(
+        spoilt(proposal), rig.stepper, NoiseFloor(REFEREE), sibling=lambda: asked.append(1)
+    )
+    assert found.attribution == "transient chip fault" and not asked
+    bad = trained("zeroed?rate=1")
+    proposal = bad.stepper.propose(bad.objective.next_batch(1))
+    crashing = lambda: open_accelerator("sim:device-error?onset_step=1@cpu")  # noqa: E731
+    found = investigate(proposal, bad.stepper, NoiseFloor(REFEREE), sibling=crashing)
+    assert found.attribution == "persistent chip fault" and "it failed" in found.replays[-1].detail
