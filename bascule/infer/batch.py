@@ -286,6 +286,8 @@ class Batch:
 
     def _grow(self) -> None:
         """A block for every row whose last one is full, or would be with a guess; who arrived last gives way to the others."""
+        if all(row.read + 1 < len(row.blocks) * BLOCK for row in self.rows):
+            return
         for row in sorted(self.rows, key=lambda one: one.arrived):
             while row.blocks and row.read + self._may_guess(row) >= len(row.blocks) * BLOCK:
                 try:

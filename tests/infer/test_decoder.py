@@ -148,7 +148,7 @@ def test_nan_in_a_weight_ends_the_step(name: str) -> None:
 
 def test_only_the_real_cpu_takes_it() -> None:
     assert _real_cpu(CpuAccelerator())
-    assert not _real_cpu(open_accelerator("sim:healthy@cpu"))
+    assert not _real_cpu(open_accelerator("sim:clean@cpu"))
 
 
 @torch.inference_mode()

@@ -141,12 +141,13 @@ def test_no_interleaving_shows_that_there_were_guesses(
     assert batch.blocks.free == batch.blocks.count
 
 
+@pytest.mark.parametrize("native", [False, True])
 @torch.inference_mode()
-def test_a_row_that_goes_on_elsewhere_says_the_rest_with_guesses() -> None:
-    whole = alone("packed", 0)
+def test_a_row_that_goes_on_elsewhere_says_the_rest_with_guesses(native: bool) -> None:
+    whole = alone("packed", 0, native)
     row = row_of(0)
     row.said = whole.said[:11]
-    batch = batch_of("packed", 4, reproducible=True)
+    batch = batch_of("packed", 4, reproducible=True, native=native)
     batch.join([[row]])
     while batch.rows:
         batch.step()
