@@ -91,6 +91,23 @@ def test_chain_sum_writes_every_partial_sum():
     assert thought.endswith(f"={answer}")
 
 
+def test_last_digit_writes_every_partial_sum_without_its_tens():
+    [problem] = some("last_digit", 1, min_terms=5, max_terms=5)
+    terms = problem.question.removeprefix("(").partition(")")[0]
+    thought, answer = chat.parse_strict(registry.get("last_digit").trace(problem, 0))
+    steps = thought.split(",")
+    assert len(steps) == 4 and all(eval(s.partition("=")[0]) % 10 == int(s[-1]) for s in steps)
+    assert int(answer) == eval(terms) % 10 == int(steps[-1][-1])
+    assert [s.partition("=")[0].partition("+")[2] for s in steps] == terms.split("+")[1:]
+
+
+def test_last_digit_refuses_options_that_make_no_sum():
+    with pytest.raises(RecipeError, match="must be int"):
+        some("last_digit", min_terms=True)
+    with pytest.raises(RecipeError, match="2 <= min_terms"):
+        some("last_digit", min_terms=5, max_terms=3)
+
+
 def test_countdown_traces_show_failed_tries_before_the_one_that_works():
     task = registry.get("countdown")
     traces = [trace for problem in some("countdown", 100) if (trace := task.trace(problem, 1))]
