@@ -31,21 +31,22 @@ _ARGUMENTS = {
     "rms_norm_backward": "pppl" + "ppppp" + "ll",
     "swiglu": "plplpll",
     "swiglu_backward": "pplplplplll",
-    "token_logprobs": "ppppll",
-    "token_logprobs_backward": "pppppll",
-    "expert_order": "ppppll",
-    "gather_rows": "ppplll",
-    "gather_rows_backward": "ppplll",
-    "combine": "ppppplll",
-    "combine_backward": "pppppp" + "lll",
+    "token_logprobs": "pippll",
+    "token_logprobs_backward": "ppippll",
+    "expert_order": "iiiill",
+    "gather_rows": "piplll",
+    "gather_rows_backward": "piplll",
+    "combine": "ppipplll",
+    "combine_backward": "ppippp" + "lll",
     "rotate": "plpplpll" + "lll",
     "latent_heads": "pplppplppp" + "llllll",
     "latent_heads_backward": "ppppplppp" + "llllll",
-    "attention": "ppppppp" + "llllllfl",
-    "attention_backward": "ppppppppppp" + "llllllfl",
+    "attention": "ppppppi" + "llllllfl",
+    "attention_backward": "ppppppppppi" + "llllllfl",
     "adamw": "ppppl" + "fffffff",
 }
-_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_double}
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_double}
+_TYPES = {"p": torch.float32, "i": torch.int64}
 
 
 @cache
@@ -78,8 +79,17 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def _run(name: str, *arguments: Tensor | float | None) -> None:
-    """Tensors become addresses; the caller keeps them alive until this returns."""
+    """Tensors become addresses; the caller keeps them alive until this returns. Raises TypeError for a tensor of another type."""
+    for kind, x in zip(_ARGUMENTS[name], arguments, strict=True):
+        if isinstance(x, Tensor) and x.dtype != _TYPES[kind]:
+            raise TypeError(f"bascule::{name} was given {x.dtype}, it computes with {_TYPES[kind]}")
     getattr(compiled(), name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+
+
+def _need(met: bool, what: str) -> None:
+    """The kernels trust the shapes they are given; one that does not fit would be read or written past its end."""
+    if not met:
+        raise RuntimeError(f"shapes that do not belong together: {what}")
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -105,6 +115,8 @@ def _operator(schema: str) -> Callable[[Callable[..., object]], Callable[..., ob
 @_operator("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed like x but dense, 1/rms [N])."""
+    _need(weight.shape == x.shape[-1:], "rms_norm's weight and rows")
+    weight = weight.contiguous()
     flat, stride = _rows(x)
     y, scale = torch.empty(x.shape), torch.empty(len(flat))
     _run("rms_norm", flat, stride, None, None, weight, y, scale, *flat.shape, eps)
@@ -116,6 +128,8 @@ def _add_rms_norm(
     x: Tensor, more: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed sum, 1/rms [N], sum)."""
+    _need(weight.shape == x.shape[-1:] and more.shape == x.shape, "add_rms_norm's terms and weight")
+    weight = weight.contiguous()
     flat, stride = _rows(x)
     more = more.contiguous()
     y, scale, total = torch.empty(x.shape), torch.empty(len(flat)), torch.empty(x.shape)
@@ -127,6 +141,9 @@ def _add_rms_norm(
 def _rms_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
+    same = dy.shape == x.shape and (dsum is None or dsum.shape == x.shape)
+    _need(same and weight.shape == x.shape[-1:] and scale.numel() * x.shape[-1] == x.numel(), "rms_norm_backward")  # fmt: skip
+    weight, scale = weight.contiguous(), scale.contiguous()
     flat, stride = _rows(x)
     dy, dsum = dy.contiguous(), None if dsum is None else dsum.contiguous()
     dx, dw = torch.empty(x.shape), torch.empty(weight.shape)
@@ -137,6 +154,7 @@ def _rms_norm_backward(
 
 @_operator("swiglu(Tensor gate, Tensor up) -> Tensor")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    _need(gate.shape == up.shape, "swiglu's gate and up")
     (g, sg), (u, su) = _rows(gate), _rows(up)
     h = torch.empty(gate.shape)
     _run("swiglu", g, sg, u, su, h, *g.shape)
@@ -145,6 +163,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @_operator("swiglu_backward(Tensor dh, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 def _swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    _need(dh.shape == gate.shape == up.shape, "swiglu_backward")
     (g, sg), (u, su), dh = _rows(gate), _rows(up), dh.contiguous()
     dgate, dup, n = torch.empty(gate.shape), torch.empty(up.shape), g.shape[1]
     _run("swiglu_backward", dh, g, sg, u, su, dgate, n, dup, n, *g.shape)
@@ -160,6 +179,7 @@ def _swiglu_halves(gate_up: Tensor) -> Tensor:
 
 @_operator("swiglu_halves_backward(Tensor dh, Tensor gate_up) -> Tensor")
 def _swiglu_halves_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
+    _need(dh.shape == (*gate_up.shape[:-1], gate_up.shape[-1] // 2) and gate_up.shape[-1] % 2 == 0, "swiglu_halves_backward")  # fmt: skip
     (both, stride), dh = _rows(gate_up), dh.contiguous()
     grad = torch.empty(gate_up.shape)
     rows, n = both.shape[0], both.shape[1] // 2
@@ -172,6 +192,7 @@ def _swiglu_halves_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
 @_operator("token_logprobs(Tensor logits, Tensor targets) -> (Tensor, Tensor)")
 def _token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(log-probability of each row's target, logsumexp of each row), shaped like `targets`."""
+    _need(targets.shape == logits.shape[:-1], "token_logprobs' targets and rows")
     logits, targets = logits.contiguous(), targets.contiguous()
     _within(targets, logits.shape[-1])
     logp, total = torch.empty(targets.shape), torch.empty(targets.shape)
@@ -181,6 +202,9 @@ def _token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @_operator("token_logprobs_backward(Tensor d, Tensor logits, Tensor targets, Tensor total) -> Tensor")  # fmt: skip
 def _token_logprobs_backward(d: Tensor, logits: Tensor, targets: Tensor, total: Tensor) -> Tensor:
+    _need(d.shape == targets.shape == total.shape == logits.shape[:-1], "token_logprobs_backward")
+    _within(targets, logits.shape[-1])
+    total = total.contiguous()
     d, logits, targets = d.contiguous(), logits.contiguous(), targets.contiguous()
     dx, shape = torch.empty(logits.shape), (targets.numel(), logits.shape[-1])
     _run("token_logprobs_backward", d, logits, targets, total, dx, *shape)
@@ -201,6 +225,9 @@ def _expert_order(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
 @_operator("gather_rows(Tensor x, Tensor order, int each) -> Tensor")
 def _gather_rows(x: Tensor, order: Tensor, each: int) -> Tensor:
     """Row `order[m] // each` of x for every m."""
+    _need(x.ndim == 2 and order.ndim == 1 and each > 0, "gather_rows")
+    _within(order, len(x) * each)
+    order = order.contiguous()
     x, y = x.contiguous(), torch.empty(len(order), x.shape[-1])
     _run("gather_rows", x, order, y, len(order), each, x.shape[-1])
     return y
@@ -208,6 +235,9 @@ def _gather_rows(x: Tensor, order: Tensor, each: int) -> Tensor:
 
 @_operator("gather_rows_backward(Tensor dy, Tensor place, int each) -> Tensor")
 def _gather_rows_backward(dy: Tensor, place: Tensor, each: int) -> Tensor:
+    _need(dy.ndim == 2 and place.ndim == 1 and each > 0 and len(place) % each == 0, "gather_rows_backward")  # fmt: skip
+    _within(place, len(dy))
+    place = place.contiguous()
     dy, dx = dy.contiguous(), torch.empty(len(place) // each, dy.shape[-1])
     _run("gather_rows_backward", dy, place, dx, len(dx), each, dy.shape[-1])
     return dx
@@ -216,6 +246,10 @@ def _gather_rows_backward(dy: Tensor, place: Tensor, each: int) -> Tensor:
 @_operator("combine(Tensor shared, Tensor done, Tensor place, Tensor weights) -> Tensor")
 def _combine(shared: Tensor, done: Tensor, place: Tensor, weights: Tensor) -> Tensor:
     """shared[n] + sum over k of weights[n,k] done[place[n,k]]."""
+    _need(done.ndim == weights.ndim == 2 and shared.numel() == len(weights) * shared.shape[-1], "combine's tokens")  # fmt: skip
+    _need(done.shape[1] == shared.shape[-1] and place.numel() == weights.numel(), "combine's rows")
+    _within(place, len(done))
+    place = place.contiguous()
     shared, done, weights = shared.contiguous(), done.contiguous(), weights.contiguous()
     y = torch.empty(shared.shape)
     _run("combine", shared, done, place, weights, y, *weights.shape, shared.shape[-1])
@@ -226,6 +260,10 @@ def _combine(shared: Tensor, done: Tensor, place: Tensor, weights: Tensor) -> Te
 def _combine_backward(
     dy: Tensor, done: Tensor, place: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _need(done.ndim == weights.ndim == 2 and dy.numel() == len(weights) * dy.shape[-1], "combine_backward's tokens")  # fmt: skip
+    _need(done.shape[1] == dy.shape[-1] and place.numel() == weights.numel() == len(done), "combine_backward's rows")  # fmt: skip
+    _within(place, len(done))
+    place = place.contiguous()
     dy, done, weights = dy.contiguous(), done.contiguous(), weights.contiguous()
     ddone, dweights = torch.empty(done.shape), torch.empty(weights.shape)
     _run("combine_backward", dy, done, place, weights, ddone, dweights, *weights.shape, dy.shape[-1])  # fmt: skip
@@ -236,6 +274,7 @@ def _combine_backward(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, halves: bool, back: bool) -> Tensor:
     """x [B,T,H,R]; tables [1 or B,T,1,R]. `back` turns the other way, which is what a gradient wants."""
     batch, tokens, heads, size = x.shape
+    _need(cos.shape == sin.shape and cos.shape[1:] == (tokens, 1, size) and cos.shape[0] in (1, batch), "rotate's tables")  # fmt: skip
     flat, stride = _rows(x.flatten(2))
     y = torch.empty(x.shape)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -250,6 +289,9 @@ def _latent_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MLA's queries, keys (the shared rotary one beside each head's own) and values by head, turned: [B,H,T,E] each."""
     batch, tokens, rotary = key.shape
+    _need(q.shape[:2] == kv.shape[:2] == (batch, tokens) and q.shape[-1] % heads == kv.shape[-1] % heads == 0, "latent_heads")  # fmt: skip
+    _need(cos.shape == sin.shape and cos.shape[1:] == (tokens, 1, rotary) and cos.shape[0] in (1, batch), "latent_heads' tables")  # fmt: skip
+    _need(rotary <= q.shape[-1] // heads < rotary + kv.shape[-1] // heads, "latent_heads' widths")
     q, kv, cos, sin = q.contiguous(), kv.contiguous(), cos.contiguous(), sin.contiguous()
     flat, stride = _rows(key)
     size = q.shape[-1] // heads
@@ -266,6 +308,8 @@ def _latent_heads_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv, cos, sin = (x.contiguous() for x in (dq, dk, dv, cos, sin))
     (batch, heads, tokens, size), value, rotary = dq.shape, dv.shape[-1], cos.shape[-1]
+    _need(dk.shape == dq.shape and dv.shape[:3] == dq.shape[:3] and rotary <= size, "latent_heads_backward")  # fmt: skip
+    _need(cos.shape == sin.shape and cos.shape[1:] == (tokens, 1, rotary) and cos.shape[0] in (1, batch), "latent_heads_backward's tables")  # fmt: skip
     nope = size - rotary
     widths = (heads * size, rotary, heads * (nope + value))
     back = tuple(torch.empty(batch, tokens, n) for n in widths)
@@ -284,9 +328,17 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> None:
+    batch, heads, tokens, size = q.shape
+    _need(k.shape[::2] == v.shape[::2] == (batch, tokens), "attention's rows")
+    _need(k.shape[1] == v.shape[1] and heads % k.shape[1] == 0 and k.shape[3] == size, "attention's heads")  # fmt: skip
+    _need(size % WIDTH == v.shape[3] % WIDTH == 0, "attention's head sizes")
+
+
 @_operator("attention(Tensor q, Tensor k, Tensor v, *, float scale) -> (Tensor, Tensor)")
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention: (averages [B,H,T,E], lying in memory by token, and the logsumexp of every row's scores [B,H,T])."""
+    _fit(q, k, v)
     q, k, v = (_dense(x) for x in (q, k, v))
     (batch, heads, tokens, size), value = q.shape, v.shape[3]
     out = torch.empty(batch, tokens, heads, value).transpose(1, 2)
@@ -302,7 +354,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _fit(q, k, v)
+    made = (*q.shape[:3], v.shape[3])
+    _need(dout.shape == out.shape == made and total.shape == q.shape[:3], "attention_backward")
     dout, q, k, v, out = (_dense(x) for x in (dout, q, k, v, out))
+    total = total.contiguous()
     (batch, heads, tokens, size), value = q.shape, v.shape[3]
     dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
     threads = torch.get_num_threads()
@@ -319,6 +375,10 @@ def _attention_backward(
 )
 def _adamw_(p: Tensor, first: Tensor, second: Tensor, grad: Tensor, *numbers: float) -> Tensor:
     """p = keep p - rate first / (sqrt(correction second) + eps), moments updated with grad_scale grad before."""
+    same = p.shape == first.shape == second.shape == grad.shape
+    _need(
+        same and all(x.is_contiguous() for x in (p, first, second)), "adamw_'s weight and moments"
+    )
     _run("adamw", p, first, second, grad.contiguous(), p.numel(), *numbers)
     return p
 

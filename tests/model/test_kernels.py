@@ -197,3 +197,78 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     q = normal(6, 2, 30, 16)
     whole = fused.attention(q, q, q, 0.25)
     assert torch.equal(whole[2:3], fused.attention(q[2:3], q[2:3], q[2:3], 0.25))
+
+
+NAMES = [
+    "rms_norm",
+    "add_rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
+    "swiglu_halves_backward",
+    "token_logprobs",
+    "token_logprobs_backward",
+    "gather_rows",
+    "gather_rows_backward",
+    "combine",
+    "combine_backward",
+    "rotate",
+    "latent_heads",
+    "latent_heads_backward",
+    "attention",
+    "attention_backward",
+    "adamw_",
+]
+
+
+def _calls() -> dict[str, tuple[object, ...]]:
+    """Right arguments of every operator."""
+    x, w, n = normal(6, 16), torch.ones(16), torch.ones(6)
+    q, chosen = normal(2, 2, 5, 8), torch.tensor([[0, 1], [1, 2], [2, 0]])
+    order, place, _ = torch.ops.bascule.expert_order(chosen, 3)
+    table, key, targets = normal(1, 5, 1, 8), normal(2, 5, 8), torch.zeros(6).long()
+    out, total = torch.ops.bascule.attention(q, q, q, scale=0.3)
+    return {
+        "rms_norm": (x, w, 1e-6),
+        "add_rms_norm": (x, x, w, 1e-6),
+        "rms_norm_backward": (x, x, x, w, n),
+        "swiglu": (x, x),
+        "swiglu_backward": (x, x, x),
+        "swiglu_halves_backward": (normal(6, 8), x),
+        "token_logprobs": (x, targets),
+        "token_logprobs_backward": (n, x, targets, n),
+        "gather_rows": (x[:3], order, 2),
+        "gather_rows_backward": (x, place, 2),
+        "combine": (x[:3], x, place, normal(3, 2)),
+        "combine_backward": (x[:3], x, place, normal(3, 2)),
+        "rotate": (normal(2, 5, 3, 8), table, table, True, False),
+        "latent_heads": (normal(2, 5, 32), key, normal(2, 5, 32), table, table, 2),
+        "latent_heads_backward": (normal(2, 2, 5, 16), normal(2, 2, 5, 16), q, table, table),
+        "attention": (q, q, q),
+        "attention_backward": (q, q, q, q, out, total),
+        "adamw_": (x, x.clone(), x.clone(), x, 1.0, 0.9, 0.99, 1.0, 1e-3, 1.0, 1e-8),
+    }
+
+
+STILL_RIGHT = {
+    ("token_logprobs", 0), ("token_logprobs_backward", 1), ("gather_rows", 0), ("gather_rows", 1),
+    ("gather_rows_backward", 0), ("latent_heads_backward", 2),
+}  # fmt: skip
+"""Arguments that may be narrower alone."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_types_that_do_not_fit_are_refused(name: str) -> None:
+    """Qualification shrinks calls and repeats them in fp64; a kernel that trusted its shapes ended the process there."""
+    operator = getattr(torch.ops.bascule, name)
+    more = {"scale": 0.3} if name.startswith("attention") else {}
+    right = _calls()[name]
+    operator(*right, **more)
+    for at, value in enumerate(right):
+        if isinstance(value, Tensor):
+            wrong = value.double() if value.is_floating_point() else value.int()
+            with pytest.raises((TypeError, RuntimeError)):
+                operator(*right[:at], wrong, *right[at + 1 :], **more)
+            if (name, at) not in STILL_RIGHT:
+                with pytest.raises((RuntimeError, IndexError)):
+                    operator(*right[:at], value[..., :-1], *right[at + 1 :], **more)
