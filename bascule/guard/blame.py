@@ -16,7 +16,7 @@ position are never named; where nothing tells the ranks apart, nobody is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,10 @@ def blame(folder: Path, *, died_first: int | None = None) -> Blame:
     if died_first is not None:
         told = f"rank {died_first} died while its peers lived"
         return Blame((died_first,), "died before its peers", 0.9, (told,))
-    return judge(read_dumps(folder))
+    ranks, unreadable = read_dumps(folder)
+    found = judge(ranks)
+    notes = tuple(f"taken as no dump: {why}" for why in unreadable.values())
+    return replace(found, evidence=found.evidence + notes)
 
 
 def judge(ranks: Mapping[int, Rank]) -> Blame:

@@ -71,43 +71,57 @@ class Rank:
         return [one for one in self.pending if one.partner is not None]
 
 
+class _AsksForClass(pickle.UnpicklingError):
+    pass
+
+
 class _Plain(pickle.Unpickler):
     """Builds containers, numbers and text. A dump needs no classes, and a pickle that asks for one may run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(
+        raise _AsksForClass(
             f"it asks for {module}.{name}, which a Flight Recorder dump never needs"
         )
 
 
-def read_dumps(folder: Path) -> dict[int, Rank]:
-    """Every file whose name ends in a number (before a suffix) is that rank's dump, JSON or pickle."""
+DAMAGE = (
+    ValueError, TypeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, OverflowError, MemoryError, RecursionError,
+)  # fmt: skip
+"""What reading a truncated or overwritten file can raise."""
+
+
+def read_dumps(folder: Path) -> tuple[dict[int, Rank], dict[int, str]]:
+    """Every file whose name ends in a number (before a suffix) is that rank's dump, JSON or pickle. (ranks, those whose file cannot
+    be read and why): a rank that dies while it writes leaves half a dump. Raises UsageError when none can be read, and for a pickle
+    that asks for classes, which no damage explains."""
     if not folder.is_dir():
         raise UsageError(
             f"'{folder}' is not a folder. Give the folder that holds one Flight Recorder dump per rank."
         )
     ranks: dict[int, Rank] = {}
+    unreadable: dict[int, str] = {}
     for path in sorted(folder.iterdir()):
         found = re.search(r"(\d+)(\.\w+)?$", path.name)
-        if path.is_file() and found:
-            number = int(found.group(1))
-            ranks[number] = _read(path, number)
+        if not path.is_file() or not found:
+            continue
+        number = int(found.group(1))
+        try:
+            ranks[number] = rank_of(number, _load(path.read_bytes()))
+        except _AsksForClass as error:
+            raise UsageError(_refusal(path, error)) from None
+        except DAMAGE as error:
+            unreadable[number] = _refusal(path, error)
     if not ranks:
         raise UsageError(
-            f"'{folder}' holds no dumps: no file name there ends in a rank, as rank_0.json or trace_0 do."
+            next(iter(unreadable.values()), None)
+            or f"'{folder}' holds no dumps: no file name there ends in a rank, as rank_0.json or trace_0 do."
         )
-    return ranks
+    return ranks, unreadable
 
 
-def _read(path: Path, number: int) -> Rank:
-    try:
-        return rank_of(number, _load(path.read_bytes()))
-    except (
-        ValueError, TypeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, OverflowError, MemoryError, RecursionError,
-    ) as error:  # fmt: skip
-        raise UsageError(
-            f"'{path}' is not a Flight Recorder dump: {error or type(error).__name__}. Remove it or dump that rank again."
-        ) from None
+def _refusal(path: Path, error: BaseException) -> str:
+    why = str(error) or type(error).__name__
+    return f"'{path}' is not a Flight Recorder dump: {why}. Remove it or dump that rank again."
 
 
 def _load(data: bytes) -> dict[str, Any]:

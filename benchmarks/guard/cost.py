@@ -40,7 +40,6 @@ from bascule.train.state import TrainState
 from bascule.train.step import NoJudge, Stepper
 from bascule.train.writer import SnapshotWriter
 
-WARM_UP = 3
 CASES = {
     "default": GuardConfig(),
     "64": GuardConfig(checksum_every_steps=64, audit_every_steps=256),
@@ -92,6 +91,7 @@ def main() -> None:
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--sequences", type=int, help="per step; default: the recipe's")
+    parser.add_argument("--warm-up", type=int, default=3, help="pairs of steps before it counts")
     parser.add_argument("--cases", default="default,64,full")
     parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args()
@@ -105,17 +105,17 @@ def main() -> None:
     made = course(recipe)
     for case in options.cases.split(","):
         with tempfile.TemporaryDirectory() as room:
-            compare(case, recipe, made, options.accelerator, options.steps, Path(room))
+            compare(case, recipe, made, options, Path(room))
 
 
 def compare(
-    case: str, recipe: Recipe, made: Course, accelerator: str, steps: int, room: Path
+    case: str, recipe: Recipe, made: Course, options: argparse.Namespace, room: Path
 ) -> None:
-    chip = open_accelerator(accelerator)
+    chip, steps = open_accelerator(options.accelerator), options.steps
     chip.prepare(1)
     on = side(recipe, made, chip, room / "on", CASES[case])
     off = side(recipe, made, chip, room / "off", None)
-    for _ in range(WARM_UP):
+    for _ in range(options.warm_up):
         pair(on, off, guard_first=True)
     found, kinds = [], []
     for number in range(steps):

@@ -131,6 +131,14 @@ def test_damaged_dumps_are_refused_with_their_name(tmp_path: Path, content: byte
         blame.blame(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"version": "2.9", "pg_con'])
+def test_a_rank_that_died_while_it_wrote_its_dump_gave_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rank_2.json").write_bytes(content)
+    found = judged(tmp_path, {0: waiting(), 1: waiting(), 3: waiting()})
+    assert found.guilty_ranks == (2,) and found.confidence == 0.6
+    assert "taken as no dump" in found.evidence[-1] and "rank_2.json" in found.evidence[-1]
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no dumps"):
         blame.blame(tmp_path)
