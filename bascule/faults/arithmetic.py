@@ -187,7 +187,9 @@ class MaskSlip(Fault):
         given = dict(zip(names, call.args, strict=False)) | call.kwargs
         mask = given.get("attn_mask")
         later = int(self.spec.size)
-        if call.op == "attention":  # our own, always causal: PyTorch's returns the same two tensors and takes a mask
+        if (
+            call.op == "attention"
+        ):  # our own, always causal: PyTorch's returns the same two tensors and takes a mask
             given |= {"is_causal": True}
             call.func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         if given.get("is_causal"):

@@ -164,7 +164,12 @@ class LatentAttention(nn.Module):
         latent_BTC = self.kv_a_layernorm(latent)
         if context.cache is None and kernels.usable(q, k_rope, context.cos_BT1R):
             heads = fused.latent_heads(
-                q, k_rope, self.kv_b_proj(latent_BTC), context.cos_BT1R, context.sin_BT1R, self.heads
+                q,
+                k_rope,
+                self.kv_b_proj(latent_BTC),
+                context.cos_BT1R,
+                context.sin_BT1R,
+                self.heads,
             )
             done: Tensor = self.o_proj(attend(*heads, context.bias, self.scale))
             return done

@@ -78,9 +78,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def _run(name: str, *arguments: Tensor | float | None) -> None:
     """Tensors become addresses; the caller keeps them alive until this returns."""
-    getattr(compiled(), name)(
-        *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-    )
+    getattr(compiled(), name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -285,7 +283,7 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-@_operator("attention(Tensor q, Tensor k, Tensor v, *, float scale) -> (Tensor, Tensor)")
+@_operator("attention(Tensor query, Tensor key, Tensor value, *, float scale) -> (Tensor, Tensor)")
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention: (averages [B,H,T,E], lying in memory by token, and the logsumexp of every row's scores [B,H,T])."""
     q, k, v = (_dense(x) for x in (q, k, v))

@@ -123,7 +123,9 @@ class MoE(nn.Module):
             done_MD = self.experts(sorted_MD, counts_E.tolist())
             shared_BTD = self.shared_experts(x_BTD)
             out_BTD = fused.combine(shared_BTD, done_MD, place, weights_NK)
-            return out_BTD, counts_E if mask_BT is None else _count(chosen_NK, mask_BT.flatten(), experts)
+            return out_BTD, counts_E if mask_BT is None else _count(
+                chosen_NK, mask_BT.flatten(), experts
+            )
         by_expert, order = chosen_NK.flatten().sort(stable=True)
         # Counting by searching the sorted list: bincount synchronises by itself, scatter_add is not deterministic everywhere.
         edges = torch.searchsorted(by_expert, torch.arange(experts + 1, device=by_expert.device))
