@@ -145,32 +145,40 @@ extern "C" void swiglu_backward(const float *dh, const float *gate, long sg, con
 
 // ---- log-probability of one target a row ----
 
-extern "C" void token_logprobs(const float *x, const int64_t *targets, float *logp, float *lse, long rows, long n) {
+// Backward takes the largest entry off again: with a logsumexp, whose rounding grows with the logits, its rows would not sum to zero.
+static inline float largest(const float *x, long n) {
+  float top = x[0];
+#pragma omp simd reduction(max : top)
+  for (long i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+extern "C" void token_logprobs(const float *x, const int64_t *targets, float *logp, float *sums, long rows, long n) {
 #pragma omp parallel for schedule(static) if (rows > FEW)
   for (long r = 0; r < rows; r++) {
     const float *in = x + r * n;
-    float top = in[0], sum = 0;
-#pragma omp simd reduction(max : top)
-    for (long i = 0; i < n; i++) top = in[i] > top ? in[i] : top;
+    const float top = largest(in, n);
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long i = 0; i < n; i++) sum += exp_(in[i] - top);
-    lse[r] = top + logf(sum);
-    logp[r] = in[targets[r]] - lse[r];
+    sums[r] = sum;
+    logp[r] = (in[targets[r]] - top) - logf(sum);
   }
 }
 
-extern "C" void token_logprobs_backward(const float *d, const float *x, const int64_t *targets, const float *lse, float *dx, long rows,
+extern "C" void token_logprobs_backward(const float *d, const float *x, const int64_t *targets, const float *sums, float *dx, long rows,
                                         long n) {
 #pragma omp parallel for schedule(static) if (rows > FEW)
   for (long r = 0; r < rows; r++) {
-    const float *in = x + r * n, g = d[r], to = lse[r];
+    const float *in = x + r * n, g = d[r];
     float *out = dx + r * n;
     if (g == 0.0f) {  // a target that does not count
       memset(out, 0, n * sizeof(float));
       continue;
     }
+    const float top = largest(in, n), share = -g / sums[r];
 #pragma omp simd
-    for (long i = 0; i < n; i++) out[i] = -g * exp_(in[i] - to);
+    for (long i = 0; i < n; i++) out[i] = share * exp_(in[i] - top);
     out[targets[r]] += g;
   }
 }

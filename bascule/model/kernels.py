@@ -170,7 +170,7 @@ def _swiglu_halves_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 @_operator("token_logprobs(Tensor logits, Tensor targets) -> (Tensor, Tensor)")
 def _token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probability of each row's target, logsumexp of each row), shaped like `targets`."""
+    """(log-probability of each row's target, the sum of exp(logit - largest logit) of each row), shaped like `targets`."""
     logits, targets = logits.contiguous(), targets.contiguous()
     _within(targets, logits.shape[-1])
     logp, total = torch.empty(targets.shape), torch.empty(targets.shape)
@@ -324,7 +324,7 @@ def _adamw_(p: Tensor, first: Tensor, second: Tensor, grad: Tensor, *numbers: fl
 
 def _within(indices: Tensor, end: int) -> None:
     """The kernels trust their indices; a wrong one must not read or write elsewhere."""
-    if indices.numel() and not (0 <= int(indices.amin()) and int(indices.amax()) < end):
+    if indices.numel() and not (int(indices.amin()) >= 0 and int(indices.amax()) < end):
         raise IndexError(f"index {int(indices.amin())} .. {int(indices.amax())} out of range 0 .. {end - 1}")  # fmt: skip
 
 
