@@ -2,7 +2,7 @@
 
     softmax         no entry below zero, rows sum to one;  backward: rows of dX sum to zero
     log-softmax     exp of rows sums to one, and Y - X is one number a row;  backward: rows of dX sum to zero
-    log-probability exp(x - its logsumexp) sums to one, and the target's is x - logsumexp;  backward: rows of dX sum to zero
+    log-probability of a target: the kept sum is that of exp(x - largest x), and the target's follows;  backward: rows of dX sum to zero
     RMS norm        for y = w x / rms(x): p.y = p.(w x) / rms(x) for a fixed p, and |y| = |w x| / rms(x)
     a copy          what was copied, cast or joined arrives, bit for bit
     an update       no parameter's length changes by more than its optimizer can move it (train/optimizer.reach)
@@ -70,15 +70,15 @@ def log_softmax_backward_ratio(dy: Tensor, y: Tensor, dx: Tensor, dim: int) -> T
 
 
 @torch.no_grad()
-def token_logprobs_ratio(x: Tensor, targets: Tensor, logp: Tensor, total: Tensor) -> Tensor:
-    """`x` (..., V); one target, its log-probability and the logsumexp for each row."""
-    wide_x, wide_total = _wide(x), _wide(total).unsqueeze(-1)
-    reach = wide_x.abs().amax(-1) + wide_total.squeeze(-1).abs()
-    room = MARGIN * _unit(x) * (math.sqrt(x.shape[-1]) + reach)
-    shifted = wide_x - wide_total
-    mass = (shifted.exp().sum(-1) - 1.0).abs()
-    picked = (shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - _wide(logp)).abs()
-    return _worst(torch.maximum(mass, picked) / room, reach)
+def token_logprobs_ratio(x: Tensor, targets: Tensor, logp: Tensor, sums: Tensor) -> Tensor:
+    """`x` (..., V); of each row one target, its log-probability, and the sum of exp(x - largest x)."""
+    wide_x, wide_sums = _wide(x), _wide(sums)
+    shifted = wide_x - wide_x.amax(-1, keepdim=True)
+    picked = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    room = MARGIN * _unit(x) * (math.sqrt(x.shape[-1]) + picked.abs())
+    mass = (shifted.exp().sum(-1) / wide_sums - 1.0).abs()
+    apart = (picked - wide_sums.log() - _wide(logp)).abs()
+    return _worst(torch.maximum(mass, apart) / room, wide_x.abs().amax(-1))
 
 
 @torch.no_grad()

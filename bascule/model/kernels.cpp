@@ -145,32 +145,40 @@ extern "C" void swiglu_backward(const float *dh, const float *gate, long sg, con
 
 // ---- log-probability of one target a row ----
 
-extern "C" void token_logprobs(const float *x, const int64_t *targets, float *logp, float *lse, long rows, long n) {
+// Backward takes the largest entry off again: with a logsumexp, whose rounding grows with the logits, its rows would not sum to zero.
+static inline float largest(const float *x, long n) {
+  float top = x[0];
+#pragma omp simd reduction(max : top)
+  for (long i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+extern "C" void token_logprobs(const float *x, const int64_t *targets, float *logp, float *sums, long rows, long n) {
 #pragma omp parallel for schedule(static) if (rows > FEW)
   for (long r = 0; r < rows; r++) {
     const float *in = x + r * n;
-    float top = in[0], sum = 0;
-#pragma omp simd reduction(max : top)
-    for (long i = 0; i < n; i++) top = in[i] > top ? in[i] : top;
+    const float top = largest(in, n);
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long i = 0; i < n; i++) sum += exp_(in[i] - top);
-    lse[r] = top + logf(sum);
-    logp[r] = in[targets[r]] - lse[r];
+    sums[r] = sum;
+    logp[r] = (in[targets[r]] - top) - logf(sum);
   }
 }
 
-extern "C" void token_logprobs_backward(const float *d, const float *x, const int64_t *targets, const float *lse, float *dx, long rows,
+extern "C" void token_logprobs_backward(const float *d, const float *x, const int64_t *targets, const float *sums, float *dx, long rows,
                                         long n) {
 #pragma omp parallel for schedule(static) if (rows > FEW)
   for (long r = 0; r < rows; r++) {
-    const float *in = x + r * n, g = d[r], to = lse[r];
+    const float *in = x + r * n, g = d[r];
     float *out = dx + r * n;
     if (g == 0.0f) {  // a target that does not count
       memset(out, 0, n * sizeof(float));
       continue;
     }
+    const float top = largest(in, n), share = -g / sums[r];
 #pragma omp simd
-    for (long i = 0; i < n; i++) out[i] = -g * exp_(in[i] - to);
+    for (long i = 0; i < n; i++) out[i] = share * exp_(in[i] - top);
     out[targets[r]] += g;
   }
 }
@@ -314,16 +322,24 @@ extern "C" void latent_heads_backward(const float *dqh, const float *dkh, const 
 
 // ---- causal attention. Small products with their operands in the first cache: C[m][n] (+)= sum_k A(m,k) B[k][n] ----
 
-template <int R, int C>
-static inline void tile(const float *a, long am, long ak, const float *b, long ldb, float *c, long ldc, long k, bool add) {
+// Keeps a value in a register: GCC would read it from memory again for every row, and loads are what these loops wait for.
+#ifdef __x86_64__
+#define HOLD(x) __asm__("" : "+x"(x))
+#else
+#define HOLD(x)
+#endif
+
+template <bool ADD, int R, int C>
+static inline void tile(const float *a, long am, long ak, const float *b, long ldb, float *c, long ldc, long k) {
   lanes sum[R][C];
   for (int i = 0; i < R; i++)
-    for (int j = 0; j < C; j++) sum[i][j] = add ? *(const lanes *)(c + i * ldc + j * WIDTH) : lanes{};
-  for (long p = 0; p < k; p++, b += ldb) {
+    for (int j = 0; j < C; j++) sum[i][j] = ADD ? *(const lanes *)(c + i * ldc + j * WIDTH) : lanes{};
+  for (long p = 0; p < k; p++, b += ldb, a += ak) {
     lanes right[C];
     for (int j = 0; j < C; j++) right[j] = *(const lanes *)(b + j * WIDTH);
+    for (int j = 0; j < C; j++) HOLD(right[j]);
     for (int i = 0; i < R; i++) {
-      const float left = a[i * am + p * ak];
+      const float left = a[i * am];
       for (int j = 0; j < C; j++) sum[i][j] += left * right[j];
     }
   }
@@ -332,19 +348,20 @@ static inline void tile(const float *a, long am, long ak, const float *b, long l
 }
 
 // R rows at a time, as many as the sixteen registers hold beside C columns.
-template <int R, int C>
-static inline void columns(const float *a, long am, long ak, const float *b, long ldb, float *c, long ldc, long m, long k, bool add) {
-  for (; m >= R; m -= R, a += R * am, c += R * ldc) tile<R, C>(a, am, ak, b, ldb, c, ldc, k, add);
-  for (; m >= 2; m -= 2, a += 2 * am, c += 2 * ldc) tile<2, C>(a, am, ak, b, ldb, c, ldc, k, add);
-  if (m) tile<1, C>(a, am, ak, b, ldb, c, ldc, k, add);
+template <bool ADD, int R, int C>
+static void columns(const float *a, long am, long ak, const float *b, long ldb, float *c, long ldc, long m, long k) {
+  for (; m >= R; m -= R, a += R * am, c += R * ldc) tile<ADD, R, C>(a, am, ak, b, ldb, c, ldc, k);
+  for (; m >= 2; m -= 2, a += 2 * am, c += 2 * ldc) tile<ADD, 2, C>(a, am, ak, b, ldb, c, ldc, k);
+  if (m) tile<ADD, 1, C>(a, am, ak, b, ldb, c, ldc, k);
 }
 
 // n a multiple of WIDTH.
-static void product(const float *a, long am, long ak, const float *b, long ldb, float *c, long ldc, long m, long n, long k, bool add) {
+template <bool ADD>
+static void product(const float *a, long am, long ak, const float *b, long ldb, float *c, long ldc, long m, long n, long k) {
   for (; n >= 3 * WIDTH && n != 4 * WIDTH; n -= 3 * WIDTH, b += 3 * WIDTH, c += 3 * WIDTH)
-    columns<4, 3>(a, am, ak, b, ldb, c, ldc, m, k, add);
-  for (; n >= 2 * WIDTH; n -= 2 * WIDTH, b += 2 * WIDTH, c += 2 * WIDTH) columns<4, 2>(a, am, ak, b, ldb, c, ldc, m, k, add);
-  if (n) columns<8, 1>(a, am, ak, b, ldb, c, ldc, m, k, add);
+    columns<ADD, 4, 3>(a, am, ak, b, ldb, c, ldc, m, k);
+  for (; n >= 2 * WIDTH; n -= 2 * WIDTH, b += 2 * WIDTH, c += 2 * WIDTH) columns<ADD, 4, 2>(a, am, ak, b, ldb, c, ldc, m, k);
+  if (n) columns<ADD, 8, 1>(a, am, ak, b, ldb, c, ldc, m, k);
 }
 
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -414,7 +431,7 @@ extern "C" void attention(const float *q, const float *k, const float *v, float 
         float *to = out + b * s[3].b + h * s[3].h, *sums = lse + (b * heads + h) * tokens;
         for (long t = 0; t < tokens; t += BLOCK) {
           const long rows = tokens - t < BLOCK ? tokens - t : BLOCK, seen = t + rows;
-          product(queries + t * s[0].t, s[0].t, 1, kt, wide, p, wide, rows, padded(seen), e, false);
+          product<false>(queries + t * s[0].t, s[0].t, 1, kt, wide, p, wide, rows, padded(seen), e);
           for (long r = 0; r < rows; r++) {
             float *row = p + r * wide, top = -INFINITY;
             const long end = hide(row, t + r + 1, seen);
@@ -430,7 +447,7 @@ extern "C" void attention(const float *q, const float *k, const float *v, float 
             sums[t + r] = top + logf(sum);
             for (long j = 0; j < end; j += WIDTH) *(lanes *)(row + j) *= share;
           }
-          product(p, wide, 1, values, s[2].t, to + t * s[3].t, s[3].t, rows, size, seen, false);
+          product<false>(p, wide, 1, values, s[2].t, to + t * s[3].t, s[3].t, rows, size, seen);
         }
       }
     }
@@ -461,8 +478,8 @@ extern "C" void attention_backward(const float *dout, const float *q, const floa
         float *dqueries = dq + (b * heads + h) * tokens * e;
         for (long t = 0; t < tokens; t += BLOCK) {
           const long rows = tokens - t < BLOCK ? tokens - t : BLOCK, seen = t + rows;
-          product(queries + t * s[0].t, s[0].t, 1, kt, wide, p, wide, rows, padded(seen), e, false);
-          product(given + t * s[4].t, s[4].t, 1, vt, wide, dp, wide, rows, padded(seen), size, false);
+          product<false>(queries + t * s[0].t, s[0].t, 1, kt, wide, p, wide, rows, padded(seen), e);
+          product<false>(given + t * s[4].t, s[4].t, 1, vt, wide, dp, wide, rows, padded(seen), size);
           for (long r = 0; r < rows; r++) {
             float *row = p + r * wide, *drow = dp + r * wide;
             const float *g = given + (t + r) * s[4].t, *o = made + (t + r) * s[3].t, norm = sums[t + r];
@@ -477,9 +494,9 @@ extern "C" void attention_backward(const float *dout, const float *q, const floa
             }
             for (long j = end; j < seen; j++) drow[j] = 0;
           }
-          product(dp, wide, 1, keys, s[1].t, dqueries + t * e, e, rows, e, seen, false);
-          product(p, 1, wide, given + t * s[4].t, s[4].t, dvalues, size, seen, size, rows, true);
-          product(dp, 1, wide, queries + t * s[0].t, s[0].t, dkeys, e, seen, e, rows, true);
+          product<false>(dp, wide, 1, keys, s[1].t, dqueries + t * e, e, rows, e, seen);
+          product<true>(p, 1, wide, given + t * s[4].t, s[4].t, dvalues, size, seen, size, rows);
+          product<true>(dp, 1, wide, queries + t * s[0].t, s[0].t, dkeys, e, seen, e, rows);
         }
       }
     }

@@ -191,7 +191,7 @@ def _swiglu_halves_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 @_operator("token_logprobs(Tensor logits, Tensor targets) -> (Tensor, Tensor)")
 def _token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probability of each row's target, logsumexp of each row), shaped like `targets`."""
+    """(log-probability of each row's target, the sum of exp(logit - largest logit) of each row), shaped like `targets`."""
     _need(targets.shape == logits.shape[:-1], "token_logprobs' targets and rows")
     logits, targets = logits.contiguous(), targets.contiguous()
     _within(targets, logits.shape[-1])
@@ -335,7 +335,7 @@ def _fit(q: Tensor, k: Tensor, v: Tensor) -> None:
     _need(size % WIDTH == v.shape[3] % WIDTH == 0, "attention's head sizes")
 
 
-@_operator("attention(Tensor q, Tensor k, Tensor v, *, float scale) -> (Tensor, Tensor)")
+@_operator("attention(Tensor query, Tensor key, Tensor value, *, float scale) -> (Tensor, Tensor)")
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention: (averages [B,H,T,E], lying in memory by token, and the logsumexp of every row's scores [B,H,T])."""
     _fit(q, k, v)

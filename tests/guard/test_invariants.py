@@ -18,10 +18,14 @@ from bascule.guard.invariants import (
     rms_norm_ratio,
     softmax_backward_ratio,
     softmax_ratio,
+    token_logprobs_backward_ratio,
+    token_logprobs_ratio,
 )
+from bascule.model import fused, kernels
 from bascule.train.optimizer import SPECTRAL_REACH, SplitOptimizer, adamw_reach, orthogonalise
 
 aten = torch.ops.aten
+needs_kernels = pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler here")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 SHAPES = [(64, 7), (32, 128), (4, 5, 1000), (2, 20_000)]
 
@@ -214,3 +218,34 @@ def test_no_update_goes_beyond_its_optimizers_reach_and_one_that_was_thrown_does
     thrown[1] = math.nan
     found = overreach(before, thrown, reach, names)
     assert found is not None and found[0] == "experts"
+
+
+@needs_kernels
+def test_log_probabilities_of_our_own_keep_their_laws_with_logits_of_any_size() -> None:
+    """Backward took a logsumexp off, whose rounding grows with the logits: a run at a high learning rate condemned its chip."""
+    for scale in (1.0, 100.0, 10000.0):
+        x = torch.randn(64, 130, generator=torch.Generator().manual_seed(1)) * scale
+        targets, d = torch.arange(64) % 130, torch.linspace(-1.0, 1.0, 64)
+        logp, sums = torch.ops.bascule.token_logprobs(x, targets)
+        dx = torch.ops.bascule.token_logprobs_backward(d, x, targets, sums)
+        assert float(token_logprobs_ratio(x, targets, logp, sums)) < 0.5
+        assert float(token_logprobs_backward_ratio(d, dx)) < 0.5
+        assert float(token_logprobs_ratio(x, targets, logp + 1e-3 * scale, sums)) > 1
+        assert float(token_logprobs_ratio(x, targets, logp, sums * 1.0001)) > 1
+        dx[3, 5] += 1e-4
+        assert float(token_logprobs_backward_ratio(d, dx)) > 1
+
+
+@needs_kernels
+def test_the_watched_step_sees_our_own_norms_and_log_probabilities_and_names_the_norm() -> None:
+    weight, watch = torch.ones(8, requires_grad=True), Checksums()
+    watch.names = {weight.untyped_storage().data_ptr(): "norm.weight"}
+    with watch:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        total, y = fused.add_rms_norm(x, fused.rms_norm(x, weight, 1e-6), weight, 1e-6)
+        (fused.token_logprobs(y, torch.arange(4)) + total.sum(-1)).sum().backward()
+    seen = [check.op for _, check in watch._laws]
+    assert seen == ["rms_norm", "rms_norm", "token_logprobs", "token_logprobs_backward"]
+    assert not watch.violations()
+    watch._laws[1][1].ratio = torch.tensor(2.0)
+    assert "rms_norm #0 of norm.weight (forward" in str(watch.violations()[0])
