@@ -1,12 +1,15 @@
 """The C++ of this room: products of any number of rows with a matrix laid out for them, and the decoding step made of them (cpp/).
 
-Compiled for this CPU when it is first asked for (some seconds); without a C++ compiler nothing is lost but speed and int8. Its threads are
-torch's: the OpenMP library is the one that torch has loaded.
+Compiled for this CPU when it is first asked for (some seconds) and kept for later processes in a folder of this user's alone; without a C++
+compiler nothing is lost but speed and int8. Its threads are torch's: the OpenMP library is the one that torch has loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +17,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,20 +88,56 @@ def _outcome() -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "neither g++ nor clang++ was found"
-    with tempfile.TemporaryDirectory() as folder:
-        part, whole = Path(folder) / "decode.o", Path(folder) / "decode.so"
-        try:
-            subprocess.run([compiler, *COMPILING, str(SOURCE), "-o", str(part)], check=True, capture_output=True)  # fmt: skip
-            # linked without -fopenmp: a second OpenMP library in the process would bring threads of its own
-            subprocess.run([compiler, "-shared", str(part), "-o", str(whole)], check=True, capture_output=True)  # fmt: skip
-            library = ctypes.CDLL(str(whole))
-        except subprocess.CalledProcessError as error:
-            return None, f"{compiler} refused the kernel: {error.stderr.decode(errors='replace')[-300:].strip()}"  # fmt: skip
-        except OSError as error:
-            return None, f"what {compiler} made of the kernel cannot be loaded: {error}"
+    kept = _kept(compiler)
+    try:
+        if kept is None or not kept.exists():
+            with tempfile.TemporaryDirectory(dir=None if kept is None else kept.parent) as folder:
+                library = _load(_compile(compiler, Path(folder), kept))
+        else:
+            library = _load(kept)
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} refused the kernel: {error.stderr.decode(errors='replace')[-300:].strip()}"  # fmt: skip
+    except OSError as error:
+        return None, f"what {compiler} made of the kernel cannot be loaded: {error}"
+    return library, ""
+
+
+def _compile(compiler: str, folder: Path, kept: Path | None) -> Path:
+    """The library, under the name `kept` where there is one. Whoever compiles at the same time does not meet half a file."""
+    part, whole = folder / "decode.o", folder / "decode.so"
+    subprocess.run([compiler, *COMPILING, str(SOURCE), "-o", str(part)], check=True, capture_output=True)  # fmt: skip
+    # linked without -fopenmp: a second OpenMP library in the process would bring threads of its own
+    subprocess.run([compiler, "-shared", str(part), "-o", str(whole)], check=True, capture_output=True)  # fmt: skip
+    return whole if kept is None else whole.replace(kept)
+
+
+def _kept(compiler: str) -> Path | None:
+    """Where the library for this source, compiler and CPU is kept; None where the folder could be another user's: it holds code."""
+    folder = Path(tempfile.gettempdir()) / f"bascule-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        about = folder.lstat()
+    except OSError:
+        return None
+    if folder.is_symlink() or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        return None
+    digest = hashlib.sha256("\0".join([compiler, *COMPILING, _processor()]).encode())
+    for file in sorted(SOURCE.parent.iterdir()):
+        digest.update(file.read_bytes())
+    return folder / f"decode-{digest.hexdigest()[:32]}.so"
+
+
+def _processor() -> str:
+    """What -march=native sees, near enough."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return "".join(line for line in lines[:40] if line.startswith(("model name", "flags", "Features"))) or platform.processor()  # fmt: skip
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.multiply.argtypes, library.multiply.restype = [pointer] * 3 + [number], None
     library.decode.argtypes, library.decode.restype = [pointer] * 5 + [number] * 3 + [pointer], None
     library.panel_width.argtypes, library.panel_width.restype = [number], number
-    torch.get_num_threads()  # loads the OpenMP library, should nothing have done so yet
-    return library, ""
+    return library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +164,19 @@ def test_without_a_compiler_steps_go_through_torch_and_the_reason_is_told(
     finally:
         room._outcome.cache_clear()
         room.compiled.cache_clear()
+
+
+@needs_compiler
+def test_the_library_is_kept_but_not_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept = room._kept("g++")
+    assert kept is not None and kept == room._kept("g++") != room._kept("clang++")
+    monkeypatch.setattr(room, "COMPILING", [*room.COMPILING, "-g"])
+    assert room._kept("g++") != kept
+    kept.parent.chmod(0o777)
+    assert room._kept("g++") is None
 
 
 @needs_compiler
