@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -48,18 +49,18 @@ def build(source: Path) -> Built:
 def _library(compiler: str, source: Path) -> ctypes.CDLL:
     kept = _cache_folder() / f"{source.stem}-{_key(compiler, source)}.so"
     try:
+        _claim(kept.parent)
         if not kept.exists():
             _compile(compiler, source, kept)
         return ctypes.CDLL(str(kept))
     except OSError:
-        # No cache folder can be written, or what lies there cannot be loaded (mounted without the right to execute, torn).
+        # No folder of our own can be written, or what lies there cannot be loaded (mounted without the right to execute, torn).
         with tempfile.TemporaryDirectory() as folder:
             _compile(compiler, source, Path(folder) / "whole.so")
             return ctypes.CDLL(str(Path(folder) / "whole.so"))
 
 
 def _compile(compiler: str, source: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         part, whole = Path(folder) / "part.o", Path(folder) / "whole.so"
         compiling = [compiler, *FLAGS, "-c", str(source), "-o", str(part)]
@@ -74,6 +75,14 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
 def _cache_folder() -> Path:
     base = environment("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "bascule"
+
+
+def _claim(folder: Path) -> None:
+    """It holds code that we run: raises OSError where another user could write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise PermissionError(f"'{folder}' can be written by other users")
 
 
 def _key(compiler: str, source: Path) -> str:

@@ -83,3 +83,11 @@ def test_a_torn_file_in_the_cache_is_passed_over(source: Path, tmp_path: Path) -
     only.unlink()  # not written over: this process still holds the old one
     only.write_bytes(b"torn")
     assert native.build(source).library is not None
+
+
+@needs_compiler
+def test_a_cache_that_others_may_write_to_is_not_used(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "bascule").mkdir(parents=True)
+    (tmp_path / "cache" / "bascule").chmod(0o777)
+    assert native.build(source).library is not None
+    assert not kept(tmp_path)
