@@ -27,11 +27,6 @@ class DataConfig(Section):
         ge=1,
         description="SFT sees the worked solutions of so many training problems only; GRPO asks all of them",
     )
-    worked_difficulty: int | None = Field(
-        None,
-        ge=0,
-        description="SFT sees the worked solutions of training problems up to this difficulty only (the task's own units: terms, numbers); GRPO asks all",
-    )
     eval_problems: int = Field(256, ge=1)
     eval_seed: int = Field(
         77291, description="held-out problems are drawn with this seed; no tuning looked at it"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from bascule.config.model import ModelConfig
 from bascule.config.recipe import Recipe
-from bascule.config.training import DataConfig
 from bascule.data import chat, corpus
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
@@ -20,13 +19,13 @@ from bascule.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Course:
-    """`worked` are those of the training problems that come with their solution."""
+    """`worked` of the training problems come with their solution (None: all of them)."""
 
     tokenizer: Tokenizer
     model: ModelConfig
     train: list[Problem]
     heldout: list[Problem]
-    worked: list[Problem]
+    worked: int | None = None
 
     def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
         tokenizer = self.tokenizer
@@ -51,7 +50,9 @@ class Course:
         opened = chat.THINK_OPEN if self.tokenizer.opens_thought else ""
         return [
             (encode(prompt), encode(trace.removeprefix(opened)) + end)
-            for prompt, trace in corpus.sft_examples(self.worked, seed, self.tokenizer.prompt)
+            for prompt, trace in corpus.sft_examples(
+                self.train[: self.worked], seed, self.tokenizer.prompt
+            )
         ]
 
 
@@ -59,22 +60,18 @@ def course(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
     """Draw the recipe's problems. Pure: the same recipe and tokenizer (default: our own) give the same course anywhere."""
     tokenizer = tokenizer or Tokenizer()
     if not {"sft", "grpo"} & set(recipe.train.phases):
-        return Course(tokenizer, sized(recipe.model, tokenizer), train=[], heldout=[], worked=[])
+        return Course(
+            tokenizer=tokenizer, model=sized(recipe.model, tokenizer), train=[], heldout=[]
+        )
     split = corpus.split(recipe.data, recipe.seed)
     model = sized(recipe.model, tokenizer)
-    return Course(tokenizer, model, split.train, split.heldout, worked(split.train, recipe.data))
-
-
-def worked(train: Sequence[Problem], config: DataConfig) -> list[Problem]:
-    """Those whose solution SFT may see: the first `worked_problems` of those that are no harder than `worked_difficulty`."""
-    limit = config.worked_difficulty
-    easy = [problem for problem in train if limit is None or problem.difficulty <= limit]
-    return easy[: config.worked_problems]
+    return Course(tokenizer, model, split.train, split.heldout, recipe.data.worked_problems)
 
 
 def heldout_only(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
     """The course without its training side, for evaluation."""
     tokenizer = tokenizer or Tokenizer()
     model = sized(recipe.model, tokenizer)
-    heldout = corpus.heldout_problems(recipe.data)
-    return Course(tokenizer, model, train=[], heldout=heldout, worked=[])
+    return Course(
+        tokenizer=tokenizer, model=model, train=[], heldout=corpus.heldout_problems(recipe.data)
+    )

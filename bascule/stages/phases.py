@@ -67,7 +67,7 @@ def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft
         what = f"of '{recipe.sft.data}', {' and '.join(f'{count} {why}' for why, count in left_out.items())}; SFT leaves them out"
     else:
         examples = course.examples(recipe.seed)
-        shown = len(course.worked)
+        shown = len(course.train[: course.worked])
         dropped = shown - len(examples)
         what = f"{dropped} of {shown} training problems have no trace that succeeds; SFT leaves them out"
     if dropped and not any(

@@ -92,13 +92,14 @@ def test_chain_sum_writes_every_partial_sum():
 
 
 def test_last_digit_writes_every_partial_sum_without_its_tens():
-    [problem] = some("last_digit", 1, min_terms=5, max_terms=5)
-    terms = problem.question.removeprefix("(").partition(")")[0]
+    [problem] = some("last_digit", 1, sums=2, min_terms=3, max_terms=3)
+    sums = problem.question.removesuffix(" mod 10=?").split(",")
     thought, answer = chat.parse_strict(registry.get("last_digit").trace(problem, 0))
     steps = thought.split(",")
-    assert len(steps) == 4 and all(eval(s.partition("=")[0]) % 10 == int(s[-1]) for s in steps)
-    assert int(answer) == eval(terms) % 10 == int(steps[-1][-1])
-    assert [s.partition("=")[0].partition("+")[2] for s in steps] == terms.split("+")[1:]
+    assert len(sums) == 2 and len(steps) == 4
+    assert all(eval(step.partition("=")[0]) % 10 == int(step[-1]) for step in steps)
+    assert [int(digit) for digit in answer] == [eval(terms) % 10 for terms in sums]
+    assert answer == steps[1][-1] + steps[3][-1]
 
 
 def test_last_digit_refuses_options_that_make_no_sum():
