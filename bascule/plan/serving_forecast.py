@@ -36,8 +36,6 @@ SERVE_TERMS = (
     Term(("chip", "model"), "near"),
     Term(("chip", "model", "software"), "near"),
     Term(("chip", "model", "style")),
-    Term(("chip",), "constants"),
-    Term(("source",), "constants"),
 )
 SERVE_NUMBERS = (
     "log2 batch",
