@@ -22,6 +22,7 @@ import numpy as np
 
 from bascule.plan.cost import NAMES, Constants, step_seconds
 from bascule.plan.fit_serving import (
+    SETTLED,
     build_serving,
     fit_constants,
     serving_plain,
@@ -69,7 +70,7 @@ START_SIZES = np.array(
 START_LENGTHS = np.array(
     [1.8, 3.0, 2.5, 3.0, 4.0, 1.0, 4.0, 6.0, 1.5, 0.7, 0.4, 0.8, 0.6, 1.0, 0.7, 4.0, 2.0]
 )
-START_NOISE = {"dense": 0.03, "moe": 0.12}
+START_NOISE = {"dense": 0.02, "moe": 0.08}
 
 DATA = Path(__file__).parent / "data"
 PRIOR = Constants()
@@ -108,6 +109,8 @@ def fit_physics(
         system = slope.T @ (weight[:, None] * slope) + precision
         step = np.linalg.solve(system, slope.T @ (weight * missed) - precision @ (theta - start))
         theta = theta + np.clip(step, -0.5, 0.5)
+        if np.abs(step).max() < SETTLED:
+            break
     return Constants(*theta.tolist())
 
 
