@@ -16,6 +16,8 @@ from bascule.plan.catalogue import Chip
 from bascule.plan.job import Job
 
 # Taken where a datasheet is silent (all stated in the answer's basis): a full-mesh node of the 910B class, a 200 Gb/s NIC.
+TYPICAL_PEAK = 500e12  # FLOP/s at bf16, where `gemm` is taken
+LEAST_PEAK = 150e12  # below it no run is published: smaller chips count as this one
 ASSUMED_SCALEUP_GBS, ASSUMED_SCALEOUT_GBIT_S, ASSUMED_MEMORY_TBS = 150.0, 200.0, 1.6
 
 
@@ -26,6 +28,9 @@ class Constants:
     gemm: float = math.log(0.72)  # share of the peak that large matrix products reach (bf16)
     gemm_8bit: float = math.log(0.80)  # further share at 8 bit, casts included
     gemm_4bit: float = math.log(0.65)  # further share at 4 bit
+    decline: float = math.log(
+        0.1
+    )  # how fast that share falls as chips grow: per factor of e in the bf16 peak
     width_half: float = math.log(
         250.0
     )  # local matrix width at which half of that is lost, at 300 TFLOPS
@@ -55,7 +60,7 @@ class Constants:
 
 
 PRIOR_SD = Constants(
-    gemm=0.15, gemm_8bit=0.15, gemm_4bit=0.2, width_half=0.5, rows_half=0.7, attention=0.3, window_saved=0.5, attention_half=0.7, elementwise=0.5, permute=0.6,
+    gemm=0.15, gemm_8bit=0.15, gemm_4bit=0.2, decline=0.7, width_half=0.5, rows_half=0.7, attention=0.3, window_saved=0.5, attention_half=0.7, elementwise=0.5, permute=0.6,
     launch=0.7, launch_moe=0.7, tp_exposed=0.4, tp_overlap=0.4, ep_exposed=0.5, cp_exposed=0.5, dp_exposed=0.6, fsdp_exposed=0.6,
     head_stage=0.5, optimizer=0.3, scale=0.7,
 )  # fmt: skip
@@ -103,8 +108,9 @@ def gemm_peak(chip: Chip, precision: str) -> float:
 
 
 def reached(chip: Chip, precision: str, c: Constants) -> float:
-    """FLOP/s of large matrix products. Where a measured rate is published, half of its departure from the typical is believed."""
-    share = math.exp(c.gemm)
+    """FLOP/s of large matrix products: a smaller share of a larger chip's peak. Where a measured rate is published, half of its departure from the typical is believed."""
+    large = max(gemm_peak(chip, "bf16"), LEAST_PEAK) / TYPICAL_PEAK
+    share = math.exp(c.gemm) * large ** -math.exp(c.decline)
     if chip.gemm_bf16_tflops and chip.bf16_tflops:
         share *= math.sqrt(chip.gemm_bf16_tflops / chip.bf16_tflops / 0.78)
     native = {"fp8": chip.fp8_tflops, "fp4": chip.fp4_tflops, "int8": chip.int8_tops}.get(precision)

@@ -17,8 +17,9 @@ from bascule.plan.serving import SERVE_NAMES, SERVE_PRIOR_SD, ServeConstants, Se
 from bascule.plan.serving_forecast import SERVE_NUMBERS, SERVE_TERMS, serve_point, serve_value
 from bascule.plan.serving_table import serving_of, target_of
 
-START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2, 1.0, 0.5])
+START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2])
 START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0])
+SETTLED = 1e-4  # a step in every constant's logarithm that changes no figure
 START_NOISE = {"prefill": 0.1, "decode": 0.2, "both": 0.1}
 
 
@@ -36,11 +37,10 @@ def fit_constants(
         missed = np.log([value for *_, value in points]) - here
         weight = 1 / (noise**2 * (1 + (missed / noise) ** 2 / 4))
         system = slope.T @ (weight[:, None] * slope) + np.diag(1 / sd**2)
-        theta = theta + np.clip(
-            np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2),
-            -0.4,
-            0.4,
-        )
+        step = np.linalg.solve(system, slope.T @ (weight * missed) - (theta - start) / sd**2)
+        theta = theta + np.clip(step, -0.4, 0.4)
+        if np.abs(step).max() < SETTLED:
+            break
     return ServeConstants(*theta.tolist())
 
 

@@ -75,17 +75,31 @@ class Parts:
         return cls(ga @ gb.T, (na[:, None, :] - nb[None, :, :]) ** 2, tuple(masks), drift, terms)
 
     def covariance(self, sizes: Array, lengths: Array) -> Array:
-        distance = self.squares @ (1 / lengths**2)
-        kinds = {
+        kinds = self._kinds(self.squares @ (1 / lengths**2))
+        total: Array = self.shared.copy()
+        for term, mask, size in zip(self.terms, self.masks, sizes, strict=True):
+            total += float(size) ** 2 * mask * kinds[term.kind]
+        return total
+
+    def _kinds(self, distance: Array) -> dict[str, Array]:
+        return {
             "flat": np.ones_like(distance),
             "near": 0.5 * np.exp(-0.5 * distance) + 0.5 / (1 + distance),
             "constants": self.shared,
             "drift": self.drift,
         }
-        total: Array = self.shared.copy()
+
+    def slopes(self, sizes: Array, lengths: Array, along: Array) -> list[float]:
+        """How much `along` (a slope along each entry of the covariance) moves with the logarithm of each size, then length."""
+        distance = self.squares @ (1 / lengths**2)
+        kinds, nearness, found = self._kinds(distance), np.zeros_like(distance), []
         for term, mask, size in zip(self.terms, self.masks, sizes, strict=True):
-            total += float(size) ** 2 * mask * kinds[term.kind]
-        return total
+            part = float(size) ** 2 * mask
+            found.append(2 * float(np.sum(along * part * kinds[term.kind])))
+            nearness += part if term.kind == "near" else 0.0
+        falls = along * nearness * (-0.25 * np.exp(-0.5 * distance) - 0.5 / (1 + distance) ** 2)
+        by_length = np.einsum("ij,ijk->k", falls, self.squares) * (-2 / lengths**2)
+        return found + by_length.tolist()
 
 
 @dataclass(frozen=True)

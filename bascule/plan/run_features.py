@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -59,6 +60,12 @@ def _with(c: Constants, name: str, value: float) -> Constants:
     return Constants(**{**{n: getattr(c, n) for n in NAMES}, name: value})
 
 
+@functools.lru_cache(maxsize=2048)
+def _slopes(job: Job, c: Constants) -> tuple[float, ...]:
+    """Kept: a score asks for each of its rows several times."""
+    return gradient(job, c)
+
+
 def point(job: Job, c: Constants, *, family: str = "", name: str = "", noise: float = 1.0) -> Point:
     s, lay = job.shape, job.layout
     parts = step_components(job, c)
@@ -94,7 +101,7 @@ def point(job: Job, c: Constants, *, family: str = "", name: str = "", noise: fl
     return Point(
         words=words,
         numbers=numbers,
-        gradient=gradient(job, c),
+        gradient=_slopes(job, c),
         family=family,
         name=name,
         noise=noise,

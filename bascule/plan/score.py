@@ -25,6 +25,7 @@ from bascule.plan.memory import GIB, MemoryConstants, memory_of
 from bascule.plan.regress import Point, Process
 from bascule.plan.run_features import point
 from bascule.plan.runs_table import Row, has_column, job_of, number, read_rows
+from bascule.plan.serving import Serving
 from bascule.plan.serving_forecast import ServeModel, serve_point, shipped_serving
 from bascule.plan.serving_table import serving_of, target_of
 
@@ -122,24 +123,28 @@ def score_serving(
 ) -> list[Scored]:
     """Predict the published rate (or latency) of every row of inference.csv that has one, likewise."""
     used = model or shipped_serving()
-    result = []
-    for row in rows:
+    found: dict[int, Scored] = {}
+    waiting: dict[frozenset[str], list[tuple[int, Row, Serving, str, float]]] = {}
+    for index, row in enumerate(rows):
         target = target_of(row)
         if target is None:
             continue
-        kind, published = target
         try:
             asked = serving_of(row)
-            hidden = relatives(
-                used.process, serve_point(asked, used.constants, target=kind, name=row["id"]), by
-            )
-            answer = used.predict(asked, kind, hidden)
-            wider = math.exp(unknown_chip(asked.chip))
-            answer = (answer[0], answer[1] / wider, answer[2] * wider)
-            result.append(_scored(row, published, answer, left_out=bool(hidden)))
+            one = serve_point(asked, used.constants, target=target[0], name=row["id"])
+            hidden = relatives(used.process, one, by)
+            waiting.setdefault(hidden, []).append((index, row, asked, *target))
         except BasculeError as error:
-            result.append(_scored(row, published, None, str(error)))
-    return result
+            found[index] = _scored(row, target[1], None, str(error))
+    for hidden, members in waiting.items():
+        answers = used.predict_all([(asked, kind) for _, _, asked, kind, _ in members], hidden)
+        for (index, row, asked, _, published), (value, low, high) in zip(
+            members, answers, strict=True
+        ):
+            wider = math.exp(unknown_chip(asked.chip))
+            answer = (value, low / wider, high * wider)
+            found[index] = _scored(row, published, answer, left_out=bool(hidden))
+    return [found[index] for index in sorted(found)]
 
 
 def score_memory(rows: Sequence[Row], constants: MemoryConstants | None = None) -> list[Scored]:

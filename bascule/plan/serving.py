@@ -29,7 +29,10 @@ LEAST_BATCH = 0.01  # sequences a chip; what is left where the weights alone fil
 class ServeConstants:
     """Natural logarithms of positive constants, as in cost.py."""
 
-    memory: float = math.log(0.70)  # share of memory bandwidth reached
+    memory: float = math.log(0.75)  # share of memory bandwidth reached
+    grouped: float = math.log(
+        0.6
+    )  # further share in reading routed experts: many small matrices, few rows each
     compute: float = math.log(0.55)  # share of the matrix peak in decoding
     prefill: float = math.log(0.5)  # the same in prefill
     narrow: float = math.log(0.7)  # further share at 4 bit
@@ -51,7 +54,8 @@ class ServeConstants:
 
 
 SERVE_PRIOR_SD = ServeConstants(
-    memory=0.17,
+    memory=0.1,
+    grouped=0.3,
     compute=0.21,
     prefill=0.21,
     narrow=0.21,
@@ -169,7 +173,7 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
     shared = s.parameters - s.expert_parameters - s.head_weights
     touched = 1 - (1 - s.topk / s.experts) ** (everyone * p.accepted) if s.moe else 0.0
     weights = shared if p.split and s.moe else shared / n
-    weights += s.expert_parameters * touched / n
+    weights += s.expert_parameters * touched / n / math.exp(c.grouped)
     seen = min(p.context, 4.0 * s.selected) if s.selected else s.cached(p.context)
     seen += INDEX_READ * p.context if s.index_width else 0.0
     active = used_weights(p, c)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -36,8 +36,6 @@ SERVE_TERMS = (
     Term(("chip", "model"), "near"),
     Term(("chip", "model", "software"), "near"),
     Term(("chip", "model", "style")),
-    Term(("chip",), "constants"),
-    Term(("source",), "constants"),
 )
 SERVE_NUMBERS = (
     "log2 batch",
@@ -62,6 +60,24 @@ def serve_point(
     name: str = "",
     noise: float = 1.0,
 ) -> Point:
+    numbers, slopes = _measures(p, c, target)
+    words = {
+        "vendor": p.chip.vendor,
+        "chip": p.chip.name,
+        "model": p.shape.name,
+        "software": p.software,
+        "kind": p.phase,
+        "style": "split" if p.split else "tensor",
+        "source": "submission" if p.varied else "other",
+    }
+    return Point(words, numbers, slopes, family, name, noise)
+
+
+@functools.lru_cache(maxsize=2048)
+def _measures(
+    p: Serving, c: ServeConstants, target: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A point's numbers, and its slopes along the constants. Kept: a score asks for each of its rows several times."""
     batch = chosen_batch(p, c) if p.phase != "prefill" else 64.0
     parts = step_s(p, c, batch)
     numbers = (
@@ -78,16 +94,7 @@ def serve_point(
         value = getattr(c, key)
         up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (STEP, -STEP))
         slopes.append((math.log(up) - math.log(down)) / (2 * STEP))
-    words = {
-        "vendor": p.chip.vendor,
-        "chip": p.chip.name,
-        "model": p.shape.name,
-        "software": p.software,
-        "kind": p.phase,
-        "style": "split" if p.split else "tensor",
-        "source": "submission" if p.varied else "other",
-    }
-    return Point(words, tuple(numbers), tuple(slopes), family, name, noise)
+    return numbers, tuple(slopes)
 
 
 def serve_value(p: Serving, c: ServeConstants, target: str) -> float:
@@ -111,18 +118,31 @@ class ServeModel:
     ) -> tuple[float, float, float]:
         """Value, low and high of `serve_value`, published points named `without` unlearnt. The regression learns rates; a
         latency errs the other way."""
-        point = serve_point(p, self.constants, target=target)
+        return self.predict_all([(p, target)], without)[0]
+
+    def predict_all(
+        self, asked: Sequence[tuple[Serving, str]], without: Container[str] = ()
+    ) -> list[tuple[float, float, float]]:
+        """`predict` for several points at once."""
         back = np.array(
             [getattr(ServeConstants(), n) - getattr(self.constants, n) for n in SERVE_NAMES]
         )
-        sign = -1.0 if target == "tpot" else 1.0
-        mirrored = replace(point, gradient=tuple(sign * g for g in point.gradient))
-        mean, sd = self.process.predict([mirrored], without)
-        value = serve_value(p, self.constants, target) * math.exp(
-            sign * (float(mean[0]) + float(np.array(mirrored.gradient) @ back))
-        )
-        width = math.exp(self.interval_width * float(sd[0]))
-        return value, value / width, value * width
+        points, signs = [], []
+        for p, target in asked:
+            sign = -1.0 if target == "tpot" else 1.0
+            one = serve_point(p, self.constants, target=target)
+            points.append(replace(one, gradient=tuple(sign * g for g in one.gradient)))
+            signs.append(sign)
+        means, spreads = self.process.predict(points, without)
+        result = []
+        for (p, target), one, sign, mean, sd in zip(
+            asked, points, signs, means, spreads, strict=True
+        ):
+            shift = sign * (float(mean) + float(np.array(one.gradient) @ back))
+            value = serve_value(p, self.constants, target) * math.exp(shift)
+            width = math.exp(self.interval_width * float(sd))
+            result.append((value, value / width, value * width))
+        return result
 
     def nearest(self, p: Serving) -> list[str]:
         return self.process.nearest(serve_point(p, self.constants))

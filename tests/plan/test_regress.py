@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bascule.plan.regress import Point, Process, Term, distrusting
+from bascule.plan.sizes import _Layout, density, fit_sizes
 
 
 def process(targets: list[float], noise: float = 0.1) -> Process:
@@ -60,3 +61,25 @@ def test_a_run_that_misses_what_all_others_say_teaches_less() -> None:
     assert wiser.points[4].noise > 3 * wiser.points[0].noise
     new = Point({"kind": "a", "chip": "x"}, (0.45,), (0.0,))
     assert abs(wiser.predict([new])[0][0] - 0.3) < abs(odd.predict([new])[0][0] - 0.3) / 2
+
+
+def test_the_slope_of_the_density_is_what_small_steps_find() -> None:
+    words = [("x", "u"), ("x", "v"), ("y", "u"), ("y", "v"), ("x", "u")]
+    points = tuple(
+        Point({"kind": stack, "chip": chip}, (0.7 * i, i % 2), (0.3 * i - 0.5,), chip, str(i))
+        for i, (chip, stack) in enumerate(words)
+    )
+    terms = (Term(()), Term(("chip",), "constants"), Term((), "near"), Term(("kind",), "near"))
+    numbers = [np.array(one) for one in ([0.2, 0.3, 0.25, 0.15], [1.0, 0.6], [0.4])]
+    targets = np.array([0.3, 0.5, -0.2, 0.1, 0.9])
+    whole = Process(points, targets, terms, *numbers, {"u": 0.1, "v": 0.2})
+    place = _Layout.of(whole)
+    theta = place.pack(whole)
+    _, slope = density(whole, whole.parts)
+    for index in range(len(theta)):
+        up, down = (
+            density(place.unpack(theta + step * np.eye(len(theta))[index], whole), whole.parts)[0]
+            for step in (1e-5, -1e-5)
+        )
+        assert slope[index] == pytest.approx((up - down) / 2e-5, abs=1e-6)
+    assert density(fit_sizes(whole, rounds=8), whole.parts)[0] > density(whole, whole.parts)[0]
