@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,7 +70,7 @@ def laid(weight_NK: Tensor) -> Tensor:
         raise RuntimeError("Panels were asked for without a C++ compiler.")
     width = library.panel_width(weight_NK.element_size())
     padded = F.pad(weight_NK.detach(), (0, 0, 0, -weight_NK.shape[0] % width))
-    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+    return torch.unflatten(padded, 0, (-1, width)).transpose(1, 2).contiguous()
 
 
 @cache
