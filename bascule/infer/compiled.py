@@ -65,7 +65,7 @@ def laid(weight_NK: Tensor) -> Tensor:
         raise RuntimeError("Panels were asked for without a C++ compiler.")
     width = library.panel_width(weight_NK.element_size())
     padded = F.pad(weight_NK.detach(), (0, 0, 0, -weight_NK.shape[0] % width))
-    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+    return torch.unflatten(padded, 0, (-1, width)).transpose(1, 2).contiguous()
 
 
 def compiled() -> ctypes.CDLL | None:
