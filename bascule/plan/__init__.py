@@ -8,5 +8,5 @@ regress, run_features      published runs nearest to a job correct the physics f
 answer, service_price      everything about a training run, about a service    options         a recipe's own pools
 measured, probe            what qualify and this machine say of a chip         render, page    the answer seen
 runs_table, serving_table  rows of published tables as jobs and as services    score           how wrong it all is
-fit, fit_serving           the script that sets every fitted constant
+fit, fit_serving, sizes    the script that sets every fitted constant
 """

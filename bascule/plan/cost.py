@@ -110,7 +110,7 @@ def gemm_peak(chip: Chip, precision: str) -> float:
 def reached(chip: Chip, precision: str, c: Constants) -> float:
     """FLOP/s of large matrix products: a smaller share of a larger chip's peak. Where a measured rate is published, half of its departure from the typical is believed."""
     large = max(gemm_peak(chip, "bf16"), LEAST_PEAK) / TYPICAL_PEAK
-    share = math.exp(c.gemm) * large ** -math.exp(c.decline)
+    share = math.exp(c.gemm) * math.pow(large, -math.exp(c.decline))
     if chip.gemm_bf16_tflops and chip.bf16_tflops:
         share *= math.sqrt(chip.gemm_bf16_tflops / chip.bf16_tflops / 0.78)
     native = {"fp8": chip.fp8_tflops, "fp4": chip.fp4_tflops, "int8": chip.int8_tops}.get(precision)

@@ -99,7 +99,7 @@ class Parts:
             nearness += part if term.kind == "near" else 0.0
         falls = along * nearness * (-0.25 * np.exp(-0.5 * distance) - 0.5 / (1 + distance) ** 2)
         by_length = np.einsum("ij,ijk->k", falls, self.squares) * (-2 / lengths**2)
-        return found + by_length.tolist()
+        return [*found, *(float(one) for one in by_length)]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,6 @@ def serve_point(
         "software": p.software,
         "kind": p.phase,
         "style": "split" if p.split else "tensor",
-        "source": "submission" if p.varied else "other",
     }
     return Point(words, numbers, slopes, family, name, noise)
 

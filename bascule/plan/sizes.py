@@ -71,7 +71,7 @@ def density(process: Process, parts: Parts) -> tuple[float, Array]:
     out, 40 % with the row alone), and its slope along the logarithms of sizes, lengths and noise."""
     noise = process.noise_variance(process.points)
     covariance = parts.covariance(process.sizes, process.lengths) + np.diag(noise)
-    inverse = np.linalg.inv(covariance)
+    inverse: Array = np.asarray(np.linalg.inv(covariance))
     value, back = 0.0, np.zeros_like(inverse)
     alone = [[i] for i in range(len(process.points))]
     for share, blocks in ((FAMILY_SHARE, _families(process)), (1 - FAMILY_SHARE, alone)):

@@ -10,6 +10,7 @@ import pytest
 from bascule.plan import fit
 
 
+@pytest.mark.timeout(1800)  # 20 s of a processor: many minutes where twenty share it
 def test_every_fitted_constant_is_reproduced_from_the_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
