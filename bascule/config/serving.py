@@ -27,7 +27,7 @@ class ServeConfig(Section):
     timeout_s: float = Field(600, gt=0, description="an answer that takes longer ends with 504")
     reproducible: bool = Field(
         False,
-        description="equal bits whatever else is in the batch; a step costs 1.1 to 3.5 times as much",
+        description="equal bits whatever else is in the batch; free on a CPU, elsewhere free on a CPU, elsewhere a step costs 1.1 to 3.5 times as much",
     )
     precision: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",

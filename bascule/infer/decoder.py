@@ -166,7 +166,7 @@ class Decoder:
         layer.k, layer.o = self._matrix(attention.kv_a_proj_with_mqa), self._matrix(attention.o_proj)  # fmt: skip
         layer.k_gain = self._at(attention.kv_a_layernorm.weight)
         heads_HPC = torch.unflatten(attention.kv_b_proj.weight.detach(), 0, (attention.heads, -1))
-        keys_HNC, values_HVC = heads_HPC.split([attention.nope, attention.value], 1)
+        keys_HNC, values_HVC = torch.split(heads_HPC, [attention.nope, attention.value], 1)
         layer.key, layer.value = self._stack(keys_HNC.transpose(1, 2)), self._stack(values_HVC)
 
     def _experts(self, moe: MoE) -> _Experts:
