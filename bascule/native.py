@@ -17,8 +17,6 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from bascule.config.environment import environment
-
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
 
@@ -29,8 +27,8 @@ def library(package: str, source: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     text = resources.files(package).joinpath(source).read_bytes()
-    kept = _cache_folder() / f"{Path(source).stem}-{_key(compiler, text)}.so"
     try:
+        kept = _cache_folder() / f"{Path(source).stem}-{_key(compiler, text)}.so"
         if not kept.exists():
             _compile(compiler, text, kept)
         return ctypes.CDLL(str(kept))
@@ -62,8 +60,10 @@ def _compile(compiler: str, text: bytes, to: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    base = environment("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bascule"
+    try:
+        return Path.home() / ".cache" / "bascule"
+    except RuntimeError as error:  # a user without a home
+        raise OSError("there is no home folder to keep compiled files in") from error
 
 
 def _key(compiler: str, text: bytes) -> str:

@@ -130,17 +130,7 @@ def fits(needed: float, available: float | None) -> Fits:
 def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
     """Bytes of a trainer in fp32 on one device: weights, two gradients (computed and proposed), optimizer, activations."""
     p = shape.parameters
-    length = recipe.model.max_position_embeddings
-    grpo = "grpo" in recipe.train.phases
-    sequences = max(
-        recipe.sft.batch_sequences if "sft" in recipe.train.phases else 0,
-        recipe.pretrain.batch_sequences * recipe.pretrain.sequence_length // length
-        if "pretrain" in recipe.train.phases
-        else 0,
-        recipe.grpo.prompts * recipe.grpo.group_size // recipe.grpo.updates_per_rollout
-        if grpo
-        else 0,
-    )
+    length, sequences = recipe.model.max_position_embeddings, largest_batch(recipe)
     return {
         "weights": 4.0 * p,
         "gradients": 8.0 * p,
@@ -149,6 +139,21 @@ def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
         "logits": 4.0 * 3 * sequences * length * shape.vocab,
         "process": PROCESS_BYTES,
     }
+
+
+def largest_batch(recipe: Recipe) -> int:
+    """Rows at full length that one step of any phase holds."""
+    length = recipe.model.max_position_embeddings
+    grpo = "grpo" in recipe.train.phases
+    return max(
+        recipe.sft.batch_sequences if "sft" in recipe.train.phases else 0,
+        recipe.pretrain.batch_sequences * recipe.pretrain.sequence_length // length
+        if "pretrain" in recipe.train.phases
+        else 0,
+        recipe.grpo.prompts * recipe.grpo.group_size // recipe.grpo.updates_per_rollout
+        if grpo
+        else 0,
+    )
 
 
 def activation_elements(shape: Shape, length: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,8 +194,6 @@ def gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    model = Transformer(ModelConfig(preset="tick"))
-    weights.initialise(model, 0)
     q = normal(6, 2, 30, 16)
     whole = fused.attention(q, q, q, 0.25)
     assert torch.equal(whole[2:3], fused.attention(q[2:3], q[2:3], q[2:3], 0.25))
@@ -206,9 +205,9 @@ def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_compilation_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    blocked = tmp_path / "file"  # type: ignore[operator]
+    blocked = tmp_path / "file"
     blocked.write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setattr(native, "_cache_folder", lambda: blocked / "cache")
     assert native.library.__wrapped__("bascule.infer", "rows.cpp") is not None
