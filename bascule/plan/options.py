@@ -135,7 +135,7 @@ def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
         "weights": 4.0 * p,
         "gradients": 8.0 * p,
         "optimizer": 8.0 * p,
-        "activations": 4.0 * sequences * length * activation_elements(shape, length),
+        "activations": 4.0 * sequences * length * activation_elements(shape),
         "logits": 4.0 * 3 * sequences * length * shape.vocab,
         "process": PROCESS_BYTES,
     }
@@ -156,11 +156,11 @@ def largest_batch(recipe: Recipe) -> int:
     )
 
 
-def activation_elements(shape: Shape, length: int) -> float:
-    """Elements kept for the backward pass per token, all layers, no recomputation, scores materialised (eager fp32)."""
+def activation_elements(shape: Shape) -> float:
+    """Elements kept for the backward pass per token, all layers, no recomputation. Fused attention keeps no scores."""
     inner = shape.ffn if not shape.moe else shape.topk * shape.moe_ffn + shape.shared_ffn
     width = shape.head_dim if shape.latent is None else shape.latent.v
-    per_layer = 8 * shape.hidden + 4 * shape.heads * width + 4 * inner + 2 * shape.heads * length
+    per_layer = 8 * shape.hidden + 4 * shape.heads * width + 4 * inner
     return float(shape.layers * per_layer)
 
 
