@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bascule.config.environment import environment
-
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")  # fmt: skip
 
 
@@ -47,8 +45,8 @@ def build(source: Path) -> Built:
 
 
 def _library(compiler: str, source: Path) -> ctypes.CDLL:
-    kept = _cache_folder() / f"{source.stem}-{_key(compiler, source)}.so"
     try:
+        kept = _cache_folder() / f"{source.stem}-{_key(compiler, source)}.so"
         _claim(kept.parent)
         if not kept.exists():
             _compile(compiler, source, kept)
@@ -73,8 +71,10 @@ def _compile(compiler: str, source: Path, to: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    base = environment("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bascule"
+    try:
+        return Path.home() / ".cache" / "bascule"
+    except RuntimeError as error:  # a user without a home
+        raise OSError("there is no home folder to keep compiled files in") from error
 
 
 def _claim(folder: Path) -> None:

@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     native.build.cache_clear()
     (tmp_path / "size.h").write_text("#define SIZE 7\n")
     path = tmp_path / "size.cpp"
@@ -27,7 +27,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").rglob("*.so"))
+    return sorted((tmp_path / "home").rglob("*.so"))
 
 
 def test_without_a_compiler_the_reason_is_told(
@@ -71,7 +71,7 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_and_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert native.build(source).library is not None
 
 
@@ -87,7 +87,7 @@ def test_a_torn_file_in_the_cache_is_passed_over(source: Path, tmp_path: Path) -
 
 @needs_compiler
 def test_a_cache_that_others_may_write_to_is_not_used(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache" / "bascule").mkdir(parents=True)
-    (tmp_path / "cache" / "bascule").chmod(0o777)
+    (tmp_path / "home" / ".cache" / "bascule").mkdir(parents=True)
+    (tmp_path / "home" / ".cache" / "bascule").chmod(0o777)
     assert native.build(source).library is not None
     assert not kept(tmp_path)

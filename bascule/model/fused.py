@@ -14,48 +14,52 @@ from bascule.model import kernels  # noqa: F401  (registers the operators)
 ops = torch.ops.bascule
 
 
+def _apply(function: type[Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+    return _apply(_RmsNorm, x, weight, eps)  # type: ignore[no-any-return]
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + more, its norm)."""
-    return _AddRmsNorm.apply(x, more, weight, eps)  # type: ignore[no-any-return]
+    return _apply(_AddRmsNorm, x, more, weight, eps)  # type: ignore[no-any-return]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _SwiGlu.apply(gate, up)  # type: ignore[no-any-return]
+    return _apply(_SwiGlu, gate, up)  # type: ignore[no-any-return]
 
 
 def swiglu_halves(gate_up: Tensor) -> Tensor:
-    return _SwiGluHalves.apply(gate_up)  # type: ignore[no-any-return]
+    return _apply(_SwiGluHalves, gate_up)  # type: ignore[no-any-return]
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    return _TokenLogprobs.apply(logits, targets)  # type: ignore[no-any-return]
+    return _apply(_TokenLogprobs, logits, targets)  # type: ignore[no-any-return]
 
 
 def gather_rows(x: Tensor, order: Tensor, place: Tensor, each: int) -> Tensor:
-    return _GatherRows.apply(x, order, place, each)  # type: ignore[no-any-return]
+    return _apply(_GatherRows, x, order, place, each)  # type: ignore[no-any-return]
 
 
 def combine(shared: Tensor, done: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    return _Combine.apply(shared, done, place, weights)  # type: ignore[no-any-return]
+    return _apply(_Combine, shared, done, place, weights)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, halves: bool) -> Tensor:
-    return _Rotate.apply(x, cos, sin, halves)  # type: ignore[no-any-return]
+    return _apply(_Rotate, x, cos, sin, halves)  # type: ignore[no-any-return]
 
 
 def latent_heads(
     q: Tensor, key: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _LatentHeads.apply(q, key, kv, cos, sin, heads)  # type: ignore[no-any-return]
+    return _apply(_LatentHeads, q, key, kv, cos, sin, heads)  # type: ignore[no-any-return]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal; [B,H,T,E] in and out."""
-    return _Attention.apply(q, k, v, scale)  # type: ignore[no-any-return]
+    return _apply(_Attention, q, k, v, scale)  # type: ignore[no-any-return]
 
 
 class _RmsNorm(Function):

@@ -100,13 +100,13 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return flat, flat.stride(0) if flat.shape[0] > 1 else flat.shape[-1]
 
 
-_library = torch.library.Library("bascule", "DEF")
+_library = torch.library.Library("bascule", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _operator(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
     def register(function: Callable[..., object]) -> Callable[..., object]:
-        _library.define(schema)
-        _library.impl(schema.partition("(")[0], function, "CPU")
+        _library.define(schema)  # type: ignore[no-untyped-call]
+        _library.impl(schema.partition("(")[0], function, "CPU")  # type: ignore[no-untyped-call]
         return function
 
     return register
@@ -184,7 +184,7 @@ def _swiglu_halves_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     grad = torch.empty(gate_up.shape)
     rows, n = both.shape[0], both.shape[1] // 2
     gate, up = both[:, :n], both[:, n:]
-    dgate, dup = (part for part in grad.view(rows, 2 * n).split(n, -1))
+    dgate, dup = torch.split(grad.view(rows, 2 * n), n, -1)
     _run("swiglu_backward", dh, gate, stride, up, stride, dgate, 2 * n, dup, 2 * n, rows, n)
     return grad
 

@@ -130,9 +130,22 @@ def fits(needed: float, available: float | None) -> Fits:
 def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
     """Bytes of a trainer in fp32 on one device: weights, two gradients (computed and proposed), optimizer, activations."""
     p = shape.parameters
+    length, sequences = recipe.model.max_position_embeddings, largest_batch(recipe)
+    return {
+        "weights": 4.0 * p,
+        "gradients": 8.0 * p,
+        "optimizer": 8.0 * p,
+        "activations": 4.0 * sequences * length * activation_elements(shape),
+        "logits": 4.0 * 3 * sequences * length * shape.vocab,
+        "process": PROCESS_BYTES,
+    }
+
+
+def largest_batch(recipe: Recipe) -> int:
+    """Rows at full length that one step of any phase holds."""
     length = recipe.model.max_position_embeddings
     grpo = "grpo" in recipe.train.phases
-    sequences = max(
+    return max(
         recipe.sft.batch_sequences if "sft" in recipe.train.phases else 0,
         recipe.pretrain.batch_sequences * recipe.pretrain.sequence_length // length
         if "pretrain" in recipe.train.phases
@@ -141,21 +154,13 @@ def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
         if grpo
         else 0,
     )
-    return {
-        "weights": 4.0 * p,
-        "gradients": 8.0 * p,
-        "optimizer": 8.0 * p,
-        "activations": 4.0 * sequences * length * activation_elements(shape, length),
-        "logits": 4.0 * 3 * sequences * length * shape.vocab,
-        "process": PROCESS_BYTES,
-    }
 
 
-def activation_elements(shape: Shape, length: int) -> float:
-    """Elements kept for the backward pass per token, all layers, no recomputation, scores materialised (eager fp32)."""
+def activation_elements(shape: Shape) -> float:
+    """Elements kept for the backward pass per token, all layers, no recomputation. Fused attention keeps no scores."""
     inner = shape.ffn if not shape.moe else shape.topk * shape.moe_ffn + shape.shared_ffn
     width = shape.head_dim if shape.latent is None else shape.latent.v
-    per_layer = 8 * shape.hidden + 4 * shape.heads * width + 4 * inner + 2 * shape.heads * length
+    per_layer = 8 * shape.hidden + 4 * shape.heads * width + 4 * inner
     return float(shape.layers * per_layer)
 
 

@@ -192,8 +192,6 @@ def gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    model = Transformer(ModelConfig(preset="tick"))
-    weights.initialise(model, 0)
     q = normal(6, 2, 30, 16)
     whole = fused.attention(q, q, q, 0.25)
     assert torch.equal(whole[2:3], fused.attention(q[2:3], q[2:3], q[2:3], 0.25))
