@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from bascule.config.trust import GuardConfig
 from bascule.guard.candidates import products_needed
 
 CHECKSUM_SHARE, AUDIT_SHARE = 0.4, 0.2
@@ -73,6 +74,41 @@ def intervals(budget_percent: float, seen: Measured) -> Intervals:
 
 def _every(cost_s: float, allowed_s: float) -> int:
     return max(1, min(LONGEST, math.ceil(cost_s / allowed_s))) if allowed_s > 0 else LONGEST
+
+
+class Schedule:
+    """The intervals of one launch: what the recipe sets holds, the budget decides the others once their prices are known."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self._config, self._measured = config, Measured()
+        self._full = config.budget_percent == "full"
+        self.every = Intervals(1, 1) if self._full else self._asked(FIRST)
+        self.settled = self._full or None not in (
+            config.checksum_every_steps,
+            config.audit_every_steps,
+        )
+
+    def learn(self, *, plain_s: float = 0.0, checked_s: float = 0.0, audit_s: float = 0.0) -> bool:
+        """What one step cost, by its kind; True when the intervals were settled by that."""
+        if self.settled:
+            return False
+        if audit_s:
+            self._measured = self._measured.audited(audit_s)
+        elif checked_s:
+            self._measured = self._measured.checked(checked_s)
+        elif plain_s:
+            self._measured = self._measured.plain(plain_s)
+        if self._measured.complete:
+            assert isinstance(self._config.budget_percent, float)
+            self.every = self._asked(intervals(self._config.budget_percent, self._measured))
+            self.settled = True
+        return self.settled
+
+    def _asked(self, affordable: Intervals) -> Intervals:
+        return Intervals(
+            self._config.checksum_every_steps or affordable.checksum,
+            self._config.audit_every_steps or affordable.audit,
+        )
 
 
 def steps_to_see(chance_per_step: float, confidence: float = 0.95) -> int:

@@ -26,8 +26,8 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, budget, drift, sentinels, update
-from bascule.guard.budget import Intervals, Measured
+from bascule.guard import audit, drift, sentinels, update
+from bascule.guard.budget import Intervals, Schedule
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Violation
@@ -93,10 +93,7 @@ class Guard:
         self.referee = referee
         self.snapshots = snapshots
         self.floor = NoiseFloor(referee)
-        full = config.budget_percent == "full"
-        self.every = Intervals(1, 1) if full else self._asked(budget.FIRST)
-        self._measured = Measured()
-        self._settled = full or None not in (config.checksum_every_steps, config.audit_every_steps)
+        self.schedule = Schedule(config)
         self._watch = Watch.begin(
             (
                 *sentinels.standard(config.spike_sigma, experts_per_token=experts_per_token),
@@ -141,6 +138,10 @@ class Guard:
         return step % self.every.audit == 0
 
     @property
+    def every(self) -> Intervals:
+        return self.schedule.every
+
+    @property
     def watched(self) -> str:
         """What was looked at in the last step beside what always is: products, a part, both, or an empty string."""
         return self._observer.watched
@@ -170,9 +171,7 @@ class Guard:
             return False
         if not self._judged:
             self._parts = self._parts or audit.parts(stepper.model)
-            self.book.coverage(
-                proposal.step, self.every, len(self._parts), self.config.rule_out_rate
-            )
+            self._tell_coverage(proposal.step)
         self._judged = True
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
@@ -232,13 +231,6 @@ class Guard:
         if told is not None or proposal.step >= max(self._earlier):
             self._earlier = {}
 
-    def _asked(self, affordable: Intervals) -> Intervals:
-        """An interval that the recipe sets holds; the budget decides the others."""
-        return Intervals(
-            self.config.checksum_every_steps or affordable.checksum,
-            self.config.audit_every_steps or affordable.audit,
-        )
-
     def _own_seconds(self, proposal: StepProposal) -> float:
         return max(0.0, proposal.seconds - self._observer.withheld_s)
 
@@ -250,23 +242,19 @@ class Guard:
         return self.accelerator.device.type != "cpu" or os.getloadavg()[0] <= (os.cpu_count() or 1)
 
     def _price(self, proposal: StepProposal, audit_s: float) -> None:
-        """Learn what watching costs here; with a budget, settle the intervals once all prices are known."""
-        if self._settled:
-            return
+        """Learn what watching costs here."""
         seconds = self._own_seconds(proposal)
         if self._observer.capture is not None:
-            self._measured = self._measured.audited(audit_s)
+            settled = self.schedule.learn(audit_s=audit_s)
         elif self._observer.checked:
-            self._measured = self._measured.checked(seconds)
+            settled = self.schedule.learn(checked_s=seconds)
         else:
-            self._measured = self._measured.plain(seconds)
-        if self._measured.complete:
-            assert isinstance(self.config.budget_percent, float)
-            self.every = self._asked(budget.intervals(self.config.budget_percent, self._measured))
-            self._settled = True
-            self.book.coverage(
-                proposal.step, self.every, len(self._parts), self.config.rule_out_rate
-            )
+            settled = self.schedule.learn(plain_s=seconds)
+        if settled:
+            self._tell_coverage(proposal.step)
+
+    def _tell_coverage(self, step: int) -> None:
+        self.book.coverage(step, self.every, len(self._parts), self.config.rule_out_rate)
 
     def _seen(self, proposal: StepProposal) -> Seen:
         loads = proposal.expert_loads

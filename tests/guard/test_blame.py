@@ -168,6 +168,11 @@ def test_a_sum_of_another_size_is_another_operation(tmp_path: Path) -> None:
     assert "all_reduce of 48 numbers" in found.evidence[0]
 
 
+def test_a_peer_that_a_mismatch_killed_is_not_named_beside_who_mismatched(tmp_path: Path) -> None:
+    found = judged(tmp_path, {0: gloo(4, size=48), 2: gloo(4), 3: gloo(4)})
+    assert found.guilty_ranks == (0,)
+
+
 def test_a_rank_that_died_first_is_named_and_not_those_that_fell_in_its_wake(
     tmp_path: Path,
 ) -> None:

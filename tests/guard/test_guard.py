@@ -172,20 +172,24 @@ def test_a_flipped_bit_in_a_weight_is_seen_before_the_step_commits(
 def test_a_flipped_bit_in_a_moment_or_a_router_bias_is_seen_before_the_step_commits(
     tmp_path: Path, guarded: ModuleType
 ) -> None:
-    """The referee's update would start from the same rotten moment and agree."""
-    config = GuardConfig(checksum_every_steps=50, audit_every_steps=50)
-    rig = guarded.rig(tmp_path / "clean", config=config)
-    rig.run(3, every=5)
-    assert not rig.alarms
-    names = list(rig.stepper.kept())
-    assert {name.split("/")[0] for name in names} >= {"momentum", "first", "second"}
-    for name in (names[0], "momentum", "second"):
-        rig = guarded.rig(tmp_path / name.replace("/", "-"), config=config)
-        rig.run(2, every=5)
-        hit = next(tensor for at, tensor in rig.stepper.kept().items() if at.startswith(name))
-        hit.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-        with pytest.raises(errors.RollbackNeeded, match=f"the bits of {name}.* changed while"):
-            rig.guard.judge(rig.stepper.propose(rig.objective.next_batch(3)), rig.stepper)
+    """The referee's update would start from the same rotten moment and agree. Looked at after every eighth commit, and after those
+    that ran under checksums."""
+    rarely = GuardConfig(checksum_every_steps=50, audit_every_steps=50)
+    often = GuardConfig(checksum_every_steps=1, audit_every_steps=50)
+    for number, (steps, config) in enumerate(((8, rarely), (2, often))):
+        clean = guarded.rig(tmp_path / f"clean-{number}", config=config)
+        clean.run(steps + 1, every=20)
+        assert not clean.alarms
+        names = list(clean.stepper.kept())
+        assert {name.split("/")[0] for name in names} >= {"momentum", "first", "second"}
+        for name in (names[0], "second"):
+            rig = guarded.rig(tmp_path / f"{number}-{name}", config=config)
+            rig.run(steps, every=20)
+            hit = next(tensor for at, tensor in rig.stepper.kept().items() if at.startswith(name))
+            hit.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+            with pytest.raises(errors.RollbackNeeded, match=f"the bits of {name}.* changed while"):
+                proposal = rig.stepper.propose(rig.objective.next_batch(steps + 1))
+                rig.guard.judge(proposal, rig.stepper)
 
 
 def test_the_last_snapshot_is_certified_by_a_step_that_is_never_committed(
