@@ -103,8 +103,8 @@ class GroupedQueryAttention(nn.Module):
         if context.read:
             out_BTD = self._attend_cached(q_BTHE, context)
         else:
-            heads = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-            out_BTD = attend(*heads, context.bias, self.size**-0.5)
+            q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+            out_BTD = attend(q, k, v, context.bias, self.size**-0.5)
         result: Tensor = self.o_proj(out_BTD)
         return result
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from bascule.data import chat, corpus
 from bascule.data.tokenizer import Tokenizer
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
-from bascule.model import weights
+from bascule.model import kernels, weights
 from bascule.model.transformer import Transformer
 from bascule.records import RolloutReply, RolloutRequest
 from bascule.train.grpo import Grpo
@@ -39,6 +41,7 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "machine": platform.machine(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
+        "compiler": compiler(),
     }
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
@@ -46,6 +49,14 @@ def machine() -> dict[str, str]:
         if name.strip() in ("vendor_id", "cpu family", "model"):
             facts.setdefault(name.strip(), value.strip())
     return facts
+
+
+def compiler() -> str:
+    """What compiled our own kernels; "none" where the model runs on PyTorch's pieces."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if kernels.compiled() is None or found is None:
+        return "none"
+    return subprocess.run([found, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]  # fmt: skip
 
 
 def losses() -> dict[str, list[str]]:
