@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bascule import native
 
+SOURCE = Path(__file__).with_name("kernels.cpp")
 CHUNKS, BLOCK, WIDTH = 32, 16, 8  # as in kernels.cpp
 MOST_TOKENS = 1024
 """Longer rows go to PyTorch's attention: a block of queries with all its keys would leave the cache."""
@@ -51,11 +52,16 @@ _TYPES = {"p": torch.float32, "i": torch.int64}
 
 @cache
 def compiled() -> ctypes.CDLL | None:
-    library = native.build(Path(__file__).with_name("kernels.cpp")).library
+    library = native.build(SOURCE).library
     for name, kinds in _ARGUMENTS.items() if library else ():
         run = getattr(library, name)
         run.argtypes, run.restype = [_KINDS[kind] for kind in kinds], None
     return library
+
+
+def why_not() -> str:
+    """Why there are none, "" where there are."""
+    return native.build(SOURCE).why
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from bascule.accelerators import cuda, stack  # noqa: E402
 from bascule.accelerators.registry import REAL, open_accelerator  # noqa: E402
 from bascule.errors import AcceleratorUnavailable  # noqa: E402
 from bascule.faults.catalogue import profiles  # noqa: E402
+from bascule.model import kernels  # noqa: E402
 from bascule.stages.answer import Answer  # noqa: E402
 
 PACKAGES = (
@@ -47,7 +48,7 @@ def main(arguments: Namespace) -> Answer:
     ]
     lines = [
         f"machine        {platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}",
-        f"cpu            {torch.backends.cpu.get_cpu_capability()}, C compiler: {shutil.which('cc') or shutil.which('gcc') or 'none (not needed to run, only for the stand-in device of the tests)'}",
+        f"cpu            {torch.backends.cpu.get_cpu_capability()}, C++ compiler: {shutil.which('g++') or shutil.which('clang++') or 'none'}{_kernels()}",
         *(f"{name:<14} {found or 'not installed'}" for name, found in packages.items()),
         *(f"{name:<14} {text}" for name, text in accelerators.items()),
         *stack.lines(layers),
@@ -62,6 +63,11 @@ def main(arguments: Namespace) -> Answer:
             "simulated": list(profiles()),
         },
     )
+
+
+def _kernels() -> str:
+    why = kernels.why_not()
+    return f"; our own kernels are not used, training and serving are slower: {why}" if why else "; our own kernels compiled"  # fmt: skip
 
 
 def _version(package: str) -> str | None:

@@ -38,7 +38,7 @@ from bascule.guard import watchdog
 from bascule.guard.guard import REMEMBERED_BATCHES, Guard
 from bascule.guard.hindsight import led_to
 from bascule.ledger import Ledger, last, of_kind
-from bascule.model import existing, origin, weights
+from bascule.model import existing, kernels, origin, weights
 from bascule.model.transformer import Transformer
 from bascule.records import (
     Incident,
@@ -135,6 +135,8 @@ class Trainer:
         self.accelerator.prepare(self.recipe.threads)
         if self.accelerator.fallback_note:
             self.ledger.warn("accelerator fallback", self.accelerator.fallback_note)
+        if self.accelerator.device.type == "cpu" and (why := kernels.why_not()):
+            self.ledger.warn("kernels fallback", f"PyTorch's operators are used where our own are faster: {why}")  # fmt: skip
         self.course: Course = course(self.recipe, open_or_own(folder.tokenizer))
         self.stepper = Stepper(
             self._new_model(),
