@@ -163,7 +163,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rope], -1)
         latent_BTC = self.kv_a_layernorm(latent)
         if context.cache is None and kernels.usable(q, k_rope, context.cos_BT1R):
-            heads = fused.latent_heads(
+            q, k, v = fused.latent_heads(
                 q,
                 k_rope,
                 self.kv_b_proj(latent_BTC),
@@ -171,7 +171,7 @@ class LatentAttention(nn.Module):
                 context.sin_BT1R,
                 self.heads,
             )
-            done: Tensor = self.o_proj(attend(*heads, context.bias, self.scale))
+            done: Tensor = self.o_proj(attend(q, k, v, context.bias, self.scale))
             return done
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         # The shared key turns together with the queries: one rotation over H+1 heads instead of two.
