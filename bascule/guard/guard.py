@@ -232,6 +232,9 @@ class Guard:
             self._earlier = {}
 
     def _own_seconds(self, proposal: StepProposal) -> float:
+        """Without what the host's scheduler withheld; 0.0, not known, where pages came back from a disk meanwhile."""
+        if self._observer.paged:
+            return 0.0
         return max(0.0, proposal.seconds - self._observer.withheld_s)
 
     def _time_counts(self) -> bool:

@@ -72,7 +72,7 @@ class Observer:
         self.kept: Callable[[], Mapping[str, Tensor]] = dict
         self._kept: tuple[int, Kept] | None = None
         self._moved: tuple[int, Tensor, Tensor] | None = None
-        self.withheld_s = 0.0
+        self.withheld_s, self.paged = 0.0, False
 
     # ---- looking
 
@@ -97,9 +97,10 @@ class Observer:
             if products:
                 self._step = Checksums(names=self._names_of(model))
                 stack.enter_context(self._step)  # type: ignore[arg-type]
-            before = host.withheld_s()
+            before, pages = host.withheld_s(), host.pages_fetched()
             yield
             self.withheld_s = host.withheld_s() - before
+            self.paged = host.pages_fetched() > pages
 
     @contextmanager
     def commit(self, step: int, model: nn.Module, *, products: bool) -> Iterator[None]:

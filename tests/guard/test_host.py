@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,3 +47,16 @@ def test_where_the_system_does_not_tell_nothing_is_withheld(
 ) -> None:
     monkeypatch.setattr(host, "SCHEDULER", tmp_path / "nowhere")
     assert host.withheld_s() == 0.0
+
+
+@pytest.mark.parametrize(("fetched", "known"), [(0, True), (1, False)])
+def test_a_step_that_waited_for_pages_is_not_judged_by_its_time(
+    tmp_path: Path, guarded: ModuleType, monkeypatch: pytest.MonkeyPatch, fetched: int, known: bool
+) -> None:
+    counts = itertools.count(step=fetched)
+    monkeypatch.setattr(host, "pages_fetched", lambda: next(counts) if fetched else 0)
+    monkeypatch.setattr(host, "withheld_s", lambda: 0.0)
+    rig = guarded.rig(tmp_path)
+    rig.stepper.begin(rig.objective)
+    proposal = rig.stepper.propose(rig.objective.next_batch(1))
+    assert (rig.guard._seen(proposal).own_seconds > 0) is known
