@@ -78,6 +78,11 @@ class Call:
     def run(self) -> Any:
         return self.func(*self.args, **self.kwargs)
 
+    @property
+    def name(self) -> str:
+        """With its library: aten::mm, bascule::attention."""
+        return f"{getattr(self.func, 'namespace', 'aten')}::{self.op}"
+
 
 @dataclass(frozen=True, slots=True)
 class Touched:

@@ -17,7 +17,7 @@ class MissingOperator(Fault):
 
     def before(self, call: Call, index: int) -> Touched | None:
         raise OperatorMissing(
-            f"The operator aten::{call.op} is not implemented on this simulated chip ({call.direction} pass). Use another pool for this role, or a model that does not need it."
+            f"The operator {call.name} is not implemented on this simulated chip ({call.direction} pass). Use another pool for this role, or a model that does not need it."
         )
 
 

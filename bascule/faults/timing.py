@@ -60,7 +60,7 @@ class HostFallback(Fault):
 
     def before(self, call: Call, index: int) -> Touched | None:
         warnings.warn(
-            f"simulated chip: the operator aten::{call.op} is not supported and falls back to run on the CPU",
+            f"simulated chip: the operator {call.name} is not supported and falls back to run on the CPU",
             UserWarning,
             stacklevel=2,
         )

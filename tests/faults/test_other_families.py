@@ -17,7 +17,9 @@ from bascule.accelerators.base import Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.errors import OperatorMissing
 from bascule.faults.catalogue import FaultSpec
+from bascule.faults.fault import Call
 from bascule.faults.storage import damage
+from bascule.model import kernels  # noqa: F401  (registers the operators)
 
 ONES = torch.ones(32, 32)
 
@@ -187,3 +189,9 @@ def test_a_collective_brings_back_the_wrong_sum(alone: None, kind: str, wrong) -
     values = torch.ones(1024)
     dist.all_reduce(values)
     assert bool((values == 1).all())
+
+
+def test_an_operator_is_named_with_its_library() -> None:
+    ours, theirs = torch.ops.bascule.attention.default, torch.ops.aten.silu.default
+    assert Call("attention", ours, (), {}, "forward").name == "bascule::attention"
+    assert Call("silu", theirs, (), {}, "forward").name == "aten::silu"
