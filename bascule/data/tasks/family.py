@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reasoning_gym.factory import DATASETS
-
-from bascule.data.tasks import gym
+from bascule.data.tasks import datasets, gym
 from bascule.data.tasks.base import Options, Problem
 from bascule.errors import RecipeError, nearest
 
@@ -23,11 +21,14 @@ class Family:
     family: str
 
     def __post_init__(self) -> None:
-        if self.family not in DATASETS:
+        try:
+            datasets.kind(self.family)
+        except KeyError:
+            names = datasets.names()
             raise RecipeError(
-                f"reasoning-gym has no family '{self.family}'; it has {len(DATASETS)}, among them chain_sum, gcd, maze, sudoku."
-                f"{nearest(self.family, DATASETS)}"
-            )
+                f"reasoning-gym has no family '{self.family}'; it has {len(names)}, among them chain_sum, gcd, maze, sudoku."
+                f"{nearest(self.family, names)}"
+            ) from None
 
     @property
     def name(self) -> str:

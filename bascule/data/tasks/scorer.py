@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import reasoning_gym
-
+from bascule.data.tasks import datasets
 from bascule.data.tasks.base import Problem
 
 LIMIT_S = 5.0
@@ -76,4 +75,4 @@ def _limited() -> Iterator[None]:
 
 @functools.cache
 def _scorer(name: str) -> Any:
-    return reasoning_gym.create_dataset(name, seed=0, size=1)
+    return datasets.create(name, seed=0, size=1)
