@@ -1,7 +1,7 @@
 """What a recipe's model learns, over seeds, beside a control: the same compute spent on more SFT instead of GRPO.
 
     python benchmarks/demo_learning.py --seeds 0 1 2 --out out/bench
-    python benchmarks/demo_learning.py --recipe runs/scarce.toml --seeds 0 1 2 --out out/scarce
+    python benchmarks/demo_learning.py --recipe runs/teacher.toml --seeds 0 1 2 --out out/teacher
 
 Each seed trains the recipe without a fault (`sim:clean`), then come the controls. A control has as many SFT steps as its seed's own run would
 have made in the seconds that its GRPO took, so a busy machine favours neither. The same command goes on where it was cut off. Held-out

@@ -27,6 +27,10 @@ class DataConfig(Section):
         ge=1,
         description="SFT sees the worked solutions of so many training problems only; GRPO asks all of them",
     )
+    verify_solutions: bool = Field(
+        True,
+        description="leave out worked solutions that their own verifier does not pay; false keeps the mistakes of the teacher",
+    )
     eval_problems: int = Field(256, ge=1)
     eval_seed: int = Field(
         77291, description="held-out problems are drawn with this seed; no tuning looked at it"

@@ -68,18 +68,23 @@ def heldout_problems(config: DataConfig) -> list[Problem]:
 
 
 def sft_examples(
-    problems: list[Problem], seed: int, prompt: Callable[[str], str] = chat.prompt
+    problems: list[Problem],
+    seed: int,
+    prompt: Callable[[str], str] = chat.prompt,
+    *,
+    verified: bool = True,
 ) -> list[tuple[str, str]]:
     """(prompt text, completion text) of every problem whose solver succeeded with this seed; the others are left out.
 
-    `prompt` writes the question as the model reads it (Tokenizer.prompt). The end token is not part of the completion text: training appends it. Another seed gives other searches for the same
-    problems. A trace that its own verifier does not pay in full is a defect of the solver and is dropped too.
+    `prompt` writes the question as the model reads it (Tokenizer.prompt). The end token is not part of the completion text: training
+    appends it. Another seed gives other searches for the same problems. A trace that its own verifier does not pay in full is a defect of
+    the solver and is dropped too, unless `verified` is False.
     """
     examples = []
     for index, problem in enumerate(problems):
         task = registry.get(problem.task)
         trace = task.trace(problem, draws.key(seed, "data.trace", index))
-        if trace is not None and task.verify(problem, trace) == 1.0:
+        if trace is not None and (not verified or task.verify(problem, trace) == 1.0):
             examples.append((prompt(problem.question), trace))
     return examples
 

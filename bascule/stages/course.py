@@ -19,13 +19,14 @@ from bascule.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Course:
-    """`worked` of the training problems come with their solution (None: all of them)."""
+    """`worked` of the training problems come with their solution (None: all of them); solutions that are wrong are left out if `verified`."""
 
     tokenizer: Tokenizer
     model: ModelConfig
     train: list[Problem]
     heldout: list[Problem]
     worked: int | None = None
+    verified: bool = True
 
     def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
         tokenizer = self.tokenizer
@@ -51,7 +52,7 @@ class Course:
         return [
             (encode(prompt), encode(trace.removeprefix(opened)) + end)
             for prompt, trace in corpus.sft_examples(
-                self.train[: self.worked], seed, self.tokenizer.prompt
+                self.train[: self.worked], seed, self.tokenizer.prompt, verified=self.verified
             )
         ]
 
@@ -65,7 +66,10 @@ def course(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
         )
     split = corpus.split(recipe.data, recipe.seed)
     model = sized(recipe.model, tokenizer)
-    return Course(tokenizer, model, split.train, split.heldout, recipe.data.worked_problems)
+    data = recipe.data
+    return Course(
+        tokenizer, model, split.train, split.heldout, data.worked_problems, data.verify_solutions
+    )
 
 
 def heldout_only(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:

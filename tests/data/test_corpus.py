@@ -104,3 +104,11 @@ def test_sft_examples_are_verified_traces_of_their_problems():
         registry.verify(by_prompt[prompt], completion) == 1.0 for prompt, completion in examples
     )
     assert examples == corpus.sft_examples(split.train, 3) != corpus.sft_examples(split.train, 4)
+
+
+def test_the_mistakes_of_a_teacher_are_left_out_unless_they_are_asked_for():
+    data = DataConfig(tasks=(TaskConfig(name="chain_sum", options={"wrong_ratio": 0.5}),), train_problems=64)  # fmt: skip
+    problems = corpus.split(data, 0).train
+    everything = corpus.sft_examples(problems, 0, verified=False)
+    assert len(everything) == 64
+    assert 16 < len(corpus.sft_examples(problems, 0)) < 48

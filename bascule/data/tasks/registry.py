@@ -11,7 +11,7 @@ from bascule.data.tasks import family, jsonl
 from bascule.data.tasks.base import Problem, Task
 from bascule.errors import RecipeError, nearest
 
-BUILT_IN = ("chain_sum", "countdown", "gcd", "last_digit", "letter_counting")
+BUILT_IN = ("chain_sum", "countdown", "gcd", "letter_counting")
 """Each is the module of that name beside this file; its object is called `task`."""
 
 
