@@ -4,7 +4,7 @@
     python benchmarks/demo_learning.py --recipe runs/teacher.toml --seeds 0 1 2 --out out/teacher
 
 Each seed trains the recipe without a fault (`sim:clean`), then come the controls. A control has as many SFT steps as its seed's own run would
-have made in the seconds that its GRPO took, so a busy machine favours neither. The same command goes on where it was cut off. Held-out
+have made in the seconds that its GRPO took; where the machine was not equally busy in both phases, `--control-steps` sets them. The same command goes on where it was cut off. Held-out
 problems are drawn with `data.eval_seed`, which no tuning looked at. The fault-free runs double as the guard's false-alarm test:
 their incidents are counted. `bascule report OUT/seed-0 --seeds OUT/seed-1 OUT/seed-2` draws the curves of the seeds with their range.
 """
@@ -79,13 +79,16 @@ def main() -> None:
         dest="settings",
         help="further overrides of the recipe",
     )
+    parser.add_argument(
+        "--control-steps", type=int, help="SFT steps of a control; default: by the seconds measured"
+    )
     options = parser.parse_args()
     print("| seed | after | pass@1 (T=1) | greedy | pass@8 | training s | alarms |")
     print("|---|---|---|---|---|---|---|")
     for seed in options.seeds:
         learn(options.recipe, options.out, seed, options.settings)
     for seed in options.seeds:
-        control(options.recipe, options.out, seed, options.settings)
+        control(options.recipe, options.out, seed, options.settings, options.control_steps)
 
 
 def learn(recipe: Path, out: Path, seed: int, settings: list[str]) -> None:
@@ -95,10 +98,13 @@ def learn(recipe: Path, out: Path, seed: int, settings: list[str]) -> None:
     show(seed, "SFT + GRPO", found["eval"]["grpo"], sum(seconds.values()), alarms)
 
 
-def control(recipe: Path, out: Path, seed: int, settings: list[str]) -> None:
-    """As many SFT steps as the seed's own run would have made in the time that its GRPO took."""
-    seconds, _, sft_steps = told(out / f"seed-{seed}")
-    steps = round(sft_steps * sum(seconds.values()) / seconds["sft"])
+def control(
+    recipe: Path, out: Path, seed: int, settings: list[str], steps: int | None = None
+) -> None:
+    """`steps` of SFT, by default as many as the seed's own run would have made in the time that its GRPO took."""
+    if steps is None:
+        seconds, _, sft_steps = told(out / f"seed-{seed}")
+        steps = round(sft_steps * sum(seconds.values()) / seconds["sft"])
     changes = [f"seed={seed}", *settings, 'train.phases=["sft"]', f"sft.steps={steps}"]
     found = run(recipe, f"control-{seed}", out, changes)
     seconds, alarms, _ = told(out / f"control-{seed}")
