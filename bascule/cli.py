@@ -100,14 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT
-    text = json.dumps(answer.data, indent=1) if as_json else answer.text
+    _print(json.dumps(answer.data, indent=1) if as_json else answer.text)
+    return int(answer.exit_code)
+
+
+def _print(text: str) -> None:
+    """To stdout, whether or not anyone still reads there: the exit code must come out all the same."""
     try:
         if text:
             print(text, flush=True)
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Python would complain again when it flushes stdout at exit.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    return int(answer.exit_code)
 
 
 def _read(words: list[str]) -> argparse.Namespace:
@@ -126,17 +130,8 @@ def _read(words: list[str]) -> argparse.Namespace:
 
 def _refuse(error: BasculeError, exit_code: int, *, as_json: bool) -> int:
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "error": {
-                        "type": type(error).__name__,
-                        "message": str(error),
-                        "exit_code": exit_code,
-                    }
-                }
-            )
-        )
+        said = {"type": type(error).__name__, "message": str(error), "exit_code": exit_code}
+        _print(json.dumps({"error": said}))
     print(f"bascule: {error}", file=sys.stderr)
     return exit_code
 

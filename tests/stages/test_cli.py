@@ -152,3 +152,17 @@ def test_a_run_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     for verb in ("report", "evaluate", "serve", "chat", "export"):
         done = bascule(verb, str(tmp_path))
         assert done.returncode == 2 and "not a run folder" in done.stderr, verb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"), [(["faults"], 0), (["run", "nowhere.toml", "--json"], 2)]
+)
+def test_a_reader_that_has_gone_changes_neither_the_exit_code_nor_adds_a_traceback(
+    arguments: list[str], exit_code: int
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bascule.cli", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == exit_code and "Traceback" not in done.stderr
