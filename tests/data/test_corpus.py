@@ -107,7 +107,7 @@ def test_sft_examples_are_verified_traces_of_their_problems():
 
 
 def test_the_mistakes_of_a_teacher_are_left_out_unless_they_are_asked_for():
-    data = DataConfig(tasks=(TaskConfig(name="chain_sum", options={"wrong_ratio": 0.5}),), train_problems=64)  # fmt: skip
+    data = DataConfig(tasks=(TaskConfig(name="chain_sum", options={"lost_sign_ratio": 0.9}),), train_problems=64)  # fmt: skip
     problems = corpus.split(data, 0).train
     everything = corpus.sft_examples(problems, 0, verified=False)
     assert len(everything) == 64

@@ -10,15 +10,15 @@ from bascule.data.tasks import gym
 from bascule.data.tasks.base import Options, Problem
 from bascule.data.tasks.direct import OPTION, answers_directly
 
-_OWN = {**OPTION, "wrong_ratio": 0.0}
+_OWN = {**OPTION, "lost_sign_ratio": 0.0}
 _DEFAULTS = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
 _TERM = re.compile(r"([+-]?)(-?\d+)")
 
 
 class ChainSum:
-    """Options: reasoning-gym's (`min_terms`, `max_terms`, `min_digits`, `max_digits`, `allow_negation`), `direct_ratio`, and `wrong_ratio`:
-    the share of worked examples in which one step goes wrong and all after it follow, as from a teacher that errs. The corpus drops them
-    unless the recipe says `data.verify_solutions = false`."""
+    """Options: reasoning-gym's (`min_terms`, `max_terms`, `min_digits`, `max_digits`, `allow_negation`), `direct_ratio`, and
+    `lost_sign_ratio`: the share of negative partial sums whose minus sign the worked examples lose, going on from there, as from a teacher
+    with a bad habit. The corpus leaves wrong examples out unless the recipe says `data.verify_solutions = false`."""
 
     name = "chain_sum"
 
@@ -38,36 +38,26 @@ class ChainSum:
         return gym.verify(self.name, problem, completion_text)
 
     def trace(self, problem: Problem, key: int) -> str | None:
-        wrong_at, slip = _slip(problem, key)
-        steps, total = _work_through(problem.metadata["expression"], wrong_at, slip)
+        steps, total = _work_through(problem, key)
         return chat.completion(
             "" if answers_directly(problem, key) else ",".join(steps), str(total)
         )
 
 
-def _work_through(
-    expression: str, wrong_at: int | None = None, slip: int = 0
-) -> tuple[list[str], int]:
-    """("9-8+0" -> ["9-8=1", "1+0=1"], 1); the result of step `wrong_at` is off by `slip`."""
-    (_, first), *rest = _TERM.findall(expression)
+def _work_through(problem: Problem, key: int) -> tuple[list[str], int]:
+    """("9-8+0" -> ["9-8=1", "1+0=1"], 1), with the signs lost that the trace drawn with `key` loses."""
+    (_, first), *rest = _TERM.findall(problem.metadata["expression"])
+    lost_N = (
+        draws.uniform(draws.key(key, "task.sign"), (len(rest),))
+        < problem.metadata["lost_sign_ratio"]
+    )
     total, steps = int(first), []
-    for index, (operator, number) in enumerate(rest):
+    for (operator, number), lost in zip(rest, lost_N.tolist(), strict=True):
         new = total + int(number) if operator == "+" else total - int(number)
-        new += slip if index == wrong_at else 0
+        new = abs(new) if lost else new
         steps.append(f"{total}{operator}{number}={new}")
         total = new
     return steps, total
-
-
-def _slip(problem: Problem, key: int) -> tuple[int | None, int]:
-    """Which step of the trace drawn with `key` goes wrong, and by how much (1 to 3 either way); (None, 0) where none does."""
-    if (
-        float(draws.uniform(draws.key(key, "task.wrong"), (1,))[0])
-        >= problem.metadata["wrong_ratio"]
-    ):
-        return None, 0
-    where, size, sign = draws.integers(draws.key(key, "task.slip"), 1 << 30, 3).tolist()
-    return where % (problem.difficulty - 1), (1 + size % 3) * (1 if sign % 2 else -1)
 
 
 task = ChainSum()
