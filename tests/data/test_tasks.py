@@ -169,11 +169,11 @@ def test_256_chain_sums_are_verified_in_under_20_ms():
     texts = [str(task.trace(problem, 0)) for problem in problems]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         assert all(
             task.verify(problem, text) == 1.0 for problem, text in zip(problems, texts, strict=True)
         )
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.02
 
 
