@@ -168,9 +168,9 @@ class Batch:
             tables = tables[:, : blocks_for(int(read.max()) + 1)]
         tokens = [*(row.token(row.read) for row in rows), *(guesses[rows[at]] for at in ahead)]
         logits, hidden = self._runner.step(tokens, tables, read)
-        for row, hidden_D in zip(rows, hidden, strict=False):
+        for at, row in enumerate(rows):
             row.read += 1
-            row.unpaired = [hidden_D] if row.unpaired else None
+            row.unpaired = [hidden[at]] if row.unpaired else None
         self._read[:count] += 1
         spoke = self._speak(rows, logits[:count])
         after = {rows[at]: number for number, at in enumerate(ahead, start=count)}

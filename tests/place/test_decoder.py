@@ -1,0 +1,109 @@
+"""Compiled rollouts are one decision for all pools of a run, and no simulated fault of inference stops acting because of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bascule.accelerators.registry import open_accelerator
+from bascule.config.load import recipe_from
+from bascule.config.recipe import Recipe
+from bascule.errors import BasculeError, UsageError
+from bascule.faults.build import CLASSES
+from bascule.faults.catalogue import KINDS, SEVERITIES, FaultSpec, load_profile, profiles
+from bascule.infer.engine import Engine
+from bascule.infer.sampling import Sampling
+from bascule.ledger import Ledger, of_kind
+from bascule.place.decoder import decided
+from bascule.records import RolloutDecoder
+from bascule.stages.place import place_roles
+from tests.infer.test_packed import random_model
+
+
+def recipe(*accelerators: str, asked: str = "auto") -> Recipe:
+    pools = {f"p{at}": {"accelerator": one} for at, one in enumerate(accelerators)}
+    return recipe_from(
+        {"name": "t", "pools": pools, "qualify": {"required": False}, "train": {"rollout_decoder": asked}}, source="test",
+    )  # fmt: skip
+
+
+def planted() -> list[str]:
+    return [
+        f"sim:{name}{'' if severity == 'medium' else ':' + severity}@cpu"
+        for name in profiles()
+        for severity in SEVERITIES
+        if severity == "medium" or getattr(load_profile(name), severity)
+    ]
+
+
+UNMET = {
+    "sim:wrong-all-reduce": "one chip alone reduces nothing",
+    "sim:buffer-1024": "no product of this small model has so many rows",
+    "sim:oom:low": "no result of this small model is so large",
+}
+"""Faults of inference that a rollout of the test's size does not meet, in operators as little as elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "decoder"),
+    [
+        (["cpu"], "compiled"),
+        (["sim:ascend-r2@cpu", "cpu"], "compiled"),
+        (["sim:clean@cpu", "cuda|cpu"], "compiled"),
+        (["sim:slow@cpu"], "compiled"),
+        (["cpu", "sim:infer-bad@cpu"], "operators"),
+        (["cuda | sim:infer-bad:low?rate=0.1", "cpu"], "operators"),
+    ],
+)
+def test_one_pool_that_simulates_a_fault_of_inference_decides_for_all(
+    accelerators: list[str], decoder: str
+) -> None:
+    assert decided(recipe(*accelerators)).decoder == decoder
+    assert decided(recipe(*accelerators, asked="operators")).decoder == "operators"
+
+
+def test_a_recipe_cannot_force_what_would_hide_a_fault() -> None:
+    assert decided(recipe("cpu", asked="compiled")).decoder == "compiled"
+    with pytest.raises(UsageError, match="'p1' simulates mixed in inference"):
+        decided(recipe("cpu", "sim:infer-bad@cpu", asked="compiled"))
+
+
+def test_the_decision_is_recorded_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", attempt=1)
+    for _ in range(2):
+        place_roles(recipe("cpu", "sim:infer-bad@cpu"), ledger)
+    (found,) = of_kind(ledger.read(), RolloutDecoder)
+    assert found.decoder == "operators" and "infer-bad" not in found.reason
+    assert "'p1' simulates mixed in inference" in found.reason
+
+
+def test_what_is_said_to_strike_operators_is_what_the_code_strikes() -> None:
+    for kind in KINDS:
+        on_calls = kind.name in CLASSES and CLASSES[kind.name].on_calls
+        assert FaultSpec(kind=kind.name).on_operators == on_calls, kind.name
+
+
+@pytest.mark.parametrize("name", planted())
+def test_every_fault_of_inference_still_acts_in_rollouts(name: str, tmp_path: Path) -> None:
+    """The engine opened as a rollout's is, from the recipe alone."""
+    log = tmp_path / "log.jsonl"
+    chip = open_accelerator(name, seed=0, fault_log=log)
+    native = decided(recipe("cpu", name)).decoder == "compiled"
+    assert native != chip.needs_operators("infer")
+    if not native:
+        with pytest.raises(UsageError, match="would not be met"):
+            Engine(random_model(), chip, eos_id=-1, pad_id=0, native=True)
+    told: BasculeError | RuntimeError | None = None
+    engine = Engine(random_model(), chip, eos_id=-1, pad_id=0, native=native)
+    for step in range(1, 9):
+        try:
+            engine.generate([[1, 2, 3], [4, 5]], Sampling(max_tokens=24), group_size=16, work_step=step)  # fmt: skip
+        except (BasculeError, RuntimeError, torch.OutOfMemoryError) as error:
+            told = error
+            break
+    fired = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    met = chip.needs_operators("infer") and name.partition("@")[0] not in UNMET
+    assert bool([one for one in fired if one["op"]]) == met or (met and told is not None), fired[:2]
