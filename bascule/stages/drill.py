@@ -27,7 +27,6 @@ from bascule.stages.answer import Answer, say
 from bascule.stages.drilled import Drilled, Sighting, judge, look, story, table
 from bascule.stages.faults import families
 
-
 _FOR_ALL_FAULTS = ['train.rollout_decoder="operators"']
 """Faults of inference need operators, and every cell is held against the same undisturbed run, bit for bit."""
 

@@ -198,8 +198,10 @@ class Grpo:
         step = self.first_step + rollout * updates
         groups, completions, rewards_PG = self._gather(rollout, step)
         tensors = [self._collate(hand) for hand in deal(groups, updates)]
-        for each in tensors:
-            if each and updates > 1:
+        for each in tensors[
+            1:
+        ]:  # the first is learnt from by these very weights: its ratio is 1 (loss)
+            if each:
                 each["old_logprobs"] = self.score(each, step, config.temperature)
         notes = _sampling_notes(completions, rewards_PG)
         if config.retire_after:

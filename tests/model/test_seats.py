@@ -57,9 +57,13 @@ def test_it_is_the_padded_batch(shape: dict[str, object], plain: bool) -> None:
     for mine, theirs in zip(grads, grads_padded, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max() + 1), rtol=1e-4)  # fmt: skip
     ends = sum(len(p) + len(c) for p, c in ROWS) - int(tensors["copies"].sum())
-    if loads is not None:  # the last token of a row predicts nothing: padded, all but the longest row's are worked out
+    if (
+        loads is not None
+    ):  # the last token of a row predicts nothing: padded, all but the longest row's are worked out
         per_token = model.config.num_experts_per_tok
-        assert (loads_padded.sum(1) - loads.sum(1)).tolist() == [(ends - 1) * per_token] * len(loads)
+        assert (loads_padded.sum(1) - loads.sum(1)).tolist() == [(ends - 1) * per_token] * len(
+            loads
+        )
 
 
 def test_a_score_is_of_the_targets_that_count() -> None:
