@@ -33,7 +33,8 @@ class Batch:
     `share`: rows that begin alike share blocks, also with rows that left. `reproducible`: equal bits whatever else runs (runner.py);
     then nothing is shared across requests, because a prefix read by another request was read in other chunks.
     `precision` is that of the large matrices of a larger model (linear.py). `preemptions` counts rows sent back for want of blocks.
-    `native`: steps are compiled code where there is a compiler and the chip is a CPU in fp32 or int8 (decoder.py); never for a simulated chip.
+    `native`: steps are compiled code where there is a compiler and the chip is a CPU in fp32 or int8 (decoder.py); never where a simulated fault of
+    inference has to act (engine.py).
     `speculate`: while at most so many rows run, the prediction layer guesses a token ahead (draft.py); of `guessed` ones `kept` were
     right. A row that ran beside more rows than that goes on without guesses.
     """
