@@ -31,7 +31,8 @@ class Seats:
 
     def spread(self, x_1ND: Tensor) -> Tensor:
         """[S, T, D]."""
-        return take(x_1ND.flatten(0, 1), self.token_ST.flatten()).unflatten(0, self.token_ST.shape)
+        taken = take(x_1ND.flatten(0, 1), self.token_ST.flatten())
+        return taken.view(*self.token_ST.shape, -1)
 
     def collect(self, x_STD: Tensor) -> Tensor:
         """[1, N, D]."""
