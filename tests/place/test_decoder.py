@@ -40,14 +40,15 @@ def planted() -> list[str]:
 
 
 UNMET = {
-    **dict.fromkeys(
-        ("sim:wrong-all-reduce", "sim:wrong-all-reduce:low", "sim:wrong-all-reduce:high"), "one chip alone reduces nothing",
-    ),
-    **dict.fromkeys(("sim:buffer-1024", "sim:buffer-1024:low"), "no product of this small model has so many rows"),
-    **dict.fromkeys(("sim:input-range", "sim:input-range:low"), "gradients are so small, activations are not"),
-    "sim:oom:low": "no result of this small model is so large",
-    "sim:intermittent:low": "one product in 100,000",
-}  # fmt: skip
+    "wrong-all-reduce": "one chip alone reduces nothing",
+    "double-all-reduce": "one chip alone reduces nothing",
+    "large-angles": "sines are worked out once, when the model is made",
+    "over-read": "no sum of this small model is so long",
+    "buffer-1024": "no product of this small model has so many rows",
+    "input-range": "gradients are so small, activations are not",
+    "intermittent:low": "one product in 100,000",
+    "bad-page:low": "one operator in ten million",
+}
 """Faults of inference that a rollout of the test's size does not meet, in operators as little as elsewhere."""
 
 
@@ -114,5 +115,7 @@ def test_every_fault_of_inference_still_acts_in_rollouts(name: str, tmp_path: Pa
             told = error
         if struck(log) or told is not None:
             break
-    met = chip.needs_operators("infer") and name.partition("@")[0] not in UNMET
-    assert (bool(struck(log)) or told is not None) == met, (struck(log)[:2], told)
+    plant = name.removeprefix("sim:").partition("@")[0]
+    if not UNMET.keys() & {plant, plant.partition(":")[0]}:
+        met = bool(struck(log)) or told is not None
+        assert met == chip.needs_operators("infer"), (struck(log)[:2], told)
