@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bascule.accelerators.registry import open_accelerator
+from bascule.accelerators.simulated import SimulatedAccelerator
 from bascule.config.load import recipe_from
 from bascule.config.recipe import Recipe
 from bascule.errors import BasculeError, UsageError
@@ -40,16 +41,16 @@ def planted() -> list[str]:
 
 
 UNMET = {
-    "wrong-all-reduce": "one chip alone reduces nothing",
-    "double-all-reduce": "one chip alone reduces nothing",
     "large-angles": "sines are worked out once, when the model is made",
     "over-read": "no sum of this small model is so long",
+    "softmax-past-power": "no row of scores is so long",
     "buffer-1024": "no product of this small model has so many rows",
     "input-range": "gradients are so small, activations are not",
     "intermittent:low": "one product in 100,000",
     "bad-page:low": "one operator in ten million",
 }
-"""Faults of inference that a rollout of the test's size does not meet, in operators as little as elsewhere."""
+"""Faults of inference that a rollout of the test's size does not meet, though it is made of operators. Nor do those of all-reduces: one chip
+alone reduces nothing."""
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def test_every_fault_of_inference_still_acts_in_rollouts(name: str, tmp_path: Pa
     """The engine opened as a rollout's is, from the recipe alone."""
     log = tmp_path / "log.jsonl"
     chip = open_accelerator(name, seed=0, fault_log=log)
+    assert isinstance(chip, SimulatedAccelerator)
     native = decided(recipe("cpu", name)).decoder == "compiled"
     assert native != chip.needs_operators("infer")
     if not native:
@@ -116,6 +118,7 @@ def test_every_fault_of_inference_still_acts_in_rollouts(name: str, tmp_path: Pa
         if struck(log) or told is not None:
             break
     plant = name.removeprefix("sim:").partition("@")[0]
-    if not UNMET.keys() & {plant, plant.partition(":")[0]}:
+    alone = all(spec.ops == ("all_reduce",) for spec in chip.profile.strikes_operators("infer"))
+    if not UNMET.keys() & {plant, plant.partition(":")[0]} and (native or not alone):
         met = bool(struck(log)) or told is not None
         assert met == chip.needs_operators("infer"), (struck(log)[:2], told)
