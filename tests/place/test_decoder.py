@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bascule.accelerators.cpu import CpuAccelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.accelerators.simulated import SimulatedAccelerator
 from bascule.config.load import recipe_from
@@ -122,3 +123,17 @@ def test_every_fault_of_inference_still_acts_in_rollouts(name: str, tmp_path: Pa
     if not UNMET.keys() & {plant, plant.partition(":")[0]} and (native or not alone):
         met = bool(struck(log)) or told is not None
         assert met == chip.needs_operators("infer"), (struck(log)[:2], told)
+
+
+def test_pools_that_decode_compiled_give_the_same_bits_alone_or_together() -> None:
+    """What a run that fell back relies on: a simulated chip sound in inference, and the CPU; a batch cut short by a kill, and a whole one."""
+    model, sampling = random_model(preset="nano"), Sampling(max_tokens=20, seed=3)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    chip = open_accelerator("sim:ascend-r2@cpu")
+    found = [
+        Engine(model, one, eos_id=2, pad_id=0, native=True).generate(prompts, sampling, group_size=8)
+        for one in (chip, CpuAccelerator())
+    ]  # fmt: skip
+    assert found[0] == found[1]
+    small = Engine(model, chip, eos_id=2, pad_id=0, native=True, batch_size=8)
+    assert [one.tokens for one in small.generate(prompts, sampling, group_size=8)] == [one.tokens for one in found[0]]  # fmt: skip
