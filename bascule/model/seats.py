@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bascule.model import fused, kernels
 
-NAMES = ("seats", "places", "copies", "picks")
-"""Tensors of a batch whose tokens are worked out once each: `Seats`'s two, how many samples each token stands for (N,), and the tokens whose next
-one counts, in the order of the mask's ones (M,). Without them the batch is the padded one, to the same loss."""
+NAMES = ("seats", "places", "copies", "picks", "counted")
+"""Tensors of a batch whose tokens are worked out once each: `Seats`'s two, how many samples each token stands for (N,), the tokens whose next
+one counts (M,), and the places of those in the mask (s * T + t, M). Without them the batch is the padded one, to the same loss."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def seated(groups: Sequence[tuple[list[int], Sequence[list[int]]]], width: int) 
     worked out."""
     rows = sum(len(said) for _, said in groups)
     seats_BT = np.zeros((rows, width), np.int64)
-    places, copies, picks = [], [], []
+    places, copies, picks, counted = [], [], [], []
     row = tokens = 0
     for prompt, said in groups:
         known, shared = len(prompt), tokens
@@ -142,8 +142,9 @@ def seated(groups: Sequence[tuple[list[int], Sequence[list[int]]]], width: int) 
             places.append(row * width + known + np.arange(more))
             copies.append(np.ones(more, np.int64))
             picks.append(line[known - 1 :])
+            counted.append(row * width + np.arange(known - 1, known + more))
             row, tokens = row + 1, tokens + more
-    found = {"places": places, "copies": copies, "picks": picks}
+    found = {"places": places, "copies": copies, "picks": picks, "counted": counted}
     joined = {name: np.concatenate(parts).astype(np.int64) for name, parts in found.items()}
     return {name: torch.from_numpy(values) for name, values in {"seats": seats_BT, **joined}.items()}  # fmt: skip
 
@@ -202,6 +203,9 @@ def counted_logprobs(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     targets_BT = tensors["targets"]
     if "seats" not in tensors:
         return token_logprobs(logits, targets_BT)
-    counted_BT = tensors["mask"].bool()
-    found_M = token_logprobs(logits[0], targets_BT[counted_BT])
-    return torch.zeros_like(tensors["mask"]).masked_scatter(counted_BT, found_M)
+    where_M = tensors[
+        "counted"
+    ]  # not the mask itself: its ones would have to be counted first, which stops a GPU
+    found_M = token_logprobs(logits[0], targets_BT.flatten()[where_M])
+    all_N = torch.zeros_like(tensors["mask"]).flatten()
+    return all_N.index_copy(0, where_M, found_M).view_as(targets_BT)
