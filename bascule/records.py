@@ -160,6 +160,14 @@ class Placement(Record):
     reasons: dict[str, str]
 
 
+class RolloutDecoder(Record):
+    """How the rollout engines of all pools decode, decided once (place/decoder.py), and why."""
+
+    kind: Literal["rollout_decoder"] = "rollout_decoder"
+    decoder: Literal["compiled", "operators"]
+    reason: str
+
+
 class StepStats(Record):
     """One optimizer step that was committed. Losses are nats per token; `seconds` is the whole step."""
 
@@ -392,7 +400,7 @@ class Telemetry(Record):
 
 
 AnyRecord = Annotated[
-    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement
+    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
     | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),

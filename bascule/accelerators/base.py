@@ -17,13 +17,14 @@ import torch
 
 Result = TypeVar("Result")
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
+Role = Literal["train", "infer"]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a session is for. `step`: optimizer step or request number, from 1. `attempt`: 0 first try, 1.. replays of it."""
 
-    role: Literal["train", "infer"]
+    role: Role
     step: int = 0
     attempt: int = 0
 
@@ -75,6 +76,10 @@ class Accelerator(ABC):
 
     @abstractmethod
     def empty_cache(self) -> None: ...
+
+    def needs_operators(self, role: Role) -> bool:
+        """Must `role` be computed in torch's operators, because a simulated fault acts on them? On a real chip never."""
+        return False
 
     def telemetry(self) -> dict[str, float]:
         """`power_w` and `temperature_c` where they can be read; an empty dict elsewhere. Never raises."""

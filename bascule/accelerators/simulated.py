@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bascule.accelerators.base import Accelerator, ChipInfo, MemoryUse, Work
+from bascule.accelerators.base import Accelerator, ChipInfo, MemoryUse, Role, Work
 from bascule.faults.build import build
 from bascule.faults.catalogue import Profile, kinds
 from bascule.faults.fault import Call, Fault, Touched
@@ -65,6 +65,9 @@ class SimulatedAccelerator(Accelerator):
             simulated=True,
             base=self.base.name,
         )
+
+    def needs_operators(self, role: Role) -> bool:
+        return bool(self.profile.strikes_operators(role))
 
     def synchronize(self) -> None:
         self.base.synchronize()

@@ -147,6 +147,11 @@ class GrpoConfig(Section):
 
 
 class TrainConfig(Section):
+    rollout_decoder: Literal["auto", "compiled", "operators"] = Field(
+        "auto",
+        description="how rollouts decode on CPU pools, the same for all pools: one compiled call a step, or torch's operators, "
+        "which simulated faults of inference need; auto = compiled unless a pool simulates such a fault",
+    )
     phases: tuple[Literal["pretrain", "sft", "grpo"], ...] = ("sft", "grpo")
     steps: int | None = Field(
         None,

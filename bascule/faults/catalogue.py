@@ -251,6 +251,8 @@ KINDS: tuple[Kind, ...] = (
 )
 
 _BY_NAME = {kind.name: kind for kind in KINDS}
+ON_SESSIONS = {"slow", "leak"}
+"""Kinds that act where a session begins or ends, whatever is computed in it."""
 
 
 Severity = Literal["low", "medium", "high"]
@@ -311,6 +313,17 @@ class FaultSpec(BaseModel):
         return self
 
     @property
+    def on_operators(self) -> bool:
+        """Does it strike operators, and not a session as a whole or files? Compiled code that bypasses them would hide it."""
+        return self.kind not in ON_SESSIONS and _BY_NAME[self.kind].family != "storage"
+
+    @property
+    def forward(self) -> bool:
+        """Can it act in a forward pass?"""
+        backward = self.direction == "backward" or all(op.endswith("_backward") for op in self.ops)
+        return not backward
+
+    @property
     def size(self) -> float:
         """`amount`, or the kind's default."""
         return _BY_NAME[self.kind].default if self.amount is None else self.amount
@@ -335,6 +348,14 @@ class Profile(BaseModel):
     high: Mapping[str, Any] = Field(default_factory=dict)
     unseen: Mapping[Severity, str] = Field(default_factory=dict)
     faults: tuple[FaultSpec, ...] = ()
+
+    def strikes_operators(self, role: Literal["train", "infer"]) -> list[FaultSpec]:
+        """Faults that can act on an operator in `role`, at whatever step; inference has no backward pass."""
+        return [
+            fault
+            for fault in self.faults
+            if role in fault.roles and fault.on_operators and (role == "train" or fault.forward)
+        ]
 
     def at(self, severity: str) -> Profile:
         """The same profile at `severity`. Raises RecipeError when it is none of low, medium, high."""

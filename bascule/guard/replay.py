@@ -33,6 +33,7 @@ from bascule.errors import DeviceFault
 from bascule.guard.checksum import Checksums, Product, Violation, parameter_names
 from bascule.guard.noise import Difference, NoiseFloor
 from bascule.guard.proposal import FIRST_REPLAY, Recomputer, StepBatch, StepProposal
+from bascule.model import seats
 from bascule.records import Attribution, Replay
 
 REPEATS = 2
@@ -84,12 +85,14 @@ def again(
 
 def some_sequences(batch: Any, count: int, key: int) -> Any:
     """The batch cut to `count` of its sequences, drawn from `key` and in their old order; the batch itself when that is all of
-    them, when `count` is 0, or when its tensors do not share a first dimension."""
-    sizes = {len(tensor) for tensor in batch.tensors.values()}
+    them, when `count` is 0, or when its tensors do not share a first dimension. How a whole batch was seated (model/seats.py) does not
+    hold for a part of it, which is worked out padded."""
+    tensors = {name: one for name, one in batch.tensors.items() if name not in seats.NAMES}
+    sizes = {len(tensor) for tensor in tensors.values()}
     if count == 0 or len(sizes) != 1 or count >= min(sizes):
         return batch
     rows = torch.from_numpy(draws.permutation(key, sizes.pop())[:count]).sort().values
-    cut = {name: tensor[rows] for name, tensor in batch.tensors.items()}
+    cut = {name: tensor[rows] for name, tensor in tensors.items()}
     if not all(bool(tensor.bool().any()) for tensor in cut.values()):
         return batch  # none of the chosen sequences counts: their loss would be 0 / 0
     return dataclasses.replace(batch, tensors=cut)

@@ -33,7 +33,8 @@ class Batch:
     `share`: rows that begin alike share blocks, also with rows that left. `reproducible`: equal bits whatever else runs (runner.py);
     then nothing is shared across requests, because a prefix read by another request was read in other chunks.
     `precision` is that of the large matrices of a larger model (linear.py). `preemptions` counts rows sent back for want of blocks.
-    `native`: steps are compiled code where there is a compiler and the chip is a CPU in fp32 or int8 (decoder.py); never for a simulated chip.
+    `native`: steps are compiled code where there is a compiler and the chip is a CPU in fp32 or int8 (decoder.py); never where a simulated fault of
+    inference has to act (engine.py).
     `speculate`: while at most so many rows run, the prediction layer guesses a token ahead (draft.py); of `guessed` ones `kept` were
     right. A row that ran beside more rows than that goes on without guesses.
     """
@@ -163,14 +164,14 @@ class Batch:
         guesses = self._guess()
         ahead = [at for at, row in enumerate(rows) if row in guesses]
         read = np.concatenate([self._read[:count], self._read[ahead] + 1])
-        tables = self._tables[[*range(count), *ahead]]
+        tables = self._tables[[*range(count), *ahead]] if ahead else self._tables[:count]
         if not self.reproducible:
             tables = tables[:, : blocks_for(int(read.max()) + 1)]
         tokens = [*(row.token(row.read) for row in rows), *(guesses[rows[at]] for at in ahead)]
         logits, hidden = self._runner.step(tokens, tables, read)
-        for row, hidden_D in zip(rows, hidden, strict=False):
+        for at, row in enumerate(rows):
             row.read += 1
-            row.unpaired = [hidden_D] if row.unpaired else None
+            row.unpaired = [hidden[at]] if row.unpaired else None
         self._read[:count] += 1
         spoke = self._speak(rows, logits[:count])
         after = {rows[at]: number for number, at in enumerate(ahead, start=count)}
@@ -288,22 +289,28 @@ class Batch:
         """A block for every row whose last one is full, or would be with a guess; who arrived last gives way to the others."""
         if all(row.read + 1 < len(row.blocks) * BLOCK for row in self.rows):
             return
+        taken: list[int] = []
         for row in sorted(self.rows, key=lambda one: one.arrived):
             while row.blocks and row.read + self._may_guess(row) >= len(row.blocks) * BLOCK:
                 try:
-                    new = self._take(1)
+                    new = self.blocks.take(1)
                 except OutOfBlocks:
                     self._preempt(max(self.rows, key=lambda one: one.arrived))
                     continue
                 self._tables[self.rows.index(row), len(row.blocks)] = new[0]
                 row.blocks += new
+                taken += new
+        self._clean(taken)  # all at once: a call for each cost more than the rest of this
 
     def _take(self, count: int) -> list[int]:
         taken = self.blocks.take(count)
-        self._runner.pages.clean(taken)
-        if self._drafter is not None:
-            self._drafter.pages.clean(taken)
+        self._clean(taken)
         return taken
+
+    def _clean(self, blocks: Sequence[int]) -> None:
+        self._runner.pages.clean(blocks)
+        if self._drafter is not None:
+            self._drafter.pages.clean(blocks)
 
     def _preempt(self, row: Row) -> None:
         self._remove(next(at for at, one in enumerate(self.rows) if one is row))

@@ -1,7 +1,7 @@
 """The decoding step as one call of compiled code (cpp/decode.cpp), for every model that `model/` can make, in fp32 and int8 on the CPU.
 
 A step in torch is thousands of calls between the products; this is one. The numbers are the model's, up to rounding, and a row's bits
-depend on that row alone. It bypasses torch, so it is for the real CPU only: on a simulated chip no fault could act on it.
+depend on that row alone. It bypasses torch, so on a simulated chip no fault of inference could act on it: engine.py refuses it there.
 
 Letters: B rows, M blocks of a row, D hidden, V vocabulary, N pairs, H heads, C latent, E experts, F expert size.
 """

@@ -20,7 +20,8 @@ BEAT_EVERY_STEPS = 8
 class Engine:
     """Samples from one model on one chip. `on_progress(request number)` is called every few steps: proof of life.
 
-    `native`: steps in compiled code (decoder.py); not for rollouts, whose bits all pools must share, and never on a simulated chip.
+    `native`: steps in compiled code (decoder.py) where the chip is a CPU in fp32 and there is a compiler. Raises UsageError on a simulated chip
+    with faults of inference that act on operators: it would hide them.
     `reproducible`: a completion's tokens and log-probabilities are the same bits whatever else is in the batch (runner.py).
     """
 
@@ -36,6 +37,11 @@ class Engine:
         native: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
+        if native and accelerator.needs_operators("infer"):
+            raise UsageError(
+                f"Compiled decoding was asked for on '{accelerator.name}', which simulates faults of inference that act on torch's operators "
+                "and would not be met. Decode in operators there (train.rollout_decoder)."
+            )
         self.model = model
         self.accelerator = accelerator
         self.batch_size = batch_size

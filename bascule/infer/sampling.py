@@ -43,7 +43,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Knobs:
-    """The settings of B rows as tensors; None where no row uses that setting, so the plain case pays nothing."""
+    """The settings of B rows as tensors, of one row where all share theirs; None where no row uses that setting, so the plain case pays nothing."""
 
     temperature_B1: Tensor | None
     greedy_B: Tensor | None
@@ -59,6 +59,7 @@ class Knobs:
                 return None
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
+        rows = _distinct(rows)
         greedy = [row.temperature == 0 for row in rows]
         top_k = [row.top_k for row in rows]
         return cls(
@@ -102,7 +103,7 @@ def edits(
     rows: Sequence[Sampling], said: Sequence[Sequence[int]], vocab: int, device: torch.device
 ) -> Tensor | None:
     """What penalties and logit bias add to the logits, (B, V); None when no row asks. `said`: each row's completion so far."""
-    if not any(row.edits_logits for row in rows):
+    if not any(row.edits_logits for row in _distinct(rows)):
         return None
     table = np.zeros((len(rows), vocab), dtype=np.float32)
     for line, row, tokens in zip(table, rows, said, strict=True):
@@ -112,6 +113,11 @@ def edits(
             counts = np.bincount(np.asarray(tokens), minlength=vocab)[:vocab]
             line -= row.frequency_penalty * counts + row.presence_penalty * (counts > 0)
     return torch.from_numpy(table).to(device)
+
+
+def _distinct(rows: Sequence[Sampling]) -> Sequence[Sampling]:
+    """The first alone where all rows share it, as those of a rollout do: a step asks about every row."""
+    return rows[:1] if rows and all(row is rows[0] for row in rows) else rows
 
 
 def _cut(probs_BV: Tensor, knobs: Knobs) -> Tensor:

@@ -91,9 +91,12 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        q_BTHE = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.size))
-        k_BTKE = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.size))
-        v_BTKE = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.size))
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if context.seats is not None:
+            q, k, v = map(context.seats.spread, (q, k, v))
+        q_BTHE = q.unflatten(-1, (self.heads, self.size))
+        k_BTKE = k.unflatten(-1, (self.kv_heads, self.size))
+        v_BTKE = v.unflatten(-1, (self.kv_heads, self.size))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
         q_BTHE = rotate_halves(q_BTHE, context.cos_BT1R, context.sin_BT1R)
@@ -105,6 +108,8 @@ class GroupedQueryAttention(nn.Module):
         else:
             q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
             out_BTD = attend(q, k, v, context.bias, self.size**-0.5)
+        if context.seats is not None:
+            out_BTD = context.seats.collect(out_BTD)
         result: Tensor = self.o_proj(out_BTD)
         return result
 
@@ -161,18 +166,21 @@ class LatentAttention(nn.Module):
             else self.q_proj(x_BTD)
         )
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rope], -1)
-        latent_BTC = self.kv_a_layernorm(latent)
+        latent_BTC, seats = self.kv_a_layernorm(latent), context.seats
+        if seats is not None:
+            q, k_rope = seats.spread(q), seats.spread(k_rope)
         if context.cache is None and kernels.usable(q, k_rope, context.cos_BT1R):
+            kv = self.kv_b_proj(latent_BTC)
+            if seats is not None:
+                kv = seats.spread(kv)
             q, k, v = fused.latent_heads(
-                q,
-                k_rope,
-                self.kv_b_proj(latent_BTC),
-                context.cos_BT1R,
-                context.sin_BT1R,
-                self.heads,
+                q, k_rope, kv, context.cos_BT1R, context.sin_BT1R, self.heads
             )
-            done: Tensor = self.o_proj(attend(q, k, v, context.bias, self.scale))
+            out = attend(q, k, v, context.bias, self.scale)
+            done: Tensor = self.o_proj(out if seats is None else seats.collect(out))
             return done
+        if seats is not None:
+            latent_BTC = seats.spread(latent_BTC)
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         # The shared key turns together with the queries: one rotation over H+1 heads instead of two.
         turned = rotate_neighbours(
@@ -185,6 +193,8 @@ class LatentAttention(nn.Module):
             out_BTD = self._attend_absorbed(q_nope, q_rope, context)
         else:
             out_BTD = self._attend_expanded(q_nope, q_rope, latent_BTC, k_rope_BT1R, context)
+        if seats is not None:
+            out_BTD = seats.collect(out_BTD)
         result: Tensor = self.o_proj(out_BTD)
         return result
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bascule.config.model import ModelConfig
+from bascule.model.seats import Seats
 
 
 class Cache:
@@ -162,6 +163,7 @@ class Context:
 
     `bias`: None for plain causal attention among this call's tokens; else additive, 0 or -inf, and broadcastable:
     [B, 1, T, T] for a call without cached tokens, [B, T, 1, S] (with `read`) for one that looks back into the cache.
+    With `seats` the call's tokens are one flat row and attend in the rows that these name.
     """
 
     cos_BT1R: Tensor
@@ -169,3 +171,4 @@ class Context:
     bias: Tensor | None = None
     cache: Cache | None = None
     read: bool = False
+    seats: Seats | None = None

@@ -43,6 +43,11 @@ def gather_rows(x: Tensor, order: Tensor, place: Tensor, each: int) -> Tensor:
     return _apply(_GatherRows, x, order, place, each)  # type: ignore[no-any-return]
 
 
+def take_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x[order] of [N, D]; a row may be taken often or never."""
+    return _apply(_TakeRows, x, order)  # type: ignore[no-any-return]
+
+
 def combine(shared: Tensor, done: Tensor, place: Tensor, weights: Tensor) -> Tensor:
     return _apply(_Combine, shared, done, place, weights)  # type: ignore[no-any-return]
 
@@ -139,6 +144,19 @@ class _GatherRows(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         return ops.gather_rows_backward(dy, *ctx.saved_tensors, ctx.each), None, None, None
+
+
+class _TakeRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.rows = x.shape[0]
+        return ops.gather_rows(x, order, 1)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return ops.add_rows(dy, *ctx.saved_tensors, ctx.rows), None
 
 
 class _Combine(Function):

@@ -201,6 +201,17 @@ extern "C" void gather_rows(const float *x, const int64_t *order, float *y, long
   for (long m = 0; m < choices; m++) memcpy(y + m * n, x + order[m] / k * n, n * sizeof(float));
 }
 
+// dx[order[m]] += dy[m], in the order of m; rows that nobody took become 0.
+extern "C" void add_rows(const float *dy, const int64_t *order, float *dx, long choices, long rows, long n) {
+  memset(dx, 0, rows * n * sizeof(float));
+  for (long m = 0; m < choices; m++) {
+    float *out = dx + order[m] * n;
+    const float *in = dy + m * n;
+#pragma omp simd
+    for (long i = 0; i < n; i++) out[i] += in[i];
+  }
+}
+
 extern "C" void gather_rows_backward(const float *dy, const int64_t *place, float *dx, long rows, long k, long n) {
 #pragma omp parallel for schedule(static) if (rows > FEW)
   for (long r = 0; r < rows; r++) {

@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "expert_order": "iiiill",
     "gather_rows": "piplll",
     "gather_rows_backward": "piplll",
+    "add_rows": "piplll",
     "combine": "ppipplll",
     "combine_backward": "ppippp" + "lll",
     "rotate": "plpplpll" + "lll",
@@ -246,6 +247,17 @@ def _gather_rows_backward(dy: Tensor, place: Tensor, each: int) -> Tensor:
     place = place.contiguous()
     dy, dx = dy.contiguous(), torch.empty(len(place) // each, dy.shape[-1])
     _run("gather_rows_backward", dy, place, dx, len(dx), each, dy.shape[-1])
+    return dx
+
+
+@_operator("add_rows(Tensor dy, Tensor order, int rows) -> Tensor")
+def _add_rows(dy: Tensor, order: Tensor, rows: int) -> Tensor:
+    """[rows, D]: row `order[m]` is the sum of the dy[m] that name it."""
+    _need(dy.ndim == 2 and order.shape == dy.shape[:1] and rows > 0, "add_rows")
+    _within(order, rows)
+    order = order.contiguous()
+    dy, dx = dy.contiguous(), torch.empty(rows, dy.shape[-1])
+    _run("add_rows", dy, order, dx, len(order), rows, dy.shape[-1])
     return dx
 
 

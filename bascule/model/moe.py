@@ -154,6 +154,6 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 def _count(chosen_NK: Tensor, real_N: Tensor, experts: int) -> Tensor:
-    """How many real tokens chose each expert, [E] int64."""
+    """How many real tokens chose each expert, [E] int64; `real_N` may hold how many samples a token stands for."""
     chose_NE = (chosen_NK.unsqueeze(-1) == torch.arange(experts, device=chosen_NK.device)).any(1)
-    return (chose_NE & real_N.bool().unsqueeze(-1)).sum(0)
+    return (chose_NE * real_N.long().unsqueeze(-1)).sum(0)

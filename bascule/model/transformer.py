@@ -8,7 +8,7 @@ it is given. B rows, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from bascule.model.block import Block, PredictionLayer
 from bascule.model.cache import Cache, Context, KVCache, LatentCache
 from bascule.model.layers import RMSNorm, Rotary
 from bascule.model.moe import MoE
+from bascule.model.seats import Seats, take
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Transformer(nn.Module):
         ahead: bool = False,
         documents: Tensor | None = None,
         right_padded: bool = False,
+        seats: Seats | None = None,
+        picks_M: Tensor | None = None,
     ) -> Output:
         """Logits of the next token after every token.
 
@@ -102,10 +105,15 @@ class Transformer(nn.Module):
         `documents` [B, T] numbers the documents packed into a row: no token sees another document's (with `mask`, without `cache`).
         `right_padded`: what `mask` hides lies behind every real token, where no causal row sees it; it is then only left out of the
         expert loads, and attention works without a mask.
+        `seats`: the tokens are one flat row [1, N] that sits in right-padded rows to attend (seats.py; neither `cache` nor `documents`);
+        `mask` then says how many samples each token stands for. `picks_M` asks for the logits after these tokens of it only, [1, M, V].
         Raises ValueError when a position exceeds `max_position_embeddings`.
         """
-        seen = None if right_padded else mask
-        context = self._context(tokens_BT.shape[1], positions_BT, seen, cache, documents)
+        seen = None if right_padded or seats is not None else mask
+        width = tokens_BT.shape[1] if seats is None else seats.token_ST.shape[1]
+        context = self._context(width, positions_BT, seen, cache, documents)
+        if seats is not None:
+            context = replace(context, seats=seats)
         x_BTD, loads = self.model.embed_tokens(tokens_BT), []
         for block in self.model.layers:
             x_BTD, loads_E = block(x_BTD, context, mask)
@@ -116,6 +124,8 @@ class Transformer(nn.Module):
         whole_BTD = x_BTD
         if at_B is not None:
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), at_B].unsqueeze(1)
+        if picks_M is not None:
+            x_BTD = take(x_BTD.flatten(0, 1), picks_M).unsqueeze(0)
         hidden_BTD, ahead_BTV = self.model.norm(x_BTD), None
         if ahead:
             ahead_BTV, _, loads_E = self.draft(

@@ -32,6 +32,7 @@ from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.errors import BasculeError, DeviceFault, OutOfMemory, UsageError, nearest
 from bascule.folder import RunFolder
 from bascule.guard.watchdog import STARTING, beat
+from bascule.infer.compiled import compiled, why_not
 from bascule.infer.engine import Engine
 from bascule.infer.routes import with_routes
 from bascule.infer.sampling import Sampling
@@ -39,6 +40,7 @@ from bascule.infer.sequence import request_from_json
 from bascule.ledger import Ledger
 from bascule.model.transformer import Transformer
 from bascule.place import sync
+from bascule.place.decoder import decided
 from bascule.records import RolloutReply, RolloutRequest
 
 IDLE_BEAT_S = 1.0
@@ -56,6 +58,7 @@ class Host:
         eos_id: int,
         pad_id: int,
         heartbeat: Path,
+        native: bool = False,
     ) -> None:
         self.pool = pool
         self.accelerator = accelerator
@@ -65,8 +68,8 @@ class Host:
         self._heartbeat = heartbeat
         self.model = accelerator.move(Transformer(config)).eval()
         self.engine = Engine(
-            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, on_progress=self._beat
-        )
+            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, native=native, on_progress=self._beat
+        )  # fmt: skip
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         """Reply to one message. An error is a reply that names this pool; only what is not ours ends the process."""
@@ -219,6 +222,12 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
     accelerator.prepare(threads or recipe.threads)
     tokenizer = open_or_own(folder.tokenizer)
     config = sized(recipe.model, tokenizer)
+    native = decided(recipe).decoder == "compiled" and accelerator.device.type == "cpu"
+    if native and compiled() is None:
+        Ledger(folder.ledger, pool=pool).warn(
+            "rollouts decode in torch's operators",
+            f"compiled steps were decided, and {why_not()}; a pool whose machine has a compiler would answer in other last bits",
+        )
     return Host(
         config,
         accelerator,
@@ -226,6 +235,7 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         heartbeat=heartbeat,
+        native=native,
     )
 
 

@@ -19,6 +19,7 @@ from bascule.records import (
     Mismatch,
     Placement,
     PoolCondemned,
+    RolloutDecoder,
     RunFinished,
     RunResumed,
     RunStarted,
@@ -241,6 +242,9 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
                     f"Placed: training on {record.train} ({record.reasons.get('train', 'preferred')}), inference on {record.infer} ({record.reasons.get('infer', 'preferred')}).",
                 )
             ]
+        case RolloutDecoder():
+            how = "compiled steps" if record.decoder == "compiled" else "torch's operators"
+            return [("plain", f"Rollouts decode in {how}: {record.reason}.")]
         case Alarm():
             return [
                 (

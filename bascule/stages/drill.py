@@ -27,6 +27,9 @@ from bascule.stages.answer import Answer, say
 from bascule.stages.drilled import Drilled, Sighting, judge, look, story, table
 from bascule.stages.faults import families
 
+_FOR_ALL_FAULTS = ['train.rollout_decoder="operators"']
+"""Faults of inference need operators, and every cell is held against the same undisturbed run, bit for bit."""
+
 
 def main(arguments: Namespace) -> Answer:
     """Exit 3 when a fault was missed or called by the wrong name, when a good chip was blamed, when final weights differ from the
@@ -127,7 +130,8 @@ def folder_name(recipe: str, fault: str) -> str:
 
 
 def _planted(arguments: Namespace, pool: str, fault: str, name: str) -> Recipe:
-    plain = load_recipe(Path(arguments.recipe), list(arguments.overrides))
+    overrides = [*_FOR_ALL_FAULTS, *arguments.overrides] if arguments.all else list(arguments.overrides)  # fmt: skip
+    plain = load_recipe(Path(arguments.recipe), overrides)
     planted = json.dumps(planted_on(plain.pools[pool].accelerator, fault))
     family = plain.pools[pool].chip_of
     if family:  # of a pool of several chips the fault strikes the one that trains
@@ -135,7 +139,7 @@ def _planted(arguments: Namespace, pool: str, fault: str, name: str) -> Recipe:
         chips[pool] = planted
         planted = f"[{', '.join(chips[one] for one in sorted(chips, key=list(plain.pools).index))}]"
     changes = [f"pools.{family or pool}.accelerator={planted}", f'name="{name}"']
-    return load_recipe(Path(arguments.recipe), [*arguments.overrides, *changes])
+    return load_recipe(Path(arguments.recipe), [*overrides, *changes])
 
 
 def _training_pool(recipe: Recipe, folder: RunFolder) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bascule.config.training import TrainConfig
+from bascule.model import seats
 from bascule.model.transformer import Output, Transformer
 from bascule.train.objective import Batch, Objective, token_logprobs
 from bascule.train.optimizer import SplitOptimizer
@@ -148,7 +149,9 @@ class Extended:
             for name, weight in wanted.items()
             if rows and weight > 0
         }
-        return replace(batch, tensors={**batch.tensors, **extra})
+        # These terms are of whole rows, so the batch is worked out padded.
+        own = {n: t for n, t in batch.tensors.items() if not (extra and n in seats.NAMES)}
+        return replace(batch, tensors={**own, **extra})
 
     def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.loss(output, tensors)

@@ -22,7 +22,7 @@ from bascule.records import Completion, RolloutReply, RolloutRequest
 from bascule.train import correction, schedule
 from bascule.train.curriculum import Curriculum
 from bascule.train.mismatch import mismatch
-from bascule.train.objective import Batch, collate, spread, token_logprobs
+from bascule.train.objective import Batch, collate, counted_logprobs, seated, spread
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.policy import (
     ALGORITHMS,
@@ -142,13 +142,14 @@ class Grpo:
         """Without `old_logprobs` the batch is learnt from by the very weights it is compared with: the ratio is 1."""
         logits_BTV = output.logits_BTV / self.config.temperature
         mask_BT, rollout_BT = tensors["mask"], tensors["rollout_logprobs"]
-        new_BT = token_logprobs(logits_BTV, tensors["targets"])
+        new_BT = counted_logprobs(logits_BTV, tensors)
         old_BT = tensors.get("old_logprobs", new_BT.detach())
         weight_BT = correction.weights(old_BT, rollout_BT, mask_BT, self.config)
         advantage_B1 = tensors["advantages"][:, None]
         loss = self.algorithm.loss(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, self.clip)
         metrics = clip_metrics(new_BT, old_BT, advantage_B1, mask_BT, self.clip)
-        metrics["entropy"] = entropy(logits_BTV, mask_BT)
+        counted = mask_BT if "seats" not in tensors else mask_BT.new_ones(logits_BTV.shape[:2])
+        metrics["entropy"] = entropy(logits_BTV, counted)
         if output.routes_agree is not None:
             agree_LBT = output.routes_agree.view(-1, *mask_BT.shape)
             metrics["router_agreement"] = (agree_LBT * mask_BT).sum() / mask_BT.sum() / len(agree_LBT)  # fmt: skip
@@ -197,8 +198,10 @@ class Grpo:
         step = self.first_step + rollout * updates
         groups, completions, rewards_PG = self._gather(rollout, step)
         tensors = [self._collate(hand) for hand in deal(groups, updates)]
-        for each in tensors:
-            if each and updates > 1:
+        for each in tensors[
+            1:
+        ]:  # the first is learnt from by these very weights: its ratio is 1 (loss)
+            if each:
                 each["old_logprobs"] = self.score(each, step, config.temperature)
         notes = _sampling_notes(completions, rewards_PG)
         if config.retire_after:
@@ -297,8 +300,10 @@ class Grpo:
         tensors["rollout_logprobs"] = spread(
             [sample.logprobs for _, sample, _ in kept], tensors["mask"]
         )
-        if kept[0][1].routes:
+        if kept[0][1].routes:  # of each sample by itself, prompts included: nothing is shared
             tensors["routes"] = _routes(kept, tensors["tokens"].shape[1])
+        else:
+            tensors |= seated(_ended(groups), tensors["tokens"].shape[1])
         return tensors
 
     def _mismatch(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -313,6 +318,15 @@ class Grpo:
         trainer_N, rollout_N = (each[counted] for each in pair)
         found = mismatch(trainer_N, rollout_N, weight_N, self.config.importance_cap)
         return {f"mismatch_{name}": value for name, value in found.items()}
+
+
+def _ended(groups: Sequence[Group]) -> list[tuple[list[int], list[list[int]]]]:
+    """Each prompt with its completions that ended, where there are any."""
+    ended = [
+        (group.prompt, [one.tokens for one in group.samples if one.finish == "stop"])
+        for group in groups
+    ]
+    return [(prompt, said) for prompt, said in ended if said]
 
 
 def _routes(kept: Sequence[tuple[list[int], Completion, float]], width: int) -> Tensor:

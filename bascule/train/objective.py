@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -123,6 +123,32 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[st
     }
 
 
+def seated(groups: Sequence[tuple[list[int], Sequence[list[int]]]], width: int) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of model/seats.py for the rows of `collate`, which are the completions of one prompt after the other's. A row's last token predicts nothing and is not
+    worked out."""
+    rows = sum(len(said) for _, said in groups)
+    seats_BT = np.zeros((rows, width), np.int64)
+    places, copies, picks, counted = [], [], [], []
+    row = tokens = 0
+    for prompt, said in groups:
+        known, shared = len(prompt), tokens
+        places.append(row * width + np.arange(known))
+        copies.append(np.full(known, len(said)))
+        tokens += known
+        for completion in said:
+            more = len(completion) - 1
+            line = np.concatenate([np.arange(shared, shared + known), np.arange(tokens, tokens + more)])  # fmt: skip
+            seats_BT[row, : known + more] = line
+            places.append(row * width + known + np.arange(more))
+            copies.append(np.ones(more, np.int64))
+            picks.append(line[known - 1 :])
+            counted.append(row * width + np.arange(known - 1, known + more))
+            row, tokens = row + 1, tokens + more
+    found = {"places": places, "copies": copies, "picks": picks, "counted": counted}
+    joined = {name: np.concatenate(parts).astype(np.int64) for name, parts in found.items()}
+    return {name: torch.from_numpy(values) for name, values in {"seats": seats_BT, **joined}.items()}  # fmt: skip
+
+
 def packed(rows: Sequence[tuple[list[int], list[int]]], length: int, pad_id: int) -> dict[str, Tensor]:  # fmt: skip
     """`collate` with several rows in each window of at most `length` tokens, and `documents`, which numbers them: no row sees
     another. The longest come first and fill what room is left (first fit). The counted tokens are the same, so is the loss."""
@@ -170,3 +196,16 @@ def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         return fused.token_logprobs(logits, targets_BT)
     picked_BT = logits.gather(-1, targets_BT[..., None])[..., 0]
     return picked_BT - logits.logsumexp(-1)
+
+
+def counted_logprobs(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Log-probability of each target, (B,T) fp32, from logits (B,T,V), or from those of the targets that count alone (1,M,V): 0 elsewhere."""
+    targets_BT = tensors["targets"]
+    if "seats" not in tensors:
+        return token_logprobs(logits, targets_BT)
+    where_M = tensors[
+        "counted"
+    ]  # not the mask itself: its ones would have to be counted first, which stops a GPU
+    found_M = token_logprobs(logits[0], targets_BT.flatten()[where_M])
+    all_N = torch.zeros_like(tensors["mask"]).flatten()
+    return all_N.index_copy(0, where_M, found_M).view_as(targets_BT)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import SnapshotError
+from bascule.model import seats
 from bascule.model.routing import replaying
 from bascule.model.transformer import Output, Transformer
 from bascule.train import extra
-from bascule.train.objective import Batch, Objective, token_logprobs
+from bascule.train.objective import Batch, Objective, counted_logprobs
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
 
@@ -185,7 +186,7 @@ class Stepper:
         self.step = step
 
     def score(self, tensors: Mapping[str, Tensor], step: int, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of `targets` under the present weights, (B,T) on the CPU: GRPO's old policy.
+        """Log-probabilities of the targets that count under the present weights, (B,T) on the CPU: GRPO's old policy.
 
         Same shapes and kernels as the step that will learn from these tensors, so on a sound chip the first minibatch's
         policy ratio is exactly 1. The judge watches: what is scored here becomes data, and no replay of the batch would
@@ -196,10 +197,10 @@ class Stepper:
             torch.no_grad(),
             self.judge.watch(step, "score", self.model),
         ):
-            names = ("tokens", "targets", "real", "documents", "routes")
+            names = ("tokens", "targets", "real", "mask", "documents", "routes", *seats.NAMES)
             placed = self.accelerator.to_device({n: tensors[n] for n in names if n in tensors})
             logits_BTV = _forward(self.model, placed).logits_BTV
-            return token_logprobs(logits_BTV / temperature, placed["targets"]).cpu()
+            return counted_logprobs(logits_BTV / temperature, placed).cpu()
 
     def model_state(self) -> StateDict:
         """Parameters and persistent buffers by name, tied weights once; the live tensors, not copies."""
@@ -304,6 +305,10 @@ def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
         with replaying(model, tensors["routes"]) as agreed:
             output = _forward(model, plain)
         return replace(output, routes_agree=torch.stack(agreed))
+    if "seats" in tensors:
+        where = seats.Seats(tensors["seats"], tensors["places"])
+        tokens_1N = tensors["tokens"].flatten()[where.place_N].unsqueeze(0)
+        return model(tokens_1N, mask=tensors["copies"].unsqueeze(0), seats=where, picks_M=tensors["picks"])  # type: ignore[no-any-return]  # fmt: skip
     return model(  # type: ignore[no-any-return]
         tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors,
         right_padded="documents" not in tensors,

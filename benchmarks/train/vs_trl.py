@@ -90,7 +90,7 @@ def prepared(folder: Path, sft_steps: int, steps: int) -> Any:
     texts = [chat.prompt(problem.question) for problem in problems]
     (folder / "prompts.json").write_text(json.dumps(texts))
 
-    engine = Engine(model, accelerator, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = Engine(model, accelerator, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, native=True)  # fmt: skip
 
     def sample(request: RolloutRequest) -> RolloutReply:
         sampling = Sampling(max_tokens=request.max_tokens, seed=0, step=request.step)

@@ -101,6 +101,8 @@ def test_experts_are_sorted_gathered_and_combined(each: int) -> None:
     assert torch.equal(counts, chosen.flatten().bincount(minlength=experts))
     x, done, share = normal(ROWS, 24), normal(ROWS * each, 24), torch.rand(ROWS, each)
     held(lambda x: fused.gather_rows(x, order, place, each), lambda x: x[order // each], x)
+    often = torch.tensor([3, 0, 3, 5, 3, 0])
+    held(lambda x: fused.take_rows(x, often), lambda x: x[often], x)
     held(
         lambda x, done, share: fused.combine(x, done, place, share),
         lambda x, done, share: x + (done[place].view(ROWS, each, 24) * share[..., None]).sum(1),
@@ -208,6 +210,7 @@ NAMES = [
     "token_logprobs_backward",
     "gather_rows",
     "gather_rows_backward",
+    "add_rows",
     "combine",
     "combine_backward",
     "rotate",
@@ -237,6 +240,7 @@ def _calls() -> dict[str, tuple[object, ...]]:
         "token_logprobs_backward": (n, x, targets, n),
         "gather_rows": (x[:3], order, 2),
         "gather_rows_backward": (x, place, 2),
+        "add_rows": (x, order, 6),
         "combine": (x[:3], x, place, normal(3, 2)),
         "combine_backward": (x[:3], x, place, normal(3, 2)),
         "rotate": (normal(2, 5, 3, 8), table, table, True, False),
@@ -250,7 +254,7 @@ def _calls() -> dict[str, tuple[object, ...]]:
 
 STILL_RIGHT = {
     ("token_logprobs", 0), ("token_logprobs_backward", 1), ("gather_rows", 0), ("gather_rows", 1),
-    ("gather_rows_backward", 0), ("latent_heads_backward", 2),
+    ("gather_rows_backward", 0), ("add_rows", 0), ("latent_heads_backward", 2),
 }  # fmt: skip
 """Arguments that may be narrower alone."""
 

@@ -98,7 +98,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 def local(model: Transformer, request: RolloutRequest) -> list[list[int]]:
     tokenizer = Tokenizer()
-    engine = Engine(model, CpuAccelerator(), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = Engine(model, CpuAccelerator(), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, native=True)  # fmt: skip
     sampling = Sampling(max_tokens=request.max_tokens, seed=request.seed, step=request.step)
     return [
         item.tokens

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bascule.faults.catalogue import load_profile
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger
 from bascule.records import Alarm, PoolCondemned
-from bascule.stages.drill import folder_name, placed_at, planted_on
+from bascule.stages.drill import _planted, folder_name, placed_at, planted_on
 from bascule.stages.drilled import Drilled, Sighting, judge, look
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,16 @@ def test_the_fault_is_planted_on_each_choice(accelerator: str, planted: str) -> 
     assert planted_on(accelerator, "zeroed?rate=0.5") == planted
     for choice in planted.split("|"):
         check_name(choice)
+
+
+@pytest.mark.parametrize(("all_of_them", "decoder"), [(True, "operators"), (False, "auto")])
+def test_every_cell_of_the_table_decodes_as_the_run_it_is_held_against(
+    all_of_them: bool, decoder: str
+) -> None:
+    """Faults of inference force operators; the undisturbed run must be made of them too, or its bits would differ without a fault."""
+    asked = Namespace(all=all_of_them, recipe=str(ROOT / "runs" / "tiny.toml"), overrides=[])
+    for fault in ("clean", "infer-bad"):
+        assert _planted(asked, "ascend", fault, "x").train.rollout_decoder == decoder
 
 
 def test_another_plant_has_another_folder_and_its_name_is_one_a_recipe_takes() -> None:

@@ -54,6 +54,16 @@ def test_the_first_minibatch_has_policy_ratio_exactly_one_and_the_engine_agrees_
     )
 
 
+def test_only_minibatches_that_come_after_an_update_are_scored(tiny):
+    run = at_grpo(tiny())
+    first, second = (run.grpo.next_batch(step) for step in (FIRST, FIRST + 1))
+    assert "old_logprobs" not in first.tensors and "old_logprobs" in second.tensors
+    bare = run.stepper.propose(first)
+    old = run.stepper.score(first.tensors, FIRST)
+    scored = run.stepper.propose(replace(first, tensors={**first.tensors, "old_logprobs": old}))
+    assert all(torch.equal(grad, scored.grads[name]) for name, grad in bare.grads.items())
+
+
 def test_the_second_minibatch_is_off_policy_by_the_first_update(tiny):
     run = at_grpo(tiny())
     run.stepper.commit(run.stepper.propose(run.grpo.next_batch(FIRST)))
@@ -224,11 +234,13 @@ def test_one_step_off_samples_with_the_weights_of_the_rollout_before_and_says_so
     for step in (FIRST, FIRST + 1):
         run.stepper.commit(run.stepper.propose(run.grpo.next_batch(step)))
     late = run.grpo.next_batch(FIRST + 2)
-    assert late.notes["staleness"] == 2.0 and late.notes["mismatch_mean_abs"] > 1e-4
+    assert late.notes["staleness"] == 2.0
+    assert run.stepper.propose(late).metrics["mismatch_mean_abs"] > 1e-4
     fresh = at_grpo(tiny())
     for step in (FIRST, FIRST + 1):
         fresh.stepper.commit(fresh.stepper.propose(fresh.grpo.next_batch(step)))
-    assert fresh.grpo.next_batch(FIRST + 2).notes["mismatch_mean_abs"] < 1e-5
+    prompt = fresh.stepper.propose(fresh.grpo.next_batch(FIRST + 2))
+    assert prompt.metrics["mismatch_mean_abs"] < 1e-5
 
 
 def test_answers_that_were_asked_ahead_survive_a_resume_with_equal_bits(tiny):

@@ -5,8 +5,26 @@ import torch
 
 from bascule.config.training import SftConfig
 from bascule.errors import UsageError
-from bascule.train.objective import choose, collate, packed, token_logprobs
+from bascule.model import seats
+from bascule.train.objective import Batch, choose, collate, packed, token_logprobs
 from bascule.train.sft import Sft
+
+
+def padded(batch: Batch) -> Batch:
+    """The same batch without its seats."""
+    plain = {name: one for name, one in batch.tensors.items() if name not in seats.NAMES}
+    return Batch(batch.phase, batch.step, plain)
+
+
+def test_padding_is_not_worked_out_and_nothing_else_changes(tiny):
+    run = tiny()
+    run.stepper.begin(run.sft)
+    batch = run.sft.next_batch(1)
+    assert batch.tensors["places"].numel() < batch.tensors["tokens"].numel()
+    one, two = run.stepper.propose(batch), run.stepper.propose(padded(batch))
+    assert two.loss == pytest.approx(one.loss, rel=1e-6) and one.tokens == two.tokens
+    for name, grad in one.grads.items():
+        torch.testing.assert_close(two.grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(material):
@@ -39,7 +57,7 @@ def test_only_completion_tokens_count_and_targets_are_the_next_tokens():
 
 def test_loss_is_nats_per_completion_token_of_the_whole_batch(tiny):
     run = tiny()
-    tensors = run.sft.next_batch(1).tensors
+    tensors = padded(run.sft.next_batch(1)).tensors
     output = run.stepper.model(tensors["tokens"])
     loss, _ = run.sft.loss(output, tensors)
     nats = -token_logprobs(output.logits_BTV, tensors["targets"])[tensors["mask"].bool()]
@@ -49,7 +67,7 @@ def test_loss_is_nats_per_completion_token_of_the_whole_batch(tiny):
 def test_padding_does_not_change_loss_or_gradients(tiny):
     run = tiny()
     run.stepper.begin(run.sft)
-    batch = run.sft.next_batch(1)
+    batch = padded(run.sft.next_batch(1))
     wide = {name: torch.nn.functional.pad(t, (0, 5)) for name, t in batch.tensors.items()}
     one, two = run.stepper.propose(batch), run.stepper.propose(type(batch)("sft", 1, wide))
     assert two.loss == pytest.approx(one.loss, rel=1e-6)
