@@ -121,7 +121,8 @@ def _sized(row: Row, p: Serving, known: int | None, fewest: int) -> Serving:
         return replace(
             p, chips=fewest, batch=sequences / fewest, split=p.shape.moe and fewest > NODE
         )
-    return best_replica(p, fewest, known, sequences)
+    free = p.shape.moe and experts_spread(row["deployment"])
+    return best_replica(p, fewest, known, sequences, free)
 
 
 def holding(p: Serving) -> Serving:
@@ -144,7 +145,9 @@ def _limit_ms(row: Row, bench: Scenario | None) -> float | None:
     return 1e6 if bench or "offline" in row["phase"].lower() else None
 
 
-def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | None) -> Serving:
+def best_replica(
+    p: Serving, fewest: int, most: int | None, sequences: float | None, free: bool
+) -> Serving:
     """Where nobody printed how many chips serve together: the power of two that serves most tokens a chip within the limit, up
     to the whole system. Where only the concurrency is known, a giant is spread until a chip keeps 320 thousand tokens."""
     if sequences and p.batch is not None:
@@ -155,10 +158,9 @@ def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | N
             and sequences * p.context / (2 * chips) >= TOKENS_A_CHIP
         ):
             chips *= 2
-        alone = (
-            p.split and chips <= NODE and not p.group
-        )  # nobody spreads experts inside one node unless they say so
-        return replace(p, chips=chips, batch=p.batch * p.chips / chips, split=p.split and not alone)
+        one = replace(p, chips=chips, batch=p.batch * p.chips / chips, split=False)
+        crowded = (one.batch or 0.0) > memory_batch(one)
+        return replace(one, split=free and (chips > NODE or crowded or bool(p.group)))
     least = min(fewest, most or fewest)
     ceiling = most or (MOST_CHIPS if p.shape.moe and p.phase != "prefill" else fewest)
     sizes = [least << i for i in range(10) if least << i <= ceiling]
