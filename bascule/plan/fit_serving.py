@@ -18,7 +18,7 @@ from bascule.plan.serving_forecast import SERVE_NUMBERS, SERVE_TERMS, serve_poin
 from bascule.plan.serving_table import serving_of, target_of
 
 START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2])
-START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0])
+START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0, 2.5])
 SETTLED = 1e-4  # a step in every constant's logarithm that changes no figure
 START_NOISE = {"prefill": 0.1, "decode": 0.2, "both": 0.1}
 
@@ -60,6 +60,7 @@ def build_serving(rows: Sequence[Row], c: ServeConstants) -> Process:
             one.family,
             one.name,
             one.noise,
+            one.year,
         )
         points.append(one)
         targets.append(

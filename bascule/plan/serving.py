@@ -22,6 +22,7 @@ WEIGHT_BYTES = {
 }  # 4-bit formats carry a scale for every 16 or 32 values
 MEMORY_USABLE = 0.88
 INDEX_READ = 0.1  # of a position's cache, what an index keeps of it and reads each time
+SOFTWARE_TODAY = 2026.4  # year, with its fraction, of software that nobody dates
 LEAST_BATCH = 0.01  # sequences a chip; what is left where the weights alone fill the memory
 
 
@@ -106,6 +107,7 @@ class Serving:
     balanced: bool = False
     apart: bool = False
     software: str = "unknown"
+    software_date: float = SOFTWARE_TODAY
 
     @property
     def context(self) -> float:

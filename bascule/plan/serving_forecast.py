@@ -17,6 +17,7 @@ from bascule.plan.regress import Point, Process, Term
 from bascule.plan.serving import (
     SERVE_NAMES,
     SERVE_PRIOR_SD,
+    SOFTWARE_TODAY,
     ServeConstants,
     Serving,
     chosen_batch,
@@ -45,6 +46,7 @@ SERVE_NUMBERS = (
     "log2 active",
     "log2 token time",
     "memory share",
+    "software year",
 )
 
 
@@ -69,7 +71,7 @@ def serve_point(
         "kind": p.phase,
         "style": "split" if p.split else "tensor",
     }
-    return Point(words, numbers, slopes, family, name, noise)
+    return Point(words, numbers, slopes, family, name, noise, p.software_date - SOFTWARE_TODAY)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -87,6 +89,7 @@ def _measures(
         math.log2(p.shape.active_weights),
         math.log2(token_s(p, c, batch)),
         (parts["weights"] + parts["cache"]) / sum(parts.values()),
+        p.software_date,
     )
     slopes = []
     for key in SERVE_NAMES:

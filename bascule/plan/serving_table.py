@@ -19,6 +19,7 @@ from bascule.plan.models import plain_name, shape_like
 from bascule.plan.runs_table import Row, chips_in, number, tokens
 from bascule.plan.serving import (
     LEAST_BATCH,
+    SOFTWARE_TODAY,
     WEIGHT_BYTES,
     ServeConstants,
     Serving,
@@ -101,6 +102,7 @@ def serving_of(row: Row) -> Serving:
         and bool(APART.search(f"{row['framework']} {row['deployment']}")),
         balanced=bool(BALANCED.search(f"{row['deployment']} {row['notes']}".lower())),
         software=_software(row),
+        software_date=software_date(row),
     )
     return holding(_sized(row, point, known, fewest))
 
@@ -275,6 +277,18 @@ def roomy_replica(shape: Shape, chip: Chip, weight_bytes: float) -> int:
 def _software(row: Row) -> str:
     text = f"{row['framework']} {row['deployment']}".lower()
     return next((word for word in SOFTWARE if word in text), "vendor")
+
+
+def software_date(row: Row) -> float:
+    """The year, with its fraction, that the row's words name (an MLPerf round, an arXiv number, a day); else this year's."""
+    text = " ".join(row[key] for key in ("framework", "phase", "source", "notes"))
+    if found := re.search(r"MLPerf v(\d)\.(\d)", text):
+        return 2024.25 + (int(found[1]) - 4) + 0.45 * int(found[2])
+    if found := re.search(r"arXiv:(2\d)([01]\d)\.|\b20(2\d)[-./_]?([01]\d)", text):
+        year, month = (int(part) for part in found.groups() if part)
+        return 2000 + year + month / 12
+    found = re.search(r"\b(20[12]\d)\b", text)
+    return int(found[1]) + 0.5 if found else SOFTWARE_TODAY
 
 
 def _lengths(row: Row) -> tuple[float, float]:
