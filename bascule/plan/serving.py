@@ -137,8 +137,10 @@ class Serving:
 
     @property
     def copies(self) -> int:
-        """A latent cache cannot be cut by heads: tensor parallelism keeps it once a chip."""
-        return self.replica if self.shape.latent and not self.split else 1
+        """How often tensor parallelism keeps the cache: a latent one once a chip, for it cannot be cut by heads; else so that
+        every chip has a head of keys and values."""
+        heads = 1 if self.shape.latent else self.shape.kv_heads
+        return 1 if self.split else max(1, self.replica // heads)
 
 
 def measured_share(chip: Chip) -> float:
@@ -199,7 +201,7 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
         | attended
         | {
             "collectives": math.exp(c.exposed) * _collectives(p, batch * p.accepted),
-            "launches": floor * (1.0 if n == 1 else 1 + 0.15 * math.log2(min(n, 64))),
+            "launches": floor * (1 + 0.3 * math.log2(min(n, 64))),
             "scheduling": (batch if p.split and s.moe else everyone) * math.exp(c.sequence),
         }
     )
@@ -224,7 +226,7 @@ def _collectives(p: Serving, tokens: float) -> float:
         return 0.0
     if p.split and s.moe:
         return tokens * s.moe_layers * all_to_all_s(p.chip, s, n, 3 * s.hidden)
-    return 2 * 2 * (n - 1) / n * tokens * n * s.hidden * 2 * s.layers / link_bytes_s(p.chip, n) / 2
+    return 2 * 2 * (n - 1) / n * tokens * n * s.hidden * 2 * s.layers / link_bytes_s(p.chip, n)
 
 
 def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
@@ -235,7 +237,8 @@ def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
     attention = s.attention_flops(max(1, int(p.prompt))) / (
         gemm_peak(p.chip, "bf16") * math.exp(c.flash)
     )
-    moved = 0.5 * math.exp(c.exposed) * _collectives(p, 1.0)
+    hidden = 0.5 if p.split else 1.0  # two halves of a batch hide each other's; all-reduces wait
+    moved = hidden * math.exp(c.exposed) * _collectives(p, 1.0)
     return (2 * active / rate + attention + moved) * (1 - p.cached)
 
 
