@@ -51,6 +51,7 @@ SERVE_NUMBERS = (
 
 
 STEP = 0.2  # a secant: near a latency limit the tangent of a rate is steeper than any change that is meant
+STEEPEST = 1.0  # a rate moves with a constant by its own share at most; what a limit adds to that is no property of the chip
 
 
 def serve_point(
@@ -95,7 +96,8 @@ def _measures(
     for key in SERVE_NAMES:
         value = getattr(c, key)
         up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (STEP, -STEP))
-        slopes.append((math.log(up) - math.log(down)) / (2 * STEP))
+        slope = (math.log(up) - math.log(down)) / (2 * STEP)
+        slopes.append(max(-STEEPEST, min(STEEPEST, slope)))
     return numbers, tuple(slopes)
 
 
