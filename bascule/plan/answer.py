@@ -220,7 +220,7 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
         energy=energy,
         money=money,
         played=_played(job, step),
-        notes=choice.notes + _chip_notes(ask.chip),
+        notes=choice.notes + _chip_notes(ask.chip, ask.precision),
     )
 
 
@@ -236,8 +236,10 @@ def _around(value: float, spread: float, unit: str, basis: str) -> Estimate:
     return Estimate(value, value / math.exp(spread), value * math.exp(spread), unit, basis)
 
 
-def _chip_notes(chip: Chip) -> tuple[str, ...]:
+def _chip_notes(chip: Chip, precision: str) -> tuple[str, ...]:
     notes = [f"{chip.name}: {chip.note}"] if chip.note else []
+    if wider := chip.wider_than(precision):
+        notes.append(f"{chip.name} has no {precision} matrix units; its {wider} rate is taken")
     if chip.scaleup_gbs is None:
         notes.append(
             f"{chip.name}: no link bandwidth is published; 150 GB/s inside a node and 200 Gb/s between nodes are assumed"

@@ -271,13 +271,31 @@ def chosen_batch(p: Serving, c: ServeConstants) -> float:
         return min(p.batch / decoding_share(p, c), most)
     fewest = min(most, 1.0 if p.split and p.replica > 1 else LEAST_BATCH)
     limit = max(p.tpot_s or 0.1, 1.5 * token_s(p, c, fewest))
-    low, high = LEAST_BATCH, most
-    if token_s(p, c, high) <= limit:
-        return high
-    for _ in range(24):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if token_s(p, c, middle) <= limit else (low, middle)
-    return low
+    return _batch_at(p, c, limit, most)
+
+
+def _batch_at(p: Serving, c: ServeConstants, limit: float, most: float) -> float:
+    """The batch up to `most` at which a token takes `limit` seconds: a false position in logarithms (the Illinois rule)."""
+
+    def late(x: float) -> float:
+        return math.log(token_s(p, c, math.exp(x)) / limit)
+
+    low, high = math.log(LEAST_BATCH), math.log(most)
+    under, over = late(low), late(high)
+    if over <= 0 or under >= 0:
+        return most if over <= 0 else LEAST_BATCH
+    x, side = low, 0
+    for _ in range(60):
+        x = high - over * (high - low) / (over - under)
+        here = late(x)
+        if abs(here) < 1e-6:
+            break
+        if here > 0:
+            high, over, under = x, here, under * (0.5 if side > 0 else 1.0)
+        else:
+            low, under, over = x, here, over * (0.5 if side < 0 else 1.0)
+        side = 1 if here > 0 else -1
+    return math.exp(x)
 
 
 def prompts_s(p: Serving, c: ServeConstants) -> float:

@@ -92,13 +92,23 @@ def _measures(
         (parts["weights"] + parts["cache"]) / sum(parts.values()),
         p.software_date,
     )
+    return numbers, serve_slopes(p, c, target)
+
+
+def serve_slopes(
+    p: Serving, c: ServeConstants, target: str, only: Container[str] = SERVE_NAMES
+) -> tuple[float, ...]:
+    """d log(value) / d constant, by differences; 0 for those not in `only`."""
     slopes = []
     for key in SERVE_NAMES:
+        if key not in only:
+            slopes.append(0.0)
+            continue
         value = getattr(c, key)
         up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (STEP, -STEP))
         slope = (math.log(up) - math.log(down)) / (2 * STEP)
         slopes.append(max(-STEEPEST, min(STEEPEST, slope)))
-    return numbers, tuple(slopes)
+    return tuple(slopes)
 
 
 def serve_value(p: Serving, c: ServeConstants, target: str) -> float:

@@ -308,6 +308,6 @@ def served_shape(row: Row) -> Shape:
     shape = shape_like(row["model"], number(row, "params_total_B"), number(row, "params_active_B"))
     if shape is None:
         raise RecipeError(
-            f"Row {row['id']}: the model '{row['model']}' is not known and its parameter count is missing or not above 0."
+            f"'{row['id']}': the model '{row['model']}' is not known and its parameter count is missing or not above 0."
         )
     return shape

@@ -160,3 +160,15 @@ def test_the_tornado_shows_what_was_asked_and_what_turns_it() -> None:
     page = render_page(found, start=datetime.date(2026, 1, 1))
     assert f"as asked, {one.cost_ratio:.2f}x" in page and f"{one.break_even.value:.2f}x" in page
     assert turning and all(words in page for words in turning)
+
+
+@pytest.mark.parametrize(
+    ("chip", "precision", "taken"), [("H800", "fp4", "fp8"), ("Ascend 910C", "fp8", "bf16")]
+)
+def test_a_precision_that_the_chip_lacks_is_said(chip: str, precision: str, taken: str) -> None:
+    notes = (
+        answer("llama-3.1-8b", train=[f"64 x {chip}, 1T tokens, {precision}"]).trainings[0].notes
+    )
+    assert any(f"no {precision} matrix units; its {taken} rate" in note for note in notes)
+    plain = answer("llama-3.1-8b", train=[f"64 x {chip}, 1T tokens, {taken}"]).trainings[0].notes
+    assert not any("matrix units" in note for note in plain)
