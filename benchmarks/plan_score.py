@@ -185,6 +185,12 @@ def main() -> None:
     scored = score_training(anchors)
     for name, by in LEFT_OUT.items():
         show(f"training, {name} left out", score_training(anchors, by=by))
+    for kind, moe in (("dense", False), ("sparse", True)):
+        names = {row["id"] for row in anchors if job_of(row).shape.moe == moe}
+        show(f"training, family left out, {kind}", [one for one in scored if one.name in names])
+    for name in ("family", "whole paper or table"):
+        cases = [row for row in anchors if row["family"].startswith("simumax")]
+        show(f"training, SimuMax's B200 cases, {name} left out", score_training(cases, by=LEFT_OUT[name]))  # fmt: skip
     show("training, family left out but for one anchor run", one_anchor(anchors))
     show("training, the same, every row in turn the anchor", each_anchor(anchors))
     show("  baseline: 40 % of the bf16 peak", baseline(rows, scored, fixed))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
 from bascule.plan.ask import ServeAsk
 from bascule.plan.catalogue import Chip, power_w
 from bascule.plan.serving import (
+    LEAST_BATCH,
     MEMORY_USABLE,
     WEIGHT_BYTES,
     Serving,
@@ -66,6 +68,17 @@ def within_limit(p: Serving, model: ServeModel) -> Serving:
     return replace(p, batch=low)
 
 
+def _no_room(p: Serving) -> str:
+    """Why a replica cannot serve, and the smallest power of two of chips that can."""
+    sizes = (2**i for i in range(13))
+    enough = next((n for n in sizes if memory_batch(replace(p, chips=n)) > LEAST_BATCH), None)
+    do = f"take {enough} chips or more" if enough else "take a chip with more memory"
+    words = f"{p.chips} chip{'s' if p.chips > 1 else ''} of {p.chip.name} ({p.chip.memory_gb or 64:.0f} GB each)"
+    return (
+        f"The {p.precision} weights of {p.shape.name} leave no room for a cache on {words}; {do}."
+    )
+
+
 def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
     """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit."""
     model = shipped_serving()
@@ -82,6 +95,8 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         completion=ask.completion,
         tpot_s=ask.tpot_s,
     )
+    if memory_batch(both) <= LEAST_BATCH:
+        raise RecipeError(_no_room(both))
     both = within_limit(both, model)
     decode = model.predict(both)
     prefill = model.predict(replace(both, phase="prefill"))
@@ -104,8 +119,6 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         notes.append(
             f"the limit of {ask.tpot_s * 1e3:g} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
         )
-    if memory_batch(both) <= 0.011:
-        notes.append(f"the weights leave no room for a cache on {n} chips; take more")
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,
