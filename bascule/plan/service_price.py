@@ -21,6 +21,8 @@ from bascule.plan.serving import (
 )
 from bascule.plan.serving_forecast import ServeModel, shipped_serving
 
+MOST_CHIPS = 4096  # of one replica
+
 
 @dataclass(frozen=True)
 class Service:
@@ -68,13 +70,18 @@ def within_limit(p: Serving, model: ServeModel) -> Serving:
     return replace(p, batch=low)
 
 
-def _no_room(p: Serving) -> str:
-    """Why a replica cannot serve, and the smallest power of two of chips that can."""
-    sizes = (2**i for i in range(13))
-    enough = next((n for n in sizes if memory_batch(replace(p, chips=n)) > LEAST_BATCH), None)
+def _roomy(p: Serving, *, fixed: bool) -> Serving:
+    """The replica with room for a cache beside its weights: its experts spread if that fits, else everything cut by tensor
+    parallelism, on twice the chips and so on unless their number is `fixed`. Raises RecipeError with the size that has room."""
+    sizes = [n for n in (p.chips << i for i in range(13)) if n <= MOST_CHIPS]
+    forms = [replace(p, chips=n, split=split) for split in (True, False) for n in sizes]
+    found = [one for one in forms if memory_batch(one) > LEAST_BATCH]
+    if found and (not fixed or any(one.chips == p.chips for one in found)):
+        return next(one for one in found if not fixed or one.chips == p.chips)
+    enough = min((one.chips for one in found), default=0)
     do = f"take {enough} chips or more" if enough else "take a chip with more memory"
-    words = f"{p.chips} chip{'s' if p.chips > 1 else ''} of {p.chip.name} ({p.chip.memory_gb or 64:.0f} GB each)"
-    return (
+    words = f"{p.chips} x {p.chip.name} ({p.chip.memory_gb or 64:.0f} GB each)"
+    raise RecipeError(
         f"The {p.precision} weights of {p.shape.name} leave no room for a cache on {words}; {do}."
     )
 
@@ -95,8 +102,8 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         completion=ask.completion,
         tpot_s=ask.tpot_s,
     )
-    if memory_batch(both) <= LEAST_BATCH:
-        raise RecipeError(_no_room(both))
+    both = _roomy(both, fixed=ask.chips is not None)
+    n = both.chips
     both = within_limit(both, model)
     decode = model.predict(both)
     prefill = model.predict(replace(both, phase="prefill"))

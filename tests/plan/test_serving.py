@@ -101,3 +101,10 @@ def test_a_concurrency_that_tensor_parallelism_cannot_hold_is_served_with_attent
 def test_the_software_is_dated_by_the_rows_words(row: dict[str, str], year: float) -> None:
     blank = dict.fromkeys(("framework", "phase", "source", "notes"), "")
     assert software_date({**blank, **row}) == pytest.approx(year, abs=0.05)
+
+
+def test_a_replica_that_nobody_sized_has_room_for_a_cache() -> None:
+    shape = model_named("deepseek-v3")
+    for chip in ("A100-40", "TPU v5e"):  # dense parts on every chip fill small memories
+        found = price_service(shape, parse_serve(f"{chip}, 4k in, 1k out, 50 ms"), pue=1.3)
+        assert found.cache_gb > 0 and found.batch_per_chip > 0.1
