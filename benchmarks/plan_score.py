@@ -26,7 +26,7 @@ from bascule.plan.fit import (
     usable,
 )
 from bascule.plan.fit import fit as fit_training
-from bascule.plan.forecast import model_from
+from bascule.plan.forecast import model_from, shipped
 from bascule.plan.memory import GIB
 from bascule.plan.runs_table import Row, job_of, read_rows
 from bascule.plan.score import (
@@ -109,14 +109,26 @@ def published(row: Row) -> float:
     return measured_tokens(row) or 1.0
 
 
-def one_anchor(rows: Sequence[Row]) -> list[Scored]:
-    """Every family of two or more rows: the first row is the anchor (one measured run), the others are scored."""
-    first: dict[str, str] = {}
+def one_anchor(rows: Sequence[Row], turn: int = 0) -> list[Scored]:
+    """Every family of two or more rows: one row is the anchor (one measured run, trusted as its owner's), the others are scored."""
+    members: dict[str, list[str]] = {}
     for row in rows:
-        first.setdefault(row["family"], row["id"])
-    known = set(first.values())
-    found = score_training(rows, by=lambda p: p.name if p.name in known else p.family)
-    return [one for one in found if first[one.family] != one.name]
+        members.setdefault(row["family"], []).append(row["id"])
+    known = {names[turn] for names in members.values() if len(names) > max(1, turn)}
+    found = score_training(
+        rows, shipped().trusting(known), by=lambda p: p.name if p.name in known else p.family
+    )
+    anchored = {family for family, names in members.items() if known & set(names)}
+    return [one for one in found if one.family in anchored and one.name not in known]
+
+
+def each_anchor(rows: Sequence[Row]) -> list[Scored]:
+    """The same with every row in its turn the anchor of its family, all pooled."""
+    found: list[Scored] = []
+    turn = 0
+    while more := one_anchor(rows, turn):
+        found, turn = found + more, turn + 1
+    return found
 
 
 LEFT_OUT = {
@@ -173,7 +185,14 @@ def main() -> None:
     scored = score_training(anchors)
     for name, by in LEFT_OUT.items():
         show(f"training, {name} left out", score_training(anchors, by=by))
+    for kind, moe in (("dense", False), ("sparse", True)):
+        names = {row["id"] for row in anchors if job_of(row).shape.moe == moe}
+        show(f"training, family left out, {kind}", [one for one in scored if one.name in names])
+    for name in ("family", "whole paper or table"):
+        cases = [row for row in anchors if row["family"].startswith("simumax")]
+        show(f"training, SimuMax's B200 cases, {name} left out", score_training(cases, by=LEFT_OUT[name]))  # fmt: skip
     show("training, family left out but for one anchor run", one_anchor(anchors))
+    show("training, the same, every row in turn the anchor", each_anchor(anchors))
     show("  baseline: 40 % of the bf16 peak", baseline(rows, scored, fixed))
     show(
         "  baseline: median share of peak by chip, precision, dense or sparse",

@@ -85,7 +85,8 @@ class Swing:
 
 @dataclass(frozen=True)
 class Preference:
-    """What preferring `second` over `first` costs. `break_even`: price of the second per price of the first, below which it pays."""
+    """What preferring `second` over `first` costs. `break_even`: price of the second per price of the first, below which it pays;
+    `cost_ratio`: what the swings swing about, equal prices taken where one is unknown."""
 
     first: str
     second: str
@@ -95,6 +96,7 @@ class Preference:
     chip_hours_ratio: float
     energy_ratio: float
     money_ratio: float | None
+    cost_ratio: float
     swings: tuple[Swing, ...]
 
 
@@ -218,7 +220,7 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
         energy=energy,
         money=money,
         played=_played(job, step),
-        notes=choice.notes + _chip_notes(ask.chip),
+        notes=choice.notes + _chip_notes(ask.chip, ask.precision),
     )
 
 
@@ -234,8 +236,10 @@ def _around(value: float, spread: float, unit: str, basis: str) -> Estimate:
     return Estimate(value, value / math.exp(spread), value * math.exp(spread), unit, basis)
 
 
-def _chip_notes(chip: Chip) -> tuple[str, ...]:
+def _chip_notes(chip: Chip, precision: str) -> tuple[str, ...]:
     notes = [f"{chip.name}: {chip.note}"] if chip.note else []
+    if wider := chip.wider_than(precision):
+        notes.append(f"{chip.name} has no {precision} matrix units; its {wider} rate is taken")
     if chip.scaleup_gbs is None:
         notes.append(
             f"{chip.name}: no link bandwidth is published; 150 GB/s inside a node and 200 Gb/s between nodes are assumed"
@@ -294,19 +298,21 @@ def preference(first: TrainingAnswer, second: TrainingAnswer) -> Preference:
         money_ratio=second.money.value / first.money.value
         if priced and first.money and second.money
         else None,
+        cost_ratio=cost_ratio(first, second),
         swings=_swings(first, second),
     )
 
 
+def cost_ratio(first: TrainingAnswer, second: TrainingAnswer) -> float:
+    """Cost of the second over the first; equal prices where one is unknown or free."""
+    ratio = second.chip_hours.value / first.chip_hours.value
+    prices = first.ask.price_usd_h, second.ask.price_usd_h
+    return ratio * prices[1] / prices[0] if prices[0] and prices[1] else ratio
+
+
 def _swings(first: TrainingAnswer, second: TrainingAnswer) -> tuple[Swing, ...]:
     """Cost of the second over the first with one assumption at each end; equal prices where one is unknown."""
-    known = first.ask.price_usd_h and second.ask.price_usd_h
-    base = second.chip_hours.value / first.chip_hours.value
-    base *= (
-        second.ask.price_usd_h / first.ask.price_usd_h
-        if known and first.ask.price_usd_h and second.ask.price_usd_h
-        else 1.0
-    )
+    base = cost_ratio(first, second)
     step = {
         one.name: (one.step.low / one.step.seconds, one.step.high / one.step.seconds)
         for one in (first, second)

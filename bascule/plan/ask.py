@@ -97,7 +97,7 @@ def parse_train(
     chip = find_chip(found.group(2).strip(), extra)
     count = quantity(found.group(1))
     if not count or count < 1 or count != int(count):
-        raise RecipeError(f"'{found.group(1)}' is not a whole number of chips above 0.")
+        raise RecipeError(f"'{found.group(1).strip()}' is not a whole number of chips above 0.")
     ask = TrainAsk(text=text, chip=chip, chips=int(count), tokens=tokens or 0.0, software=SOFTWARE.get(chip.vendor, "unknown"), price_usd_h=chip.price_usd_h, precision="fp8" if chip.fp8_tflops and chip.vendor in ("NVIDIA", "AMD") and (chip.year or 0) >= 2022 else "bf16")  # fmt: skip
     for part in rest:
         ask = _train_part(ask, part)
@@ -148,8 +148,9 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
     if word.startswith("software "):
         return replace(ask, software=part[9:].strip())
     if re.fullmatch(rf"{NUM}\s*[kmbt]?", word):
+        small = f", 'seq {part}', 'batch {part}' or '{part} USD/h'"
         raise RecipeError(
-            f"'{part}' has no unit; write '{part} tokens', 'seq {part}', 'batch {part}' or '{part} USD/h'."
+            f"'{part}' has no unit; write '{part} tokens'{small if (quantity(word) or 0) < 1e9 else ''}."
         )
     raise _not_understood(
         part,
@@ -323,6 +324,8 @@ def _pue(text: str) -> float:
 
 
 def _not_understood(part: str, allowed: list[str]) -> RecipeError:
+    if re.search(r"(?<!\w)-\s*\.?\d", part):
+        return RecipeError(f"'{part}': the number must be above 0.")
     return RecipeError(
         f"'{part}' is not understood; allowed: {'; '.join(allowed)}.{nearest(part.lower(), allowed)}"
     )

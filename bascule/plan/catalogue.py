@@ -61,6 +61,12 @@ class Chip:
                 return value
         return None
 
+    def wider_than(self, precision: str) -> str | None:
+        """The precision class that `peak_tflops` answers with where the chip has no units for the one asked for."""
+        own, *wider = PRECISION_COLUMNS[precision]
+        found = next((column for column in wider if getattr(self, column)), None)
+        return found.partition("_")[0] if found and not getattr(self, own) else None
+
 
 ASSUMED_ALL_IN = 2.3  # all-in watts over the chip's TDP where nobody published the former; between B200's 2.2 and H100's 2.5
 ASSUMED_POWER_W = 1500.0
@@ -202,6 +208,8 @@ def chips_from_toml(path: Path) -> dict[str, Chip]:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"The chip file '{path}' cannot be read ({error}).") from None
     allowed = [f.name for f in fields(Chip) if f.name != "name"]
+    if set(tables) == {"chips"} and isinstance(tables["chips"], dict):
+        tables = tables["chips"]  # [chips."my chip"] says the same as ["my chip"]
     result = {}
     for name, table in tables.items():
         if not isinstance(table, dict):

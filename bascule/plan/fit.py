@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from bascule.plan.cost import NAMES, Constants, step_seconds
 from bascule.plan.fit_serving import (
     SETTLED,
     build_serving,
+    felt,
     fit_constants,
     serving_plain,
     serving_points,
@@ -89,10 +90,11 @@ def measured_tokens(row: Row) -> float | None:
     """The answer of a row: tokens per second and chip. Only fitting and scoring may call this."""
     value = number(row, "tok_s_chip") or number(row, "d_tok_s_chip")
     if value is not None:
-        return value
+        return value if value > 0 else None
     needed = [number(row, key) for key in ("global_batch_seqs", "seq_len", "step_time_s", "chips")]
     batch, sequence, seconds, chips = needed
-    return batch * sequence / seconds / chips if batch and sequence and seconds and chips else None
+    known = batch and sequence and seconds and chips and min(batch, sequence, seconds, chips) > 0
+    return batch * sequence / seconds / chips if known else None  # type: ignore[operator]
 
 
 def fit_physics(
@@ -101,10 +103,14 @@ def fit_physics(
     """Maximum a posteriori constants; errors are taken robustly (weights fall off beyond `noise`)."""
     start, sd = constants_vector(PRIOR), prior_vector()
     theta, precision = start.copy(), np.diag(1 / sd**2)
+    moving: list[Container[str]] = [NAMES] * len(
+        jobs
+    )  # a dense job's time does not feel an expert's constant: half are spared
     for _ in range(rounds):
         c = Constants(*theta.tolist())
         missed = log_seconds - np.array([math.log(step_seconds(job, c)) for job in jobs])
-        slope = np.array([gradient(job, c) for job in jobs])
+        slope = np.array([gradient(job, c, only=m) for job, m in zip(jobs, moving, strict=True)])
+        moving = [felt(NAMES, row) for row in slope]
         weight = 1 / (noise**2 * (1 + (missed / noise) ** 2 / 4))
         system = slope.T @ (weight[:, None] * slope) + precision
         step = np.linalg.solve(system, slope.T @ (weight * missed) - precision @ (theta - start))

@@ -6,19 +6,25 @@ Answers are tokens a second and chip, or a latency; inputs never include them (s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
 
-from bascule.plan.regress import Point, Process
+from bascule.plan.regress import Array, Point, Process
 from bascule.plan.runs_table import Row
 from bascule.plan.serving import SERVE_NAMES, SERVE_PRIOR_SD, ServeConstants, Serving
-from bascule.plan.serving_forecast import SERVE_NUMBERS, SERVE_TERMS, serve_point, serve_value
+from bascule.plan.serving_forecast import (
+    SERVE_NUMBERS,
+    SERVE_TERMS,
+    serve_point,
+    serve_slopes,
+    serve_value,
+)
 from bascule.plan.serving_table import serving_of, target_of
 
 START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2])
-START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0])
+START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0, 2.5])
 SETTLED = 1e-4  # a step in every constant's logarithm that changes no figure
 START_NOISE = {"prefill": 0.1, "decode": 0.2, "both": 0.1}
 
@@ -30,10 +36,14 @@ def fit_constants(
     start = np.array([getattr(ServeConstants(), n) for n in SERVE_NAMES])
     sd = np.array([getattr(SERVE_PRIOR_SD, n) for n in SERVE_NAMES])
     theta = start.copy()
+    moving: list[Container[str]] = [SERVE_NAMES] * len(points)
     for _ in range(rounds):
         c = ServeConstants(*theta.tolist())
         here = np.array([math.log(serve_value(p, c, t)) for p, t, _ in points])
-        slope = np.array([serve_point(p, c, target=t).gradient for p, t, _ in points])
+        slope = np.array(
+            [serve_slopes(p, c, t, m) for (p, t, _), m in zip(points, moving, strict=True)]
+        )
+        moving = [felt(SERVE_NAMES, row) for row in slope]
         missed = np.log([value for *_, value in points]) - here
         weight = 1 / (noise**2 * (1 + (missed / noise) ** 2 / 4))
         system = slope.T @ (weight[:, None] * slope) + np.diag(1 / sd**2)
@@ -42,6 +52,11 @@ def fit_constants(
         if np.abs(step).max() < SETTLED:
             break
     return ServeConstants(*theta.tolist())
+
+
+def felt(names: Sequence[str], slopes: Array) -> frozenset[str]:
+    """Constants that a point feels at all: what is exactly 0 is so by its kind, and need not be asked again."""
+    return frozenset(name for name, slope in zip(names, slopes, strict=True) if slope)
 
 
 def build_serving(rows: Sequence[Row], c: ServeConstants) -> Process:
@@ -60,6 +75,7 @@ def build_serving(rows: Sequence[Row], c: ServeConstants) -> Process:
             one.family,
             one.name,
             one.noise,
+            one.year,
         )
         points.append(one)
         targets.append(

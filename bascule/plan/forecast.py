@@ -17,6 +17,8 @@ from bascule.plan.job import Job
 from bascule.plan.regress import Point, Process
 from bascule.plan.run_features import NUMBERS, TERMS, constants_vector, point, prior_vector
 
+OWN_NOISE = 0.3  # of a published run's: what is left in a run that its owner measured
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -82,9 +84,17 @@ class Model:
             words += f"; no published training run on {job.chip.name}"
         return words
 
+    def trusting(self, names: Container[str]) -> Model:
+        """The same with these runs trusted as a user trusts a run of their own, however odd they look beside the others."""
+        points = tuple(
+            replace(one, noise=OWN_NOISE) if one.name in names else one
+            for one in self.process.points
+        )
+        return replace(self, process=replace(self.process, points=points))
+
     def with_anchor(self, job: Job, measured_s: float) -> Model:
         """Take one measured run of the user's own as a further point, much trusted."""
-        one = replace(point(job, self.constants, family="own", name="your run"), noise=0.3)
+        one = replace(point(job, self.constants, family="own", name="your run"), noise=OWN_NOISE)
         back = constants_vector(Constants()) - constants_vector(self.constants)
         target = (
             math.log(measured_s)

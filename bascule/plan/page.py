@@ -40,6 +40,10 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     """The page as text. `start`: first day of the calendar (default: today)."""
     first = start or datetime.date.today()
     sections = []
+    sections += [
+        _section(f"Price of preferring {p.second} to {p.first}", _price(p))
+        for p in answer.preferences
+    ]
     if answer.trainings:
         sections.append(_section("Options side by side", _table(answer.trainings)))
         sections += [_section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
@@ -88,12 +92,34 @@ def _service(s: Service) -> str:
         (f"{s.tpot_s[0] * 1e3:.1f} ms", f"a token at {number(s.batch_per_chip)} sequences a chip"),
         (f"{s.ttft_s:.2f} s", f"to the first token, {'kept' if s.ttft_kept else 'NOT kept'}"),
     ]  # fmt: skip
+    bar = _stacks([("a decoding step", s.parts)], "ms", 1e-3)
+    return f"{_cards(facts)}{bar}<pre>{html.escape(service_text(s))}</pre>"
+
+
+def _cards(facts: Sequence[tuple[str, str]]) -> str:
     cards = "".join(
         f'<div class="card"><b>{html.escape(value)}</b><span class="soft">{html.escape(what)}</span></div>'
         for value, what in facts
     )
-    bar = _stacks([("a decoding step", s.parts)], "ms", 1e-3)
-    return f'<div class="cards">{cards}</div>{bar}<pre>{html.escape(service_text(s))}</pre>'
+    return f'<div class="cards">{cards}</div>'
+
+
+def _price(p: Preference) -> str:
+    """What the preference costs, break-even first."""
+    even, dollars = p.break_even, p.break_even_usd_h
+    pays = f"the other's price a chip-hour, below which it pays; 80 %: {even.low:.2f}x to {even.high:.2f}x"
+    facts = [(f"{even.value:.2f}x", pays)]
+    if dollars:
+        span = f"80 %: {dollars.low:.2f} to {dollars.high:.2f}"
+        facts.append((f"{dollars.value:.2f} USD", f"a chip-hour, the same in money; {span}"))
+    facts += [
+        (f"{p.time_ratio:.2f}x", "the time"),
+        (f"{p.chip_hours_ratio:.2f}x", "the chip-hours"),
+        (f"{p.energy_ratio:.2f}x", "the energy"),
+    ]
+    if p.money_ratio is not None:
+        facts.append((f"{p.money_ratio:.2f}x", "the money"))
+    return _cards(facts)
 
 
 def _lead(answer: Answer) -> str:
@@ -233,6 +259,7 @@ def _memory(t: TrainingAnswer) -> str:
     )
 
 
+LABELS = 5  # dates that fit under the calendar without touching
 LONGEST_DAYS = 365_000.0  # a thousand years: what lies beyond is drawn there
 
 
@@ -242,15 +269,13 @@ def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
     scale = (WIDTH - LEFT - RIGHT - 60) / most
     body = ""
     months = int(most // 30.44) + 1
-    for month in range(0, months + 1, max(1, months // 8)):
+    for month in range(0, months + 1, max(1, math.ceil(months / LABELS))):
         x = LEFT + month * 30.44 * scale
+        if x > WIDTH - RIGHT - 15:
+            break
         day = start + datetime.timedelta(days=month * 30.44)
         body += f'<path class="axis" d="M{x:.1f} 0V{len(trainings) * ROW + 6}"/>' + _text(
-            min(x, WIDTH - RIGHT - 15),
-            len(trainings) * ROW + 20,
-            f"{day:%d %b %Y}",
-            anchor="middle",
-            soft=True,
+            x, len(trainings) * ROW + 20, f"{day:%d %b %Y}", anchor="middle", soft=True
         )
     for i, t in enumerate(trainings):
         y = i * ROW + 6
@@ -295,11 +320,21 @@ def _tornado(p: Preference) -> str:
         for i, s in enumerate(p.swings)
     )
     bottom = len(p.swings) * ROW + 6
-    body += (
-        f'<path d="M{at(1):.1f} 0V{bottom}" stroke="currentColor" stroke-dasharray="4 3"/>'
-        + _text(at(1), bottom + 14, "same cost", anchor="middle", soft=True)
+    for value, dashes, line, words in (
+        (1.0, "4 3", 14, "same cost"),
+        (p.cost_ratio, "none", 28, f"as asked, {p.cost_ratio:.2f}x"),
+    ):
+        body += f'<path d="M{at(value):.1f} 0V{bottom}" stroke="currentColor" stroke-dasharray="{dashes}"/>'
+        body += _text(at(value), bottom + line, words, anchor="middle", soft=True)
+    equal = ", equal prices taken" if p.money_ratio is None else ""
+    turning = [s.assumption for s in p.swings if s.turns]
+    words = (
+        f"Orange turns the answer: {'; '.join(turning)}."
+        if turning
+        else "None of these alone turns the answer."
     )
-    return _svg(bottom + 22, body, "sensitivity")
+    note = f"Cost of the second over the first (logarithmic{equal}). {words}"
+    return f'{_svg(bottom + 36, body, "sensitivity")}<p class="soft">{html.escape(note)}</p>'
 
 
 def _roofline(t: TrainingAnswer) -> str:

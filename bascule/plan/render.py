@@ -53,7 +53,7 @@ def preference_text(p: Preference) -> str:
         )
     )
     lines.append(
-        "  what could turn the answer (cost of the second over the first"
+        f"  what could turn the answer (cost of the second over the first, {p.cost_ratio:.2f}x as asked"
         + (", equal prices taken" if p.money_ratio is None else "")
         + "):"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Container
 
 import numpy as np
 
@@ -45,10 +46,15 @@ def constants_vector(c: Constants) -> np.ndarray:
     return np.array([getattr(c, name) for name in NAMES])
 
 
-def gradient(job: Job, c: Constants, step: float = 1e-3) -> tuple[float, ...]:
-    """d log(step time) / d constant, by central differences; constants are logarithms."""
+def gradient(
+    job: Job, c: Constants, step: float = 1e-3, only: Container[str] = NAMES
+) -> tuple[float, ...]:
+    """d log(step time) / d constant, by central differences; constants are logarithms. 0 for those not in `only`."""
     result = []
     for name in NAMES:
+        if name not in only:
+            result.append(0.0)
+            continue
         value = getattr(c, name)
         up = step_seconds(job, _with(c, name, value + step))
         down = step_seconds(job, _with(c, name, value - step))

@@ -165,7 +165,7 @@ def shape_of(row: Row) -> Shape:
     negative = [key for key in SIZES if (number(row, key) or 0) < 0]
     if negative:
         raise RecipeError(
-            f"Row {row.get('id')}: {', '.join(negative)} is negative; sizes are 0 or more."
+            f"'{row.get('id')}': {', '.join(negative)} is negative; sizes are 0 or more."
         )
     if number(row, "experts") and not (number(row, "topk") and _expert_width(row)):
         missing.append("topk or moe_ffn")
@@ -175,7 +175,9 @@ def shape_of(row: Row) -> Shape:
         )
         if named is not None:
             return named
-        raise RecipeError(f"Row {row.get('id')}: the model's {', '.join(missing)} is missing.")
+        raise RecipeError(
+            f"'{row.get('id')}': the model '{row.get('model')}' is not known, and its {', '.join(missing)} is missing."
+        )
     layers, hidden, heads = whole(row, "layers", 1), whole(row, "hidden", 1), whole(row, "heads", 1)
     experts = int(number(row, "experts") or 0)
     moe_ffn = _expert_width(row) if experts else 0

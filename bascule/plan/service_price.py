@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
 from bascule.plan.ask import ServeAsk
 from bascule.plan.catalogue import Chip, power_w
 from bascule.plan.serving import (
+    LEAST_BATCH,
     MEMORY_USABLE,
     WEIGHT_BYTES,
     Serving,
@@ -18,6 +20,8 @@ from bascule.plan.serving import (
     token_s,
 )
 from bascule.plan.serving_forecast import ServeModel, shipped_serving
+
+MOST_CHIPS = 4096  # of one replica
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,22 @@ def within_limit(p: Serving, model: ServeModel) -> Serving:
     return replace(p, batch=low)
 
 
+def _roomy(p: Serving, *, fixed: bool) -> Serving:
+    """The replica with room for a cache beside its weights: its experts spread if that fits, else everything cut by tensor
+    parallelism, on twice the chips and so on unless their number is `fixed`. Raises RecipeError with the size that has room."""
+    sizes = [n for n in (p.chips << i for i in range(13)) if n <= MOST_CHIPS]
+    forms = [replace(p, chips=n, split=split) for split in (True, False) for n in sizes]
+    found = [one for one in forms if memory_batch(one) > LEAST_BATCH]
+    if found and (not fixed or any(one.chips == p.chips for one in found)):
+        return next(one for one in found if not fixed or one.chips == p.chips)
+    enough = min((one.chips for one in found), default=0)
+    do = f"take {enough} chips or more" if enough else "take a chip with more memory"
+    words = f"{p.chips} x {p.chip.name} ({p.chip.memory_gb or 64:.0f} GB each)"
+    raise RecipeError(
+        f"The {p.precision} weights of {p.shape.name} leave no room for a cache on {words}; {do}."
+    )
+
+
 def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
     """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit."""
     model = shipped_serving()
@@ -82,6 +102,8 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         completion=ask.completion,
         tpot_s=ask.tpot_s,
     )
+    both = _roomy(both, fixed=ask.chips is not None)
+    n = both.chips
     both = within_limit(both, model)
     decode = model.predict(both)
     prefill = model.predict(replace(both, phase="prefill"))
@@ -104,8 +126,6 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         notes.append(
             f"the limit of {ask.tpot_s * 1e3:g} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
         )
-    if memory_batch(both) <= 0.011:
-        notes.append(f"the weights leave no room for a cache on {n} chips; take more")
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,

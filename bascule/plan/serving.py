@@ -22,6 +22,7 @@ WEIGHT_BYTES = {
 }  # 4-bit formats carry a scale for every 16 or 32 values
 MEMORY_USABLE = 0.88
 INDEX_READ = 0.1  # of a position's cache, what an index keeps of it and reads each time
+SOFTWARE_TODAY = 2026.4  # year, with its fraction, of software that nobody dates
 LEAST_BATCH = 0.01  # sequences a chip; what is left where the weights alone fill the memory
 
 
@@ -106,6 +107,7 @@ class Serving:
     balanced: bool = False
     apart: bool = False
     software: str = "unknown"
+    software_date: float = SOFTWARE_TODAY
 
     @property
     def context(self) -> float:
@@ -135,8 +137,10 @@ class Serving:
 
     @property
     def copies(self) -> int:
-        """A latent cache cannot be cut by heads: tensor parallelism keeps it once a chip."""
-        return self.replica if self.shape.latent and not self.split else 1
+        """How often tensor parallelism keeps the cache: a latent one once a chip, for it cannot be cut by heads; else so that
+        every chip has a head of keys and values."""
+        heads = 1 if self.shape.latent else self.shape.kv_heads
+        return 1 if self.split else max(1, self.replica // heads)
 
 
 def measured_share(chip: Chip) -> float:
@@ -197,7 +201,7 @@ def step_s(p: Serving, c: ServeConstants, batch: float) -> dict[str, float]:
         | attended
         | {
             "collectives": math.exp(c.exposed) * _collectives(p, batch * p.accepted),
-            "launches": floor * (1.0 if n == 1 else 1 + 0.15 * math.log2(min(n, 64))),
+            "launches": floor * (1 + 0.3 * math.log2(min(n, 64))),
             "scheduling": (batch if p.split and s.moe else everyone) * math.exp(c.sequence),
         }
     )
@@ -222,7 +226,7 @@ def _collectives(p: Serving, tokens: float) -> float:
         return 0.0
     if p.split and s.moe:
         return tokens * s.moe_layers * all_to_all_s(p.chip, s, n, 3 * s.hidden)
-    return 2 * 2 * (n - 1) / n * tokens * n * s.hidden * 2 * s.layers / link_bytes_s(p.chip, n) / 2
+    return 2 * 2 * (n - 1) / n * tokens * n * s.hidden * 2 * s.layers / link_bytes_s(p.chip, n)
 
 
 def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
@@ -233,7 +237,8 @@ def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
     attention = s.attention_flops(max(1, int(p.prompt))) / (
         gemm_peak(p.chip, "bf16") * math.exp(c.flash)
     )
-    moved = 0.5 * math.exp(c.exposed) * _collectives(p, 1.0)
+    hidden = 0.5 if p.split else 1.0  # two halves of a batch hide each other's; all-reduces wait
+    moved = hidden * math.exp(c.exposed) * _collectives(p, 1.0)
     return (2 * active / rate + attention + moved) * (1 - p.cached)
 
 
@@ -266,13 +271,31 @@ def chosen_batch(p: Serving, c: ServeConstants) -> float:
         return min(p.batch / decoding_share(p, c), most)
     fewest = min(most, 1.0 if p.split and p.replica > 1 else LEAST_BATCH)
     limit = max(p.tpot_s or 0.1, 1.5 * token_s(p, c, fewest))
-    low, high = LEAST_BATCH, most
-    if token_s(p, c, high) <= limit:
-        return high
-    for _ in range(24):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if token_s(p, c, middle) <= limit else (low, middle)
-    return low
+    return _batch_at(p, c, limit, most)
+
+
+def _batch_at(p: Serving, c: ServeConstants, limit: float, most: float) -> float:
+    """The batch up to `most` at which a token takes `limit` seconds: a false position in logarithms (the Illinois rule)."""
+
+    def late(x: float) -> float:
+        return math.log(token_s(p, c, math.exp(x)) / limit)
+
+    low, high = math.log(LEAST_BATCH), math.log(most)
+    under, over = late(low), late(high)
+    if over <= 0 or under >= 0:
+        return most if over <= 0 else LEAST_BATCH
+    x, side = low, 0
+    for _ in range(60):
+        x = high - over * (high - low) / (over - under)
+        here = late(x)
+        if abs(here) < 1e-6:
+            break
+        if here > 0:
+            high, over, under = x, here, under * (0.5 if side > 0 else 1.0)
+        else:
+            low, under, over = x, here, over * (0.5 if side < 0 else 1.0)
+        side = 1 if here > 0 else -1
+    return math.exp(x)
 
 
 def prompts_s(p: Serving, c: ServeConstants) -> float:

@@ -17,6 +17,7 @@ from bascule.plan.regress import Point, Process, Term
 from bascule.plan.serving import (
     SERVE_NAMES,
     SERVE_PRIOR_SD,
+    SOFTWARE_TODAY,
     ServeConstants,
     Serving,
     chosen_batch,
@@ -45,10 +46,12 @@ SERVE_NUMBERS = (
     "log2 active",
     "log2 token time",
     "memory share",
+    "software year",
 )
 
 
 STEP = 0.2  # a secant: near a latency limit the tangent of a rate is steeper than any change that is meant
+STEEPEST = 1.0  # a rate moves with a constant by its own share at most; what a limit adds to that is no property of the chip
 
 
 def serve_point(
@@ -69,7 +72,7 @@ def serve_point(
         "kind": p.phase,
         "style": "split" if p.split else "tensor",
     }
-    return Point(words, numbers, slopes, family, name, noise)
+    return Point(words, numbers, slopes, family, name, noise, p.software_date - SOFTWARE_TODAY)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -87,13 +90,25 @@ def _measures(
         math.log2(p.shape.active_weights),
         math.log2(token_s(p, c, batch)),
         (parts["weights"] + parts["cache"]) / sum(parts.values()),
+        p.software_date,
     )
+    return numbers, serve_slopes(p, c, target)
+
+
+def serve_slopes(
+    p: Serving, c: ServeConstants, target: str, only: Container[str] = SERVE_NAMES
+) -> tuple[float, ...]:
+    """d log(value) / d constant, by differences; 0 for those not in `only`."""
     slopes = []
     for key in SERVE_NAMES:
+        if key not in only:
+            slopes.append(0.0)
+            continue
         value = getattr(c, key)
         up, down = (serve_value(p, replace(c, **{key: value + d}), target) for d in (STEP, -STEP))
-        slopes.append((math.log(up) - math.log(down)) / (2 * STEP))
-    return numbers, tuple(slopes)
+        slope = (math.log(up) - math.log(down)) / (2 * STEP)
+        slopes.append(max(-STEEPEST, min(STEEPEST, slope)))
+    return tuple(slopes)
 
 
 def serve_value(p: Serving, c: ServeConstants, target: str) -> float:

@@ -19,6 +19,7 @@ from bascule.plan.models import plain_name, shape_like
 from bascule.plan.runs_table import Row, chips_in, number, tokens
 from bascule.plan.serving import (
     LEAST_BATCH,
+    SOFTWARE_TODAY,
     WEIGHT_BYTES,
     ServeConstants,
     Serving,
@@ -101,6 +102,7 @@ def serving_of(row: Row) -> Serving:
         and bool(APART.search(f"{row['framework']} {row['deployment']}")),
         balanced=bool(BALANCED.search(f"{row['deployment']} {row['notes']}".lower())),
         software=_software(row),
+        software_date=software_date(row),
     )
     return holding(_sized(row, point, known, fewest))
 
@@ -121,7 +123,8 @@ def _sized(row: Row, p: Serving, known: int | None, fewest: int) -> Serving:
         return replace(
             p, chips=fewest, batch=sequences / fewest, split=p.shape.moe and fewest > NODE
         )
-    return best_replica(p, fewest, known, sequences)
+    free = p.shape.moe and experts_spread(row["deployment"])
+    return best_replica(p, fewest, known, sequences, free)
 
 
 def holding(p: Serving) -> Serving:
@@ -144,7 +147,9 @@ def _limit_ms(row: Row, bench: Scenario | None) -> float | None:
     return 1e6 if bench or "offline" in row["phase"].lower() else None
 
 
-def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | None) -> Serving:
+def best_replica(
+    p: Serving, fewest: int, most: int | None, sequences: float | None, free: bool
+) -> Serving:
     """Where nobody printed how many chips serve together: the power of two that serves most tokens a chip within the limit, up
     to the whole system. Where only the concurrency is known, a giant is spread until a chip keeps 320 thousand tokens."""
     if sequences and p.batch is not None:
@@ -155,10 +160,9 @@ def best_replica(p: Serving, fewest: int, most: int | None, sequences: float | N
             and sequences * p.context / (2 * chips) >= TOKENS_A_CHIP
         ):
             chips *= 2
-        alone = (
-            p.split and chips <= NODE and not p.group
-        )  # nobody spreads experts inside one node unless they say so
-        return replace(p, chips=chips, batch=p.batch * p.chips / chips, split=p.split and not alone)
+        one = replace(p, chips=chips, batch=p.batch * p.chips / chips, split=False)
+        crowded = (one.batch or 0.0) > memory_batch(one)
+        return replace(one, split=free and (chips > NODE or crowded or bool(p.group)))
     least = min(fewest, most or fewest)
     ceiling = most or (MOST_CHIPS if p.shape.moe and p.phase != "prefill" else fewest)
     sizes = [least << i for i in range(10) if least << i <= ceiling]
@@ -275,6 +279,18 @@ def _software(row: Row) -> str:
     return next((word for word in SOFTWARE if word in text), "vendor")
 
 
+def software_date(row: Row) -> float:
+    """The year, with its fraction, that the row's words name (an MLPerf round, an arXiv number, a day); else this year's."""
+    text = " ".join(row[key] for key in ("framework", "phase", "source", "notes"))
+    if found := re.search(r"MLPerf v(\d)\.(\d)", text):
+        return 2024.25 + (int(found[1]) - 4) + 0.45 * int(found[2])
+    if found := re.search(r"arXiv:(2\d)([01]\d)\.|\b20(2\d)[-./_]?([01]\d)", text):
+        year, month = (int(part) for part in found.groups() if part)
+        return 2000 + year + month / 12
+    found = re.search(r"\b(20[12]\d)\b", text)
+    return int(found[1]) + 0.5 if found else SOFTWARE_TODAY
+
+
 def _lengths(row: Row) -> tuple[float, float]:
     prompt, completion = tokens(row, "isl"), tokens(row, "osl")
     bench = scenario(f"{row['family']} {row['phase']}", plain_name(row["model"]))
@@ -292,6 +308,6 @@ def served_shape(row: Row) -> Shape:
     shape = shape_like(row["model"], number(row, "params_total_B"), number(row, "params_active_B"))
     if shape is None:
         raise RecipeError(
-            f"Row {row['id']}: the model '{row['model']}' is not known and its parameter count is missing or not above 0."
+            f"'{row['id']}': the model '{row['model']}' is not known and its parameter count is missing or not above 0."
         )
     return shape

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -135,3 +137,38 @@ def test_a_looser_limit_never_serves_less() -> None:
         for ms in (100, 25)
     )
     assert slow.decode[0] >= fast.decode[0] and slow.batch_per_chip >= fast.batch_per_chip
+
+
+def test_a_long_calendars_dates_do_not_run_into_each_other() -> None:
+    slow = answer("deepseek-v3", train=["512 x A100-80, 14.8T tokens"])
+    page = render_page(slow, start=datetime.date(2026, 1, 1))
+    chart = page[page.index("calendar with finish dates") :].split("</svg>")[0]
+    places = [float(found) for found in re.findall(r'<text x="([\d.]+)"[^>]*class=soft', chart)]
+    assert len(places) > 2
+    assert all(b - a > 75 for a, b in itertools.pairwise(places))
+
+
+def test_the_tornado_shows_what_was_asked_and_what_turns_it() -> None:
+    found = answer(
+        "deepseek-v3",
+        train=["2048 x H800, 14.8T tokens"],
+        versus=["6144 x Ascend 910C, 1 USD/h"],
+    )
+    (one,) = found.preferences
+    assert one.money_ratio == pytest.approx(one.cost_ratio, rel=1e-6)
+    turning = [swing.assumption for swing in one.swings if swing.turns]
+    page = render_page(found, start=datetime.date(2026, 1, 1))
+    assert f"as asked, {one.cost_ratio:.2f}x" in page and f"{one.break_even.value:.2f}x" in page
+    assert turning and all(words in page for words in turning)
+
+
+@pytest.mark.parametrize(
+    ("chip", "precision", "taken"), [("H800", "fp4", "fp8"), ("Ascend 910C", "fp8", "bf16")]
+)
+def test_a_precision_that_the_chip_lacks_is_said(chip: str, precision: str, taken: str) -> None:
+    notes = (
+        answer("llama-3.1-8b", train=[f"64 x {chip}, 1T tokens, {precision}"]).trainings[0].notes
+    )
+    assert any(f"no {precision} matrix units; its {taken} rate" in note for note in notes)
+    plain = answer("llama-3.1-8b", train=[f"64 x {chip}, 1T tokens, {taken}"]).trainings[0].notes
+    assert not any("matrix units" in note for note in plain)

@@ -62,7 +62,10 @@ def test_a_service_is_read() -> None:
         ("2048 x H800, 1T tokens, pue 9", "1.0 to 3.0"),
         ("2048 x H800, 1T tokens, colour blue", "not understood"),
         ("0 x H800, 1T tokens", "above 0"),
-        ("2048 x H800, 1T", "no unit"),
+        ("2048 x H800, 1T", "write '1T tokens'.$"),
+        ("2048 x H800, -1T tokens", "'-1T tokens': the number must be above 0"),
+        ("2048 x H800, 1T tokens, -3 failures", "must be above 0"),
+        ("2048 x H800, 1T tokens, 4096", "'seq 4096', 'batch 4096'"),
         ("2048 x H800, 1T tokens, 1.2.3 USD/h", "not understood"),
         ("2048 x H800, 1T tokens, 2 EUR/h", "in USD/h"),
         (" , ", "does not start"),
@@ -103,6 +106,8 @@ def test_a_users_own_chips_come_first_and_bad_keys_are_named(tmp_path: Path) -> 
     path.write_text('["My Chip"]\nbf16_tflops = 500.0\nmemory_gb = 96\n')
     own = chips_from_toml(path)
     assert find_chip("mychip", own).bf16_tflops == 500.0
+    path.write_text('[chips."My Chip"]\nbf16_tflops = 500.0\nmemory_gb = 96\n')
+    assert chips_from_toml(path) == own
     path.write_text('["My Chip"]\nbf16_tflop = 500.0\n')
     with pytest.raises(RecipeError, match="Did you mean 'bf16_tflops'"):
         chips_from_toml(path)

@@ -189,6 +189,19 @@ def test_memory_holds_where_a_family_is_left_out_and_nothing_is_falsely_said_to_
     assert not [one for one in found if one.predicted <= room[one.name] < one.published]
 
 
+def test_a_published_figure_below_nothing_is_no_figure(tmp_path: Path) -> None:
+    rows = [row for row in ROWS if row["tier"] == "A"][:3]
+    bad = {**rows[0], "tok_s_chip": "-5", "d_tok_s_chip": "", "step_time_s": "-2"}
+    assert score_file(write(tmp_path, [bad, *rows[1:]]))["overall"]["n"] == 2
+
+
+def test_a_model_that_a_table_does_not_describe_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bare.csv"
+    path.write_text("chip,model,tok_s_chip\nH100,UnknownNet,500\n")
+    (why,) = score_file(path)["refused"].values()
+    assert why.startswith("'row 1': the model 'UnknownNet' is not known")
+
+
 def test_a_wrong_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="allowed: train, inference"):
         score_file(DATA / "runs.csv", "trian")

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from bascule.errors import RecipeError
 from bascule.plan.ask import parse_serve
 from bascule.plan.catalogue import find_chip
+from bascule.plan.fit import DATA
 from bascule.plan.models import model_named
+from bascule.plan.runs_table import read_rows
 from bascule.plan.service_price import price_service
-from bascule.plan.serving import ServeConstants, Serving, decoding_share, rate, step_s, token_s
+from bascule.plan.serving import (
+    SOFTWARE_TODAY,
+    ServeConstants,
+    Serving,
+    chosen_batch,
+    decoding_share,
+    memory_batch,
+    rate,
+    step_s,
+    token_s,
+)
+from bascule.plan.serving_table import serving_of, software_date
 
 C = ServeConstants()
 LONG = Serving(
@@ -48,3 +63,48 @@ def test_a_windows_layers_cache_no_more_than_the_window() -> None:
         model_named("gemma-3-27b"), parse_serve("H20, 4k in, 1k out, 50 ms"), pue=1.3
     )
     assert served.cache_gb < 96
+
+
+@pytest.mark.parametrize("chip", ["Ascend 910B", "H20"])
+def test_a_replica_without_room_for_a_cache_is_refused_with_one_that_has(chip: str) -> None:
+    shape = model_named("deepseek-v3")
+    with pytest.raises(RecipeError, match=r"leave no room .* take (\d+) chips or more") as refused:
+        price_service(shape, parse_serve(f"4 x {chip}, 4k in, 1k out, 50 ms"), pue=1.3)
+    found = re.search(r"take (\d+) chips", str(refused.value))
+    assert found
+    asked = parse_serve(f"{found[1]} x {chip}, 4k in, 1k out, 200 ms")
+    assert price_service(shape, asked, pue=1.3).cache_gb > 0
+
+
+def test_the_batch_at_a_limit_keeps_it_to_a_hair() -> None:
+    for milliseconds in (30, 60, 120, 400):
+        p = replace(LONG, tpot_s=milliseconds / 1e3)
+        batch = chosen_batch(p, C)
+        limit = max(p.tpot_s or 0.0, 1.5 * token_s(p, C, 1.0))
+        full = batch == pytest.approx(memory_batch(p))
+        assert full or token_s(p, C, batch) == pytest.approx(limit, rel=1e-5)
+
+
+def test_a_concurrency_that_tensor_parallelism_cannot_hold_is_served_with_attention_apart() -> None:
+    rows = {row["id"]: row for row in read_rows(DATA / "inference.csv")}
+    many = rows["ix-r1-b200-b200-vs-mi300x-3"]  # 557 sequences of 9,216 tokens
+    assert serving_of(many).split
+    assert not serving_of({**many, "batch_or_concurrency": "16"}).split
+    assert not serving_of({**many, "deployment": "agg TP8", "chips": "8"}).split
+
+
+@pytest.mark.parametrize(
+    ("row", "year"),
+    [({"phase": "MLPerf v5.1 offline"}, 2025.7), ({"source": "arXiv:2506.12708 Table 2"}, 2025.5),
+     ({"source": "lmsys.org 2025-05-05-large-scale-ep"}, 2025.4), ({"notes": "captured mid-2026"}, 2026.5), ({}, SOFTWARE_TODAY)],
+)  # fmt: skip
+def test_the_software_is_dated_by_the_rows_words(row: dict[str, str], year: float) -> None:
+    blank = dict.fromkeys(("framework", "phase", "source", "notes"), "")
+    assert software_date({**blank, **row}) == pytest.approx(year, abs=0.05)
+
+
+def test_a_replica_that_nobody_sized_has_room_for_a_cache() -> None:
+    shape = model_named("deepseek-v3")
+    for chip in ("A100-40", "TPU v5e"):  # dense parts on every chip fill small memories
+        found = price_service(shape, parse_serve(f"{chip}, 4k in, 1k out, 50 ms"), pue=1.3)
+        assert found.cache_gb > 0 and found.batch_per_chip > 0.1
