@@ -253,14 +253,14 @@ class Service:
                 param="model",
             )
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
+    def check_tokens(self, tokens: Sequence[int], param: str = "prompt") -> None:
         wrong = [token for token in tokens if not 0 <= token < self.tokenizer.vocab_size]
         if wrong:
             raise ApiError(
                 400,
                 f"Token {wrong[0]} does not exist; the vocabulary has {self.tokenizer.vocab_size} tokens.",
                 code="invalid_value",
-                param="prompt",
+                param=param,
             )
 
     def tokens(self, prompt: str | list[int]) -> list[int]:

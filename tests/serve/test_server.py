@@ -117,6 +117,8 @@ def test_what_is_wrong_is_told_with_the_field_that_is_wrong(server: Server) -> N
         status, answer = server.post("/v1/chat/completions", {**CHAT, **wrong})
         assert status == 400 and answer["error"]["param"] == param
         assert words in answer["error"]["message"]
+    wrong_token = server.post("/detokenize", {"tokens": [1, 9999]})[1]["error"]
+    assert wrong_token["param"] == "tokens" and "9999" in wrong_token["message"]
 
 
 def test_a_foreign_page_cannot_use_a_local_server(server: Server) -> None:
@@ -278,8 +280,10 @@ def test_a_chip_that_fails_is_left_and_no_answer_notices(
         version["chip"]["pool"] == "spare" and version["moves"] == 1 and why in version["trouble"]
     )
     records = read_ledger(frail.folder.ledger)
-    assert [record.pool for record in of_kind(records, PoolCondemned)] == ["frail"]
-    assert any(record.what == "serving chip failed" for record in of_kind(records, Warned))
+    condemned = of_kind(records, PoolCondemned)
+    assert [record.pool for record in condemned] == ["frail"] and why in condemned[0].reason
+    warned = [one.detail for one in of_kind(records, Warned) if one.what == "serving chip failed"]
+    assert len(warned) == 1 and why in warned[0], "the ledger says why, not only that it ended"
     assert frail.get("/health")[0] == 200
 
 
@@ -317,9 +321,9 @@ def test_a_chip_that_answers_wrong_without_a_sign_is_caught_by_the_audit(start: 
     )
     version = server.get("/version")[1]
     assert "audited answer" in version["trouble"] and version["chip"]["pool"] == "spare"
-    assert [
-        record.pool for record in of_kind(read_ledger(server.folder.ledger), PoolCondemned)
-    ] == ["liar"]
+    condemned = of_kind(read_ledger(server.folder.ledger), PoolCondemned)
+    assert [record.pool for record in condemned] == ["liar"]
+    assert "audited answer" in condemned[0].reason and "exit code" not in condemned[0].reason
 
 
 @pytest.mark.slow
