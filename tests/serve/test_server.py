@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -16,6 +17,7 @@ import pytest
 from bascule.errors import UsageError
 from bascule.ledger import of_kind, read_ledger
 from bascule.records import PoolCondemned, Warned
+from bascule.serve.hush import Hush
 from bascule.serve.server import bind
 from tests.serve.conftest import LARGE, Server, Start, wait_until
 
@@ -136,6 +138,22 @@ def test_bodies_over_the_limit_are_refused_with_and_without_a_length(server: Ser
 def test_garbage_on_the_wire_changes_nothing_for_others(server: Server) -> None:
     raw(server, b"\x00\xff garbage\r\n\r\n")
     assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 4})[0] == 200
+
+
+def test_what_any_client_can_make_the_log_say_is_said_once_and_counted() -> None:
+    hush = Hush(every_s=1000.0)
+
+    def passes(words: str) -> logging.LogRecord | None:
+        record = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, words, (), None)
+        return record if hush.filter(record) else None
+
+    garbage = "Invalid HTTP request received."
+    assert passes(garbage) is not None
+    assert [passes(garbage) for _ in range(5)] == [None] * 5
+    assert passes("another matter") is not None and passes("another matter") is not None
+    hush._every_s = 0.0
+    told = passes(garbage)
+    assert told is not None and "5 more" in told.getMessage()
 
 
 def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
