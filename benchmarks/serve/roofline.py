@@ -11,6 +11,7 @@ seconds of one thread; each figure is the best of `--rounds`.
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from bascule.config.model import ModelConfig
 from bascule.infer.batch import Batch
 from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
+from bascule.infer.score import divergence
 from bascule.model.existing import load
 from bascule.model.transformer import Transformer
 from bascule.model.weights import initialise
@@ -29,7 +31,7 @@ from bascule.model.weights import initialise
 sys.path.insert(0, str(Path(__file__).parent))
 from versus_llama_cpp import prompts, smollm2
 
-STEPS = 8
+STEPS, TOLD = 8, 100
 STREAM_NUMBERS = 1 << 26  # 256 MiB of fp32
 SQUARE = 1536
 BYTES = {"fp32": 4, "int8": 1}
@@ -52,7 +54,18 @@ def main() -> int:
             for context in map(int, options.contexts.split(",")):
                 for rows in map(int, options.batches.split(",")):
                     report(model, precision, context, rows, options.rounds, stream, square)
+            print(f"{precision}: {distance(model, precision):.1e} nats a token from fp32, on {TOLD} tokens that it says itself")  # fmt: skip
+    print(f"largest memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")  # fmt: skip
     return 0
+
+
+def distance(model: Transformer, precision: str) -> float:
+    batch = Batch(model, slots=1, length=TOLD + 1, eos_id=-1, pad_id=0, precision=precision, native=True)  # type: ignore[arg-type]  # fmt: skip
+    row = Row([1], Sampling(max_tokens=TOLD))
+    batch.join([[row]])
+    while batch.rows:
+        batch.step()
+    return divergence(batch.model, batch.reader, row.text)
 
 
 def report(
