@@ -99,6 +99,11 @@ class Broker:
         """Sequences in flight, waiting ones included."""
         return sum(len(ticket.open) for ticket in self.tickets.values())
 
+    @property
+    def limit(self) -> int:
+        """Sequences that may be in flight together."""
+        return int(self.about.get("slots", self._slots)) + self._max_queue
+
     async def start(self) -> None:
         """Open the first candidate that works. Raises DeviceFault when none does, UsageError when what was asked is at fault."""
         await self._open_next("start")
@@ -149,11 +154,10 @@ class Broker:
         """`form`: the keywords of the worker's Grammars.constraint. Raises Refused with 429 when the queue is full, 503 when no chip answers."""
         if self.state in ("down", "closed"):
             raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
-        limit = int(self.about.get("slots", self._slots)) + self._max_queue
-        if self.running + choices > limit:
+        if self.running + choices > self.limit:
             raise Refused(
                 429,
-                f"{self.running} sequences are in flight, {limit} are the limit of this server. Try again in a moment.",
+                f"{self.running} sequences are in flight, {self.limit} are the limit of this server. Try again in a moment.",
                 retry_after_s=1,
             )
         ticket = Ticket(

@@ -140,6 +140,22 @@ def test_garbage_on_the_wire_changes_nothing_for_others(server: Server) -> None:
     assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 4})[0] == 200
 
 
+def test_a_request_that_would_never_fit_is_refused_for_good(server: Server) -> None:
+    body = {"model": "tiny", "prompt": ["1+2"] * 200, "max_tokens": 1}
+    for words in ({}, {"max_tokens": 0, "echo": True, "logprobs": 1}):
+        status, answer = server.post("/v1/completions", {**body, **words})
+        assert status == 400 and answer["error"]["code"] == "too_many_prompts"
+    assert server.post("/v1/completions", {**body, "prompt": ["1+2"] * 90})[0] == 200
+
+
+def test_scoring_too_ends_at_the_servers_time_limit(start: Start) -> None:
+    hasty = start(serve={"timeout_s": 0.01})
+    body = {"model": "tiny", "prompt": ["1+2" * 30] * 90, "max_tokens": 0, "echo": True}
+    status, answer = hasty.post("/v1/completions", {**body, "logprobs": 1})
+    assert status == 504 and answer["error"]["code"] == "timeout"
+    assert hasty.get("/health")[0] == 200
+
+
 def test_what_any_client_can_make_the_log_say_is_said_once_and_counted() -> None:
     hush = Hush(every_s=1000.0)
 
