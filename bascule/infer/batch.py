@@ -19,7 +19,7 @@ from bascule.infer.linear import Precision
 from bascule.infer.row import Row
 from bascule.infer.runner import Runner
 from bascule.infer.sampling import Knobs
-from bascule.infer.speak import HOST, draw, speak
+from bascule.infer.speak import HOST, alike, draw, note, speak, suppose
 from bascule.model.pages import BLOCK
 from bascule.model.transformer import Transformer
 
@@ -73,7 +73,7 @@ class Batch:
         self._share = share and not reproducible
         self._tables = np.zeros((slots, blocks_for(length)), dtype=np.int64)
         self._read = np.zeros(slots, dtype=np.int64)
-        self._knobs: Knobs | None = None
+        self._knobs: dict[int, Knobs] = {}
         self._arrivals = 0
 
     @property
@@ -173,6 +173,8 @@ class Batch:
             row.read += 1
             row.unpaired = [hidden[at]] if row.unpaired else None
         self._read[:count] += 1
+        if ahead and all(alike(row) and row.read == row.size for row in rows):
+            return self._speak_twice(rows, ahead, guesses, logits, hidden)
         spoke = self._speak(rows, logits[:count])
         after = {rows[at]: number for number, at in enumerate(ahead, start=count)}
         right = [row for row in self.rows if row in after and row.token(row.read) == guesses[row]]
@@ -184,6 +186,28 @@ class Batch:
             row.unpaired = [*(row.unpaired or ()), hidden[after[row]]]
         self._read[: len(self.rows)] = [row.read for row in self.rows]
         return spoke + self._speak(right, logits[[after[row] for row in right]])
+
+    def _speak_twice(
+        self, rows: list[Row], ahead: list[int], guesses: dict[Row, int], logits_BV: Tensor, hidden_BD: Tensor
+    ) -> list[Row]:  # fmt: skip
+        """Draw the next token of all `rows` and the one after it of those at `ahead` in one go, which costs what one draw costs; keep
+        the second where the first is what was guessed."""
+        both = [*rows, *(rows[at] for at in ahead)]
+        drawn = draw(both, logits_BV.to(HOST), self._settings(both), ahead=len(ahead))
+        tokens, logprobs = drawn[0].tolist(), drawn[1].tolist()
+        note(rows, tokens[: len(rows)], logprobs[: len(rows)], self._eos_id)
+        spoke = list(rows)
+        for number, at in enumerate(ahead, start=len(rows)):
+            row = rows[at]
+            if row.finish is None and tokens[at] == guesses[row]:
+                row.read += 1
+                self._read[at] += 1
+                row.unpaired = [*(row.unpaired or ()), hidden_BD[number]]
+                note([row], [tokens[number]], [logprobs[number]], self._eos_id)
+                spoke.append(row)
+        self.kept += len(spoke) - len(rows)
+        self._drop_finished()
+        return spoke
 
     def _guess(self) -> dict[Row, int]:
         """The next token of the rows that may have two more, as the prediction layer sees it."""
@@ -208,11 +232,11 @@ class Batch:
             [row.token(slot) for row, slot in pairs],
             self._tables[places, : blocks_for(int(slots.max()) + 1)], slots, last,
         )  # fmt: skip
-        guesses, _ = draw(asking, logits_BV.to(HOST), self._settings(asking))
+        guesses = suppose(asking, logits_BV.to(HOST), self._settings(asking))
         self.guessed += len(asking)
         return {
             row: row.token(row.read + 1) if row.read + 1 < row.size else guess
-            for row, guess in zip(asking, guesses.tolist(), strict=True)
+            for row, guess in zip(asking, guesses, strict=True)
         }
 
     def _may_guess(self, row: Row) -> bool:
@@ -283,7 +307,7 @@ class Batch:
         self._tables[at] = 0
         self._tables[at, : len(row.blocks)] = row.blocks
         self._read[at] = row.read
-        self._knobs = None
+        self._knobs.clear()
 
     def _grow(self) -> None:
         """A block for every row whose last one is full, or would be with a guess; who arrived last gives way to the others."""
@@ -345,14 +369,15 @@ class Batch:
             self.rows[at] = self.rows[last]
             self._tables[at], self._read[at] = self._tables[last], self._read[last]
         self.rows.pop()
-        self._knobs = None
+        self._knobs.clear()
 
     def _settings(self, rows: list[Row]) -> Knobs:
-        if len(rows) != len(self.rows):
+        """Kept for all rows, and for all of them twice."""
+        if len(rows) not in (len(self.rows), 2 * len(self.rows)):
             return Knobs.of([row.sampling for row in rows], HOST)
-        if self._knobs is None:
-            self._knobs = Knobs.of([row.sampling for row in self.rows], HOST)
-        return self._knobs
+        if len(rows) not in self._knobs:
+            self._knobs[len(rows)] = Knobs.of([row.sampling for row in rows], HOST)
+        return self._knobs[len(rows)]
 
     def _check_length(self, row: Row) -> None:
         if not row.prompt:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bascule.infer.compiled import Matrix, Panels, compiled, laid
-from bascule.infer.linear import PanelLinear
+from bascule.infer.linear import LEAST_WEIGHTS, PanelLinear
 from bascule.model.attention import GroupedQueryAttention, LatentAttention
 from bascule.model.block import Block, PredictionLayer
 from bascule.model.moe import MoE
@@ -70,6 +70,7 @@ class Decoder:
     def __init__(self, model: Transformer, pages: Pages, ahead: Pages | None = None) -> None:
         self._width = model.config.hidden_size
         self._kept: list[object] = [pages, ahead]
+        self._coarse = False
         self._head = self._panels(model.lm_head)
         library = compiled()
         assert library is not None
@@ -79,6 +80,8 @@ class Decoder:
         self._trunk = self._model(model, blocks, pages, decoder.norm.weight)
         self._ahead: _Model | None = None
         if ahead is not None:
+            self._coarse = True
+            self._ahead_head = self._panels(model.lm_head)
             layer = model.mtp[0]
             assert isinstance(layer, PredictionLayer)
             self._ahead = self._model(model, [layer.block], ahead, layer.norm.weight)
@@ -100,7 +103,7 @@ class Decoder:
         """Append pairs in their slots; the logits of what follows those that `last` names."""
         assert self._ahead is not None
         ahead_ND = self._run(self._ahead, tokens_N, hidden_ND, tables_NM, slots_N - 1, first=1)
-        return self._head.product(ahead_ND[last])
+        return self._ahead_head.product(ahead_ND if len(last) == len(tokens_N) else ahead_ND[last])
 
     def _run(
         self, model: _Model, tokens: Sequence[int], before: Tensor | None, tables: NDArray[np.int64], read: NDArray[np.int64], *, first: int
@@ -188,11 +191,14 @@ class Decoder:
         return self._panels(linear).record
 
     def _panels(self, linear: nn.Module) -> Panels:
-        """The panels that a laid out matrix has already, or new ones."""
-        if isinstance(linear, PanelLinear):
+        """The panels that a laid out matrix has already, or new ones; of the prediction layer's large ones in int8, because a guess
+        need only be likely, and reading the head again in fp32 costs a large model a fifth of a step."""
+        assert isinstance(linear, nn.Linear | PanelLinear)
+        if self._coarse and linear.weight.numel() >= LEAST_WEIGHTS:
+            panels = PanelLinear(linear, torch.int8).panels
+        elif isinstance(linear, PanelLinear):
             panels = linear.panels
         else:
-            assert isinstance(linear, nn.Linear)
             panels = Panels.of(linear.weight, bias_N=linear.bias)
         self._kept.append(panels)
         return panels

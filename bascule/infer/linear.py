@@ -32,7 +32,10 @@ class PanelLinear(nn.Module):
     """y = x @ weight^T + bias through the compiled product, the weight in fp32 or as int8 with a scale a row. The plain weight stays:
     other parts of the model read it."""
 
-    def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, plain: nn.Linear | PanelLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias = plain.weight, plain.bias
         weight = plain.weight.detach()

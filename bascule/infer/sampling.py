@@ -52,6 +52,11 @@ class Knobs:
     top_p_B1: Tensor | None
     min_p_B1: Tensor | None
 
+    @property
+    def cuts(self) -> bool:
+        """Does any row leave unlikely tokens out?"""
+        return not (self.top_k_B1 is self.top_p_B1 is self.min_p_B1 is None)
+
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device) -> Knobs:
         def column(values: list[float], neutral: float) -> Tensor | None:
@@ -143,14 +148,12 @@ def _cut(probs_BV: Tensor, knobs: Knobs) -> Tensor:
 
 
 def _inverse_cdf(weights_BV: Tensor, uniform_B: Sequence[float]) -> Tensor:
-    """The first token whose cumulative weight exceeds uniform * total: never one of weight 0, whatever the rounding."""
+    """The first token whose cumulative weight exceeds uniform * total: never one of weight 0, whatever the rounding. On the host."""
     cumulative_BV = weights_BV.cumsum(dim=-1)
-    target_B = (
-        torch.as_tensor(np.asarray(uniform_B, dtype=np.float32), device=weights_BV.device)
-        * cumulative_BV[:, -1]
-    )
+    total_B = cumulative_BV[
+        :, -1
+    ].numpy()  # a call of numpy's costs a fifth of one of torch's, the bits are the same
+    target_B = np.asarray(uniform_B, dtype=np.float32) * total_B
     # fp32 rounding may lift the target to the total itself; the step below the total keeps the index inside the weights
-    target_B = torch.minimum(
-        target_B, torch.nextafter(cumulative_BV[:, -1], torch.zeros_like(target_B))
-    )
-    return torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+    target_B = np.minimum(target_B, np.nextafter(total_B, np.float32(0)))
+    return torch.searchsorted(cumulative_BV, torch.from_numpy(target_B)[:, None], right=True)[:, 0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +24,12 @@ def speak(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs, eos_id: int) -> 
     tokens_B, logprobs_B = draw(rows, logits_BV, knobs)
     if any(row.top is not None for row in rows):
         _note_top(rows, logits_BV, tokens_B)
-    for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
+    note(rows, tokens_B.tolist(), logprobs_B.tolist(), eos_id)
+
+
+def note(rows: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float], eos_id: int) -> None:  # fmt: skip
+    """What was drawn becomes what the rows said."""
+    for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
         row.said.append(token)
         row.logprobs.append(logprob)
         if token == eos_id:
@@ -35,16 +42,47 @@ def speak(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs, eos_id: int) -> 
             row.finish = "form" if row.trouble else row.finish
 
 
-def draw(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:
-    """What each row would say next and its log-probability, with the row's own random number, edits and grammar. Nothing is noted."""
-    if not bool(torch.isfinite(logits_BV.sum())):
+def alike(row: Row) -> bool:
+    """Does what it says next depend on its logits and its random number alone, and is no more asked of it?"""
+    return row.constraint is None and row.top is None and not row.sampling.edits_logits
+
+
+def draw(
+    rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs, *, ahead: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What each row would say next and its log-probability, with the row's own random number, edits and grammar. Nothing is noted.
+
+    The last `ahead` rows, which must be `alike`, draw the token after the next one.
+    """
+    if not math.isfinite(logits_BV.sum()):
         _refuse(rows, logits_BV)
-    uniform = (
-        [0.0] * len(rows) if knobs.all_greedy else [row.draws.at(len(row.said)) for row in rows]
-    )
+    uniform = [0.0] * len(rows)
+    if not knobs.all_greedy:
+        first = len(rows) - ahead
+        uniform = [row.draws.at(len(row.said) + (at >= first)) for at, row in enumerate(rows)]
     settings, said = [row.sampling for row in rows], [row.said for row in rows]
     extra = _forbid(rows, logits_BV, edits(settings, said, logits_BV.shape[1], HOST))
     return choose(logits_BV, knobs, uniform, extra)
+
+
+def suppose(rows: Sequence[Row], logits_BV: Tensor, knobs: Knobs) -> list[int]:
+    """What `draw` would say, up to rounding, for a guess, which is compared with what is drawn later: a third of the time, in numpy, where
+    every row is `alike` and nothing is cut off."""
+    if knobs.cuts or not all(map(alike, rows)):
+        return draw(rows, logits_BV, knobs)[0].tolist()  # type: ignore[no-any-return]
+    plain_BV = logits_BV.numpy()
+    best_B = plain_BV.argmax(1)
+    if knobs.all_greedy:
+        return best_B.tolist()  # type: ignore[no-any-return]
+    scaled_BV = (
+        plain_BV if knobs.temperature_B1 is None else plain_BV / knobs.temperature_B1.numpy()
+    )
+    sums_BV = np.exp(scaled_BV - scaled_BV.max(1, keepdims=True)).cumsum(1)
+    target_B = np.array([row.draws.at(len(row.said)) for row in rows], np.float32) * sums_BV[:, -1]
+    drawn_B = np.minimum((sums_BV <= target_B[:, None]).sum(1), sums_BV.shape[1] - 1)
+    if knobs.greedy_B is not None:
+        drawn_B = np.where(knobs.greedy_B.numpy(), best_B, drawn_B)
+    return drawn_B.tolist()  # type: ignore[no-any-return]
 
 
 def _note_top(rows: Sequence[Row], logits_BV: Tensor, tokens_B: Tensor) -> None:

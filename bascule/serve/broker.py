@@ -80,6 +80,7 @@ class Broker:
         self.audits = 0
         self.worst_audit = 0.0
         self._failed: set[int] = set()
+        self._sentence = ""  # why we end an engine that may still be alive
         self._deaths = self._crashes = 0
         self._suspects = Suspects(self._hand_over)
         self._at = 0
@@ -97,6 +98,11 @@ class Broker:
     def running(self) -> int:
         """Sequences in flight, waiting ones included."""
         return sum(len(ticket.open) for ticket in self.tickets.values())
+
+    @property
+    def limit(self) -> int:
+        """Sequences that may be in flight together."""
+        return int(self.about.get("slots", self._slots)) + self._max_queue
 
     async def start(self) -> None:
         """Open the first candidate that works. Raises DeviceFault when none does, UsageError when what was asked is at fault."""
@@ -148,11 +154,10 @@ class Broker:
         """`form`: the keywords of the worker's Grammars.constraint. Raises Refused with 429 when the queue is full, 503 when no chip answers."""
         if self.state in ("down", "closed"):
             raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
-        limit = int(self.about.get("slots", self._slots)) + self._max_queue
-        if self.running + choices > limit:
+        if self.running + choices > self.limit:
             raise Refused(
                 429,
-                f"{self.running} sequences are in flight, {limit} are the limit of this server. Try again in a moment.",
+                f"{self.running} sequences are in flight, {self.limit} are the limit of this server. Try again in a moment.",
                 retry_after_s=1,
             )
         ticket = Ticket(
@@ -277,6 +282,7 @@ class Broker:
             start_new_session=True,
         )
         there.close()
+        self._sentence = ""
         reader, self._writer = await asyncio.open_connection(sock=here, limit=LINE_LIMIT)
         try:
             first = await asyncio.wait_for(_next_message(reader), self._start_s)
@@ -339,14 +345,15 @@ class Broker:
                 await self._move(message["fault"]["message"], died=False)
                 return
             self._deliver(message)
-        if not reader.at_eof():
+        if not reader.at_eof() and not self._sentence:
             self._kill()  # alive, but what it wrote is no message: waiting for its end could take for ever
         if self.state != "closed":
             code = await self._process.wait() if self._process else None
             if code == CRASHED and self._crashes < CRASHES:
                 await self._restart_after_crash()
             else:
-                await self._move(f"the engine's process ended with exit code {code}", died=True)
+                ended = f"the engine's process ended with exit code {code}"
+                await self._move(self._sentence or ended, died=True)
 
     async def _watch(self) -> None:
         """An engine that owes tokens and is silent for too long is hung: end it, which `_listen` then sees."""
@@ -358,9 +365,13 @@ class Broker:
                 and time.monotonic() - self._heard_s > self._hang_s
                 and self._process
             ):
-                self.trouble = f"it said nothing for {self._hang_s:g} s"
-                self._failed.add(self._at)
-                self._kill()
+                self._end_for(f"it said nothing for {self._hang_s:g} s")
+
+    def _end_for(self, why: str) -> None:
+        """Leave the present chip for a reason of ours. `_listen` sees the end of its engine and moves on; the ledger gets this reason."""
+        self._sentence = why
+        self._failed.add(self._at)
+        self._kill()
 
     async def _restart_after_crash(self) -> None:
         """Our own exception in the engine (its traceback is on stderr): no chip is to blame, but a request may be."""
@@ -455,9 +466,9 @@ class Broker:
         self.worst_audit = max(self.worst_audit, worst)
         bound = self.audit_bound
         if worst > bound and moves == self.moves and self._process is not None:
-            self.trouble = f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({bound:.2g} is allowed)"
-            self._failed.add(self._at)
-            self._kill()  # `_listen` sees the end and moves on
+            self._end_for(
+                f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({bound:.2g} is allowed)"
+            )
 
     def _deliver(self, message: dict[str, Any]) -> None:
         self._heard_s = time.monotonic()

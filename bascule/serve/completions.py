@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bascule.data.tokenizer import Tokenizer
 from bascule.serve.bodies import CompletionBody
@@ -27,8 +27,13 @@ class CompletionRoute:
         self.service.check_model(body.model)
         if not body.prompts:
             raise ApiError(400, "The list of prompts is empty.", param="prompt")
+        self.service.check_count(len(body.prompts) * body.choices)
         if body.max_tokens == 0:
-            return await self._only_echo(body)
+            if not body.echo or body.stream:
+                raise ApiError(
+                    400, "max_tokens=0 is for echo=true without stream.", param="max_tokens"
+                )
+            return await self.service.whole(request, [], self._only_echo(body))
         asks: list[Ask] = []
         try:
             for prompt in body.prompts:
@@ -62,10 +67,8 @@ class CompletionRoute:
             "system_fingerprint": self.service.fingerprint,
         }
 
-    async def _only_echo(self, body: CompletionBody) -> Response:
+    async def _only_echo(self, body: CompletionBody) -> dict[str, Any]:
         """No token is asked for: the prompt comes back, scored if its log-probabilities are wanted."""
-        if not body.echo or body.stream:
-            raise ApiError(400, "max_tokens=0 is for echo=true without stream.", param="max_tokens")
         prompts = [self.service.tokens(prompt) for prompt in body.prompts]
         choices: list[dict[str, Any]] = []
         for tokens in prompts:
@@ -81,7 +84,7 @@ class CompletionRoute:
             )
         count = sum(map(len, prompts))
         counts = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
-        return JSONResponse({**self._envelope(), "choices": choices, "usage": counts})
+        return {**self._envelope(), "choices": choices, "usage": counts}
 
     async def _begin(
         self, body: CompletionBody, prompt: list[int], broker: Broker | None = None

@@ -133,7 +133,12 @@ class Bound:
 
     def trouble(self) -> str:
         """llguidance gives up on a grammar that grows too large, and one with characters that no token spells. It then allows the end."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return _first_words(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+def _first_words(error: object) -> str:
+    """Without the state of its parser, which llguidance appends for its makers."""
+    return str(error).partition("<state>")[0].strip()
 
 
 class _Vocabulary:

@@ -152,7 +152,7 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         body = await read(request, DetokenizeBody)
         self.service.check_model(body.model or self.service.model)
-        self.service.check_tokens(body.tokens)
+        self.service.check_tokens(body.tokens, "tokens")
         return JSONResponse({"prompt": self.service.tokenizer.decode(body.tokens)})
 
     async def embeddings(self, request: Request) -> Response:

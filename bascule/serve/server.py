@@ -34,6 +34,7 @@ from bascule.records import (
 )
 from bascule.serve.broker import Broker
 from bascule.serve.door import Door
+from bascule.serve.hush import hush
 from bascule.serve.inflight import Candidate
 from bascule.serve.openai import Renew, application
 from bascule.serve.renewal import Renewal
@@ -166,6 +167,7 @@ async def _serve(
             lifespan="off",
         )
     )
+    hush()
     await service.broker.start()
     try:
         chip = service.broker.about

@@ -123,11 +123,30 @@ class Service:
             )
         return room
 
+    def check_count(self, count: int) -> None:
+        """Raises ApiError for a request that would never fit, however long its client waits."""
+        limit = self.broker.limit
+        if count > limit:
+            raise ApiError(
+                400,
+                f"{count} answers were asked for in one request; this server has room for {limit}, those of others included. Send several requests.",
+                code="too_many_prompts",
+                param="prompt",
+            )
+
+    def _late(self) -> ApiError:
+        return ApiError(
+            504, f"The answer was not finished within {self.timeout_s:g} s.", code="timeout"
+        )
+
     async def score(
         self, prompt: list[int], top: int, broker: Broker | None = None
     ) -> list[list[tuple[int, float]]]:
         try:
-            return await (broker or self.broker).score(prompt, top)
+            async with asyncio.timeout(self.timeout_s):
+                return await (broker or self.broker).score(prompt, top)
+        except TimeoutError:
+            raise self._late() from None
         except Refused as error:
             raise ApiError(error.status, str(error), code="no_chip") from None
 
@@ -193,9 +212,7 @@ class Service:
                     yield Spoken(ask.first_choice + arrival.choice, arrival, piece, finish)
             self.metrics.observe("e2e_request_latency_seconds", time.monotonic() - start)
         except TimeoutError:
-            raise ApiError(
-                504, f"The answer was not finished within {self.timeout_s:g} s.", code="timeout"
-            ) from None
+            raise self._late() from None
         finally:
             for relay in relays:
                 relay.cancel()
@@ -213,13 +230,15 @@ class Service:
     async def whole(
         self, request: Request, asks: Sequence[Ask], answer: Coroutine[Any, Any, dict[str, Any]]
     ) -> Response:
-        """Wait for the answer, but not longer than the client does."""
+        """Wait for the answer, but not longer than the client does, nor than the server's limit."""
         working = asyncio.ensure_future(answer)
         leaving = asyncio.ensure_future(gone(request.receive))
         try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {working, leaving}, return_when=asyncio.FIRST_COMPLETED, timeout=self.timeout_s
+            )
             if not working.done():
-                raise ClientDisconnect
+                raise ClientDisconnect if leaving.done() else self._late()
             return JSONResponse(working.result())
         finally:
             working.cancel()
@@ -253,14 +272,14 @@ class Service:
                 param="model",
             )
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
+    def check_tokens(self, tokens: Sequence[int], param: str = "prompt") -> None:
         wrong = [token for token in tokens if not 0 <= token < self.tokenizer.vocab_size]
         if wrong:
             raise ApiError(
                 400,
                 f"Token {wrong[0]} does not exist; the vocabulary has {self.tokenizer.vocab_size} tokens.",
                 code="invalid_value",
-                param="prompt",
+                param=param,
             )
 
     def tokens(self, prompt: str | list[int]) -> list[int]:

@@ -49,14 +49,20 @@ def _api_key(file: str | None) -> str | None:
     """From the file, else from BASCULE_API_KEY, else none. Raises UsageError for an empty one: an open door by mistake."""
     if file is None:
         given = environment("BASCULE_API_KEY")
-        if given is not None and not given.strip():
-            raise UsageError(
-                "BASCULE_API_KEY is set and empty. Put the key into it, or unset it to serve without a key."
-            )
-        return given.strip() if given else None
-    key = Path(file).read_text(encoding="utf-8").strip()
+        return None if given is None else _checked(given, "BASCULE_API_KEY", "unset it to serve")
+    try:
+        text = Path(file).read_bytes().decode("latin-1")
+    except OSError as error:
+        raise UsageError(f"The key file '{file}' cannot be read ({error.strerror}).") from None
+    return _checked(text, f"The key file '{file}'", "leave --api-key-file out to serve")
+
+
+def _checked(text: str, where: str, instead: str) -> str:
+    key = text.strip()
     if not key:
+        raise UsageError(f"{where} is empty. Put the key into it, or {instead} without a key.")
+    if not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
-            f"The key file '{file}' is empty. Put the key on its first line, or leave --api-key-file out."
+            f"{where} must hold one key and nothing else, in printable ASCII without spaces: what a header can carry."
         )
     return key

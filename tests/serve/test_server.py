@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -16,6 +17,7 @@ import pytest
 from bascule.errors import UsageError
 from bascule.ledger import of_kind, read_ledger
 from bascule.records import PoolCondemned, Warned
+from bascule.serve.hush import Hush
 from bascule.serve.server import bind
 from tests.serve.conftest import LARGE, Server, Start, wait_until
 
@@ -117,6 +119,8 @@ def test_what_is_wrong_is_told_with_the_field_that_is_wrong(server: Server) -> N
         status, answer = server.post("/v1/chat/completions", {**CHAT, **wrong})
         assert status == 400 and answer["error"]["param"] == param
         assert words in answer["error"]["message"]
+    wrong_token = server.post("/detokenize", {"tokens": [1, 9999]})[1]["error"]
+    assert wrong_token["param"] == "tokens" and "9999" in wrong_token["message"]
 
 
 def test_a_foreign_page_cannot_use_a_local_server(server: Server) -> None:
@@ -134,6 +138,38 @@ def test_bodies_over_the_limit_are_refused_with_and_without_a_length(server: Ser
 def test_garbage_on_the_wire_changes_nothing_for_others(server: Server) -> None:
     raw(server, b"\x00\xff garbage\r\n\r\n")
     assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 4})[0] == 200
+
+
+def test_a_request_that_would_never_fit_is_refused_for_good(server: Server) -> None:
+    body = {"model": "tiny", "prompt": ["1+2"] * 200, "max_tokens": 1}
+    for words in ({}, {"max_tokens": 0, "echo": True, "logprobs": 1}):
+        status, answer = server.post("/v1/completions", {**body, **words})
+        assert status == 400 and answer["error"]["code"] == "too_many_prompts"
+    assert server.post("/v1/completions", {**body, "prompt": ["1+2"] * 90})[0] == 200
+
+
+def test_scoring_too_ends_at_the_servers_time_limit(start: Start) -> None:
+    hasty = start(serve={"timeout_s": 0.01})
+    body = {"model": "tiny", "prompt": ["1+2" * 30] * 90, "max_tokens": 0, "echo": True}
+    status, answer = hasty.post("/v1/completions", {**body, "logprobs": 1})
+    assert status == 504 and answer["error"]["code"] == "timeout"
+    assert hasty.get("/health")[0] == 200
+
+
+def test_what_any_client_can_make_the_log_say_is_said_once_and_counted() -> None:
+    hush = Hush(every_s=1000.0)
+
+    def passes(words: str) -> logging.LogRecord | None:
+        record = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, words, (), None)
+        return record if hush.filter(record) else None
+
+    garbage = "Invalid HTTP request received."
+    assert passes(garbage) is not None
+    assert [passes(garbage) for _ in range(5)] == [None] * 5
+    assert passes("another matter") is not None and passes("another matter") is not None
+    hush._every_s = 0.0
+    told = passes(garbage)
+    assert told is not None and "5 more" in told.getMessage()
 
 
 def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
@@ -278,8 +314,10 @@ def test_a_chip_that_fails_is_left_and_no_answer_notices(
         version["chip"]["pool"] == "spare" and version["moves"] == 1 and why in version["trouble"]
     )
     records = read_ledger(frail.folder.ledger)
-    assert [record.pool for record in of_kind(records, PoolCondemned)] == ["frail"]
-    assert any(record.what == "serving chip failed" for record in of_kind(records, Warned))
+    condemned = of_kind(records, PoolCondemned)
+    assert [record.pool for record in condemned] == ["frail"] and why in condemned[0].reason
+    warned = [one.detail for one in of_kind(records, Warned) if one.what == "serving chip failed"]
+    assert len(warned) == 1 and why in warned[0], "the ledger says why, not only that it ended"
     assert frail.get("/health")[0] == 200
 
 
@@ -317,9 +355,9 @@ def test_a_chip_that_answers_wrong_without_a_sign_is_caught_by_the_audit(start: 
     )
     version = server.get("/version")[1]
     assert "audited answer" in version["trouble"] and version["chip"]["pool"] == "spare"
-    assert [
-        record.pool for record in of_kind(read_ledger(server.folder.ledger), PoolCondemned)
-    ] == ["liar"]
+    condemned = of_kind(read_ledger(server.folder.ledger), PoolCondemned)
+    assert [record.pool for record in condemned] == ["liar"]
+    assert "audited answer" in condemned[0].reason and "exit code" not in condemned[0].reason
 
 
 @pytest.mark.slow

