@@ -14,8 +14,8 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, drift, sentinels, update
+from bascule.guard import audit, drift, host, sentinels, update
 from bascule.guard.budget import Intervals, Schedule
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
@@ -113,6 +113,7 @@ class Guard:
             ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
         )
         self._judged = False
+        self._spent: tuple[float, float] | None = None
         self._probation_until = self.book.probation_end()
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
 
@@ -154,12 +155,28 @@ class Guard:
             case "score":
                 return self._observer.score(model)
             case "commit":
-                return self._observer.commit(step, model, products=products)
+                return self._commit(step, model, products)
         part = None
         if self.audits(step):
             self._parts = self._parts or audit.parts(model)
             part = audit.turn(self._parts, step // self.every.audit)
         return self._observer.step(step, model, products=products, part=part)
+
+    @contextmanager
+    def _commit(self, step: int, model: nn.Module, products: bool) -> Iterator[None]:
+        """The update is part of what a step takes, and under checksums of what they cost: where the batch is small, the most of both.
+        The chip is waited for only while prices are being learned."""
+        if self.schedule.settled or self._spent is None:
+            with self._observer.commit(step, model, products=products):
+                yield
+            return
+        self.accelerator.synchronize()
+        start, withheld = time.perf_counter(), host.withheld_s()
+        with self._observer.commit(step, model, products=products):
+            yield
+        self.accelerator.synchronize()
+        took = time.perf_counter() - start - (host.withheld_s() - withheld)
+        self._price(step, max(0.0, took))
 
     # ---- judging
 
@@ -207,7 +224,7 @@ class Guard:
             self._observer.expected = update.expect(
                 proposal, stepper, self.referee, measure=measure
             )
-        self._price(proposal, time.perf_counter() - start)
+        self._spent = (self._own_seconds(proposal), time.perf_counter() - start)
         return True
 
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
@@ -244,17 +261,21 @@ class Guard:
             return False
         return self.accelerator.device.type != "cpu" or os.getloadavg()[0] <= (os.cpu_count() or 1)
 
-    def _price(self, proposal: StepProposal, audit_s: float) -> None:
-        """Learn what watching costs here."""
-        seconds = self._own_seconds(proposal)
+    def _price(self, step: int, commit_s: float) -> None:
+        """Learn what watching costs here, from the step that was judged last and the update that followed it."""
+        assert self._spent is not None
+        seconds, audit_s = self._spent
+        self._spent = None
         if self._observer.capture is not None:
             settled = self.schedule.learn(audit_s=audit_s)
+        elif not seconds:
+            return
         elif self._observer.checked:
-            settled = self.schedule.learn(checked_s=seconds)
+            settled = self.schedule.learn(checked_s=seconds + commit_s)
         else:
-            settled = self.schedule.learn(plain_s=seconds)
+            settled = self.schedule.learn(plain_s=seconds + commit_s)
         if settled:
-            self._tell_coverage(proposal.step)
+            self._tell_coverage(step)
 
     def _tell_coverage(self, step: int) -> None:
         self.book.coverage(step, self.every, len(self._parts), self.config.rule_out_rate)
