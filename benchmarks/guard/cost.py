@@ -4,9 +4,10 @@
 
 Both runs see the same batches, take the same snapshots (written beside the loop) and must have the same loss at every step, or the
 benchmark ends: only then are their times compared. CPU seconds of the process on a CPU, snapshot threads and certification
-included; wall time elsewhere. The seconds in the guard's own code are counted apart. The cost is the sum over all steps, so use whole rounds: 256 steps hold every kind of watched step
-at the defaults in its share (2 checked, 1 audited). Also prints how long the loop stood still for a snapshot, and what steps of each
-kind cost, by their medians: where there is no time for whole rounds their shares add up to the same.
+included; wall time elsewhere. The seconds in the guard's own code are counted apart. The cost is the sum over all steps, so use whole
+rounds: 512 steps hold every kind of watched step at the defaults in its share (4 checked, 1 audited). Also prints how long the loop stood still for a snapshot, and what steps of each
+kind cost, by their medians: where there is no time for whole rounds their shares add up to the same (`--cases each --warm-up 1 --steps 4`
+meets every kind).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ CASES = {
     "default": GuardConfig(),
     "64": GuardConfig(checksum_every_steps=64, audit_every_steps=256),
     "full": GuardConfig(budget_percent="full"),
+    "each": GuardConfig(checksum_every_steps=2, audit_every_steps=3),
 }
 
 
@@ -114,7 +116,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--sequences", type=int, help="per step; default: the recipe's")
     parser.add_argument("--warm-up", type=int, default=3, help="pairs of steps before it counts")
     parser.add_argument("--cases", default="default,64,full")
