@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -66,6 +65,16 @@ class Pending:
     path: Path
 
 
+@dataclass
+class Spent:
+    """Seconds of one step: its own forward and backward, and the judge's. `step_s` 0.0 where it is not known."""
+
+    step_s: float = 0.0
+    audit_s: float = 0.0
+    witness_s: float = 0.0
+    always_s: float = 0.0
+
+
 class Guard:
     """One per launch of a trainer. Implements train's Judge.
 
@@ -113,7 +122,7 @@ class Guard:
             ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
         )
         self._judged = False
-        self._spent: tuple[float, float] | None = None
+        self._spent: Spent | None = None
         self._probation_until = self.book.probation_end()
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
 
@@ -171,12 +180,11 @@ class Guard:
                 yield
             return
         self.accelerator.synchronize()
-        start, withheld = time.perf_counter(), host.withheld_s()
+        start = host.own_time_s()
         with self._observer.commit(step, model, products=products):
             yield
         self.accelerator.synchronize()
-        took = time.perf_counter() - start - (host.withheld_s() - withheld)
-        self._price(step, max(0.0, took))
+        self._price(step, max(0.0, host.own_time_s() - start))
 
     # ---- judging
 
@@ -190,6 +198,7 @@ class Guard:
             self._parts = self._parts or audit.parts(stepper.model)
             self._tell_coverage(proposal.step)
         self._judged = True
+        spent, start = Spent(self._own_seconds(proposal)), host.own_time_s()
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
         for cry in cries:
@@ -205,10 +214,12 @@ class Guard:
         suspicions += [
             self.book.suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
         ]
-        start = time.perf_counter()
+        begin = host.own_time_s()
         suspicions += self._audit(proposal)
+        spent.audit_s = host.own_time_s() - begin
         if not suspicions:
             self._count(proposal.step, products)
+        begin = host.own_time_s()
         if not suspicions and self._pending is not None:
             probe = self._probe(proposal, stepper)
             suspicions += self._witness(probe, stepper)
@@ -216,15 +227,19 @@ class Guard:
                 proposal, violations = probe.proposal, probe.violations
         if suspicions:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
+        spent.witness_s = host.own_time_s() - begin
         self._certify_due()
         self._accept(proposal, watch)
         self._observer.reach = stepper.reach(proposal)
         if self._observer.capture is not None:
-            measure = not self._same_kernels()
+            begin, measure = host.own_time_s(), not self._same_kernels()
             self._observer.expected = update.expect(
                 proposal, stepper, self.referee, measure=measure
             )
-        self._spent = (self._own_seconds(proposal), time.perf_counter() - start)
+            spent.audit_s += host.own_time_s() - begin
+        looked_s = spent.audit_s + spent.witness_s
+        spent.always_s = max(0.0, host.own_time_s() - start - looked_s)
+        self._spent = spent
         return True
 
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
@@ -264,17 +279,16 @@ class Guard:
     def _price(self, step: int, commit_s: float) -> None:
         """Learn what watching costs here, from the step that was judged last and the update that followed it."""
         assert self._spent is not None
-        seconds, audit_s = self._spent
-        self._spent = None
+        spent, self._spent = self._spent, None
+        step_s = spent.step_s and spent.step_s + commit_s - self._observer.own_s
+        kind = "plain_s"
         if self._observer.capture is not None:
-            settled = self.schedule.learn(audit_s=audit_s)
-        elif not seconds:
-            return
+            kind, step_s = "audit_s", spent.audit_s
         elif self._observer.checked:
-            settled = self.schedule.learn(checked_s=seconds + commit_s)
-        else:
-            settled = self.schedule.learn(plain_s=seconds + commit_s)
-        if settled:
+            kind = "checked_s"
+        always_s = spent.always_s + self._observer.own_s
+        prices = {kind: step_s, "always_s": always_s, "witness_s": spent.witness_s}
+        if self.schedule.learn(**prices):
             self._tell_coverage(step)
 
     def _tell_coverage(self, step: int) -> None:

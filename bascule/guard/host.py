@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 SCHEDULER = Path("/proc/thread-self/schedstat")
@@ -22,6 +23,11 @@ def withheld_s() -> float:
         return int(_open.file.read().split()[1]) * 1e-9
     except (OSError, IndexError, ValueError):
         return 0.0
+
+
+def own_time_s() -> float:
+    """A clock that stands still while the host withholds this thread: for differences only."""
+    return time.perf_counter() - withheld_s()
 
 
 def withheld_from_s(pid: int) -> float:

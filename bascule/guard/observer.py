@@ -51,6 +51,7 @@ class Observer:
         self._kept: tuple[int, Kept] | None = None
         self._moved: tuple[int, Tensor, Tensor] | None = None
         self.withheld_s, self.paged = 0.0, False
+        self.own_s = 0.0
 
     # ---- looking
 
@@ -73,7 +74,7 @@ class Observer:
             if part is not None:
                 self.capture = stack.enter_context(audit.capturing(part, step))
             if products:
-                self._step = Checksums(names=self._names_of(model))
+                self._step = Checksums(names=self._names_of(model), turn=step)
                 stack.enter_context(self._step)  # type: ignore[arg-type]
             before, pages = host.withheld_s(), host.pages_fetched()
             yield
@@ -83,20 +84,24 @@ class Observer:
     @contextmanager
     def commit(self, step: int, model: nn.Module, *, products: bool) -> Iterator[None]:
         """The update's own products (Muon's iteration). A wrong one is found after the weights have changed, so it is judged
-        with the next step, and leads to a rollback."""
+        with the next step, and leads to a rollback. `own_s`: seconds of it in our own passes over the weights."""
+        begin = host.own_time_s()
         follows = self._moved is not None and self._moved[0] == step - 1
         before = self._moved[2] if self._moved and follows else self._look_at(model)[1]
+        self.own_s = host.own_time_s() - begin
         if not products:
             yield
         else:
-            mode = Checksums(names=self._names_of(model))
+            mode = Checksums(names=self._names_of(model), turn=step)
             self._commit = (step, mode)
             with mode:
                 yield
+        begin = host.own_time_s()
         bits, lengths = self._look_at(model)
         self._bits, self._moved = (step + 1, bits), (step, before, lengths)
         if products or step % KEPT_EVERY == 0:
             self._kept = (step + 1, Kept(self.kept(), self._kept and self._kept[1]))
+        self.own_s += host.own_time_s() - begin
 
     def accepted(self) -> None:
         """The step will commit: the weights change now, and nobody holds them to their old bits."""
