@@ -2,7 +2,7 @@
 
 A checksum holds a row to the most that right rounding can do, so an error of a few roundings in every output stays under its bound for
 ever, and trains on. Its average does not: held to what adding one term after the other in fp32 costs (no right chip adds less exactly),
-some ten thousand outputs a step tell an accumulator of 18 mantissa bits from one of 24 in a single step, where one output cannot.
+some ten thousand outputs a step tell an accumulator of 18 mantissa bits from one of 23 in a single step, where one output cannot.
 
     sum of k terms t, partial sums s:  mean square error  <=  u^2 / 3 (s_1^2 + ... + s_k^2 + c^2),   u = 2^-24
 

@@ -57,7 +57,9 @@ def test_nobody_begins_anew_in_a_deleted_folder_before_its_supervisor_has_notice
 def test_a_supervisor_that_was_killed_in_a_deleted_folder_keeps_nobody_out(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "r")
     first = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(folder.root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert first.stdout is not None and first.stdout.readline() == b"held\n"
     shutil.rmtree(folder.root)
