@@ -105,7 +105,7 @@ def _partial_sums(terms: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
     count = terms.shape[-1]
     reach = terms.square().sum(-1) * (count / 2)
     whole = count - count % LANES
-    lanes = terms[..., :whole].unflatten(-1, (whole // LANES, LANES)).cumsum(-2)
+    lanes = terms[..., :whole].reshape(*terms.shape[:-1], whole // LANES, LANES).cumsum(-2)
     reach = torch.maximum(reach, lanes.square_().sum((-2, -1)))
     forward = terms.cumsum(-1)
     total = forward[..., -1].clone()
