@@ -64,7 +64,7 @@ class GuardConfig(Section):
     audit_every_steps: int | None = Field(
         None,
         ge=1,
-        description="replay one rotating layer of every n-th step on the referee; unset: as the budget allows, every 256th until its prices are known",
+        description="replay one rotating layer of every n-th step on the referee; unset: as the budget allows, every 512th until its prices are known",
     )
     certify_sequences: int = Field(
         8,

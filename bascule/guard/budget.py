@@ -7,15 +7,19 @@ audit by the clock), so the same recipe watches more closely on a chip where wat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 from bascule.config.trust import GuardConfig
 from bascule.guard.candidates import products_needed
 
-CHECKSUM_SHARE, AUDIT_SHARE = 0.4, 0.2
-"""Of the budget. Checksums see every product of a step, an audit one part of the model. The rest is for what is always on and for the
-witnesses of snapshots: the whole guard is to keep within its budget wherever a step is long."""
+CHECKSUM_SHARE = 2 / 3
+"""Of what looking may cost, the rest is for audits. Checksums see every product of a step, an audit one part of the model."""
+
+AIM = 0.9
+MOST, LEAST = 0.6, 0.4
+"""The whole guard aims at this share of its budget. What is always on and the witnesses of snapshots come first, looking gets what they leave,
+between these shares: where the rest is dear (a small model on a CPU) the budget is exceeded rather than the run left unwatched."""
 
 PLAIN_STEPS, CHECKED_STEPS, AUDITS = 5, 3, 2
 """Prices that are needed before intervals follow from them: one that a busy machine blurred would hold for the whole launch."""
@@ -31,20 +35,33 @@ class Intervals:
     audit: int
 
 
-FIRST = Intervals(128, 256)
-"""Until the prices are known: on a small model on a CPU, the dearest there is, some 1 % of the step time."""
+FIRST = Intervals(128, 512)
+"""Until the prices are known: on a small model on a CPU, the dearest there is, some 0.8 % of the step time. An audit does a whole update
+again, so where the batch is small it doubles its step whatever the model's size: every 512th keeps to its share of the default."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds seen so far: unwatched steps, steps under checksums, audits' own time."""
+    """Seconds seen so far: unwatched steps, steps under checksums, audits' own time, what is always on; and of the witnesses of
+    snapshots altogether, in `steps` steps."""
 
     plain_s: tuple[float, ...] = ()
     checked_s: tuple[float, ...] = ()
-    audit_s: tuple[float, ...] = field(default=())
+    audit_s: tuple[float, ...] = ()
+    always_s: tuple[float, ...] = ()
+    witnesses_s: float = 0.0
+    steps: int = 0
 
     def plain(self, seconds: float) -> Measured:
         return replace(self, plain_s=(*self.plain_s, seconds)[-32:])
+
+    def always(self, seconds: float, witness_s: float) -> Measured:
+        return replace(
+            self,
+            always_s=(*self.always_s, seconds)[-32:],
+            witnesses_s=self.witnesses_s + witness_s,
+            steps=self.steps + 1,
+        )
 
     def checked(self, seconds: float) -> Measured:
         return replace(self, checked_s=(*self.checked_s, seconds)[-8:])
@@ -65,10 +82,12 @@ def intervals(budget_percent: float, seen: Measured) -> Intervals:
     """The shortest intervals that keep to the budget. `seen` must be complete."""
     plain = median(seen.plain_s)
     checked = max(median(seen.checked_s) - plain, 0.0)
-    allowed = budget_percent / 100.0 * plain
+    budget = budget_percent / 100.0 * plain
+    rest = median(seen.always_s or (0.0,)) + seen.witnesses_s / max(1, seen.steps)
+    looking = min(max(AIM * budget - rest, LEAST * budget), MOST * budget)
     return Intervals(
-        _every(checked, allowed * CHECKSUM_SHARE),
-        _every(median(seen.audit_s), allowed * AUDIT_SHARE),
+        _every(checked, looking * CHECKSUM_SHARE),
+        _every(median(seen.audit_s), looking * (1 - CHECKSUM_SHARE)),
     )
 
 
@@ -88,10 +107,20 @@ class Schedule:
             config.audit_every_steps,
         )
 
-    def learn(self, *, plain_s: float = 0.0, checked_s: float = 0.0, audit_s: float = 0.0) -> bool:
-        """What one step cost, by its kind; True when the intervals were settled by that."""
+    def learn(
+        self,
+        *,
+        plain_s: float = 0.0,
+        checked_s: float = 0.0,
+        audit_s: float = 0.0,
+        always_s: float = 0.0,
+        witness_s: float = 0.0,
+    ) -> bool:
+        """What one step cost, by its kind, and what the guard took of it whatever its kind; True when the intervals were settled by
+        that."""
         if self.settled:
             return False
+        self._measured = self._measured.always(always_s, witness_s)
         if audit_s:
             self._measured = self._measured.audited(audit_s)
         elif checked_s:

@@ -3,7 +3,8 @@
 For C = A B and a fixed vector r, `C r` must equal `A (B r)` up to rounding. `Checksums` is a dispatch mode: every mm, addmm,
 bmm and baddbmm below it is checked, so the forward product and both backward products of a linear layer are covered without
 the model knowing. r has random signs and sizes: a vector of ones would not see swapped columns, nor rows that sum to zero by
-construction. The bound per row comes from numerics.checksum_bound (feasibility.md 6: 0 false alarms in 655,422 checks).
+construction. The bound per row comes from numerics.checksum_bound (feasibility.md 6: 0 false alarms in 655,422 checks). What stays below
+it but in every output, such as a narrower accumulator, is seen by how exact the products are on average (guard/spot).
 
 Fused attention, softmax and RMS norm are held to laws of their own (guard/attention, guard/invariants). Not covered: routing, rotation
 and other operators that have no law; audits and the replays at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule import draws, numerics
+from bascule.guard import spot
 from bascule.guard.attention import FUSED, attention_ratio
 from bascule.guard.invariants import LAWS, rms_norm_ratio
 
@@ -45,6 +47,10 @@ _CHECKED: dict[Any, tuple[int, int, int | None] | None] = {
 }
 
 
+TOGETHER = -1
+"""In the place of a product's number: no single one is wrong beyond its bound, all of a step are too inexact (guard/spot)."""
+
+
 @dataclass(frozen=True)
 class Violation:
     """One product that is wrong. `ratio` is the largest row's error over its bound (inf: not finite where it must be).
@@ -61,6 +67,8 @@ class Violation:
     ratio: float
 
     def __str__(self) -> str:
+        if self.op_index == TOGETHER:
+            return f"all products together are {self.ratio:.3g} times as inexact as sums in fp32 may be"
         m, k, n = self.shape
         where = f" of {self.name}" if self.name else ""
         return f"{self.op} #{self.op_index}{where} ({self.direction}, {m}x{k}x{n}): {self.ratio:.3g} times its bound"
@@ -91,15 +99,18 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
     """Enter inside the accelerator's session, around forward and backward; call `violations()` after leaving.
 
     `only`: check a product only when `only(op_index)` says so (budgeted sampling). `keep`: keep the tensors of the first
-    wrong product; costs one wait per product, so only replays ask for it.
+    wrong product; costs one wait per product, so only replays ask for it. `turn`: which outputs are computed again (guard/spot); the step.
     """
 
     names: Mapping[int, str] = field(default_factory=dict)
     only: Callable[[int], bool] | None = None
     keep: bool = False
+    turn: int = 0
     kept: Product | None = None
     _checks: dict[int, _Check] = field(default_factory=dict)
     _laws: list[tuple[int, _Check]] = field(default_factory=list)
+    _samples: dict[int, spot.Sample] = field(default_factory=dict)
+    _squares: dict[int, Tensor] = field(default_factory=dict)
     _count: int = 0
 
     def __post_init__(self) -> None:
@@ -151,22 +162,40 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
         return len(self._checks)
 
     def violations(self) -> list[Violation]:
-        """All wrong products in the order they ran. Waits for the chip once."""
+        """All wrong products in the order they ran. Waits for the chip."""
         checks = sorted([*self._checks.items(), *self._laws], key=lambda one: one[0])
-        if not checks:
-            return []
-        ratios = torch.stack([check.ratio for _, check in checks]).tolist()
-        pairs = zip(checks, ratios, strict=True)
-        return [
+        found = [
             self._violation(index, check, ratio)
-            for (index, check), ratio in pairs
+            for (index, check), ratio in zip(checks, self._ratios(checks), strict=True)
             if not ratio <= 1.0
         ]
+        together = spot.ratio_of_all([*self._squares.values()])
+        if not found and not together <= 1.0:
+            found.append(Violation(TOGETHER, "products", "", "all together", (0, 0, 0), together))
+        return found
 
     def worst_ratio(self) -> float:
         """The largest error over its bound of all products and laws of the step: how much room the bound had."""
-        checks = [*self._checks.values(), *(check for _, check in self._laws)]
-        return max((float(check.ratio) for check in checks), default=0.0)
+        ratios = self._ratios([*self._checks.items(), *self._laws])
+        return max([*ratios, spot.ratio_of_all([*self._squares.values()])], default=0.0)
+
+    def _ratios(self, checks: Sequence[tuple[int, _Check]]) -> list[float]:
+        if not checks:
+            return []
+        told = torch.stack([check.ratio.double() for _, check in checks]).tolist()
+        products = (check is self._checks.get(index) for index, check in checks)
+        return [
+            self._ratio(index, ratio) if product else ratio
+            for (index, _), ratio, product in zip(checks, told, products, strict=True)
+        ]
+
+    def _ratio(self, index: int, ratio: float) -> float:
+        """Of a product's checksum, or of how exact it is: the worse."""
+        if index not in self._samples or not ratio <= 1.0:
+            return ratio
+        if index not in self._squares:
+            self._squares[index] = spot.squares(self._samples[index])
+        return max(ratio, spot.ratio_of_one(self._squares[index]))
 
     def _check(
         self,
@@ -182,17 +211,23 @@ class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
         if not output.is_floating_point() or output.numel() == 0 or left.numel() == 0:
             return
         addend = None if addend_at is None else _scaled(args[addend_at], kwargs.get("beta", 1))
-        ratio = product_ratio(left, right, output, addend, alpha=kwargs.get("alpha", 1))
+        alpha = kwargs.get("alpha", 1)
+        ratio = product_ratio(left, right, output, addend, alpha=alpha)
+        if (self.turn + index) % spot.EVERY == 0:
+            turn = self.turn + index // spot.EVERY
+            taken = spot.sample(left, right, output, addend, alpha=alpha, turn=turn)
+            if taken is not None:
+                self._samples[index] = taken
         shape = (left.shape[-2], left.shape[-1], right.shape[-1])
         storages = (left.untyped_storage().data_ptr(), right.untyped_storage().data_ptr())
         check = _Check(
             func.overloadpacket.__name__, shape, torch._C._current_autograd_node(), storages, ratio
         )
         self._checks[index] = check
-        if self.keep and self.kept is None and not float(ratio) <= 1.0:
+        if self.keep and self.kept is None and not self._ratio(index, float(ratio)) <= 1.0:
             tensors = [x.detach().cpu().clone() for x in (left, right, output)]
             kept_addend = None if addend is None else addend.detach().cpu().clone()
-            violation = self._violation(index, check, float(ratio))
+            violation = self._violation(index, check, self._ratio(index, float(ratio)))
             self.kept = Product(violation, tensors[0], tensors[1], kept_addend, tensors[2])
 
     def _check_attention(

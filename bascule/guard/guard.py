@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
-from bascule.guard import audit, drift, sentinels, update
+from bascule.guard import audit, drift, host, sentinels, update
 from bascule.guard.budget import Intervals, Schedule
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
@@ -64,6 +63,16 @@ class Pending:
 
     step: int
     path: Path
+
+
+@dataclass
+class Spent:
+    """Seconds of one step: its own forward and backward, and the judge's. `step_s` 0.0 where it is not known."""
+
+    step_s: float = 0.0
+    audit_s: float = 0.0
+    witness_s: float = 0.0
+    always_s: float = 0.0
 
 
 class Guard:
@@ -113,6 +122,7 @@ class Guard:
             ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
         )
         self._judged = False
+        self._spent: Spent | None = None
         self._probation_until = self.book.probation_end()
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
 
@@ -154,12 +164,27 @@ class Guard:
             case "score":
                 return self._observer.score(model)
             case "commit":
-                return self._observer.commit(step, model, products=products)
+                return self._commit(step, model, products)
         part = None
         if self.audits(step):
             self._parts = self._parts or audit.parts(model)
             part = audit.turn(self._parts, step // self.every.audit)
         return self._observer.step(step, model, products=products, part=part)
+
+    @contextmanager
+    def _commit(self, step: int, model: nn.Module, products: bool) -> Iterator[None]:
+        """The update is part of what a step takes, and under checksums of what they cost: where the batch is small, the most of both.
+        The chip is waited for only while prices are being learned."""
+        if self.schedule.settled or self._spent is None:
+            with self._observer.commit(step, model, products=products):
+                yield
+            return
+        self.accelerator.synchronize()
+        start = host.own_time_s()
+        with self._observer.commit(step, model, products=products):
+            yield
+        self.accelerator.synchronize()
+        self._price(step, max(0.0, host.own_time_s() - start))
 
     # ---- judging
 
@@ -173,6 +198,7 @@ class Guard:
             self._parts = self._parts or audit.parts(stepper.model)
             self._tell_coverage(proposal.step)
         self._judged = True
+        spent, start = Spent(self._own_seconds(proposal)), host.own_time_s()
         seen = self._seen(proposal)
         watch, cries = self._watch.fold(seen)
         for cry in cries:
@@ -188,10 +214,12 @@ class Guard:
         suspicions += [
             self.book.suspect(proposal.step, "checksum", v.ratio, str(v)) for v in violations[:1]
         ]
-        start = time.perf_counter()
+        begin = host.own_time_s()
         suspicions += self._audit(proposal)
+        spent.audit_s = host.own_time_s() - begin
         if not suspicions:
             self._count(proposal.step, products)
+        begin = host.own_time_s()
         if not suspicions and self._pending is not None:
             probe = self._probe(proposal, stepper)
             suspicions += self._witness(probe, stepper)
@@ -199,15 +227,19 @@ class Guard:
                 proposal, violations = probe.proposal, probe.violations
         if suspicions:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
+        spent.witness_s = host.own_time_s() - begin
         self._certify_due()
         self._accept(proposal, watch)
         self._observer.reach = stepper.reach(proposal)
         if self._observer.capture is not None:
-            measure = not self._same_kernels()
+            begin, measure = host.own_time_s(), not self._same_kernels()
             self._observer.expected = update.expect(
                 proposal, stepper, self.referee, measure=measure
             )
-        self._price(proposal, time.perf_counter() - start)
+            spent.audit_s += host.own_time_s() - begin
+        looked_s = spent.audit_s + spent.witness_s
+        spent.always_s = max(0.0, host.own_time_s() - start - looked_s)
+        self._spent = spent
         return True
 
     def _accept(self, proposal: StepProposal, watch: Watch) -> None:
@@ -244,17 +276,20 @@ class Guard:
             return False
         return self.accelerator.device.type != "cpu" or os.getloadavg()[0] <= (os.cpu_count() or 1)
 
-    def _price(self, proposal: StepProposal, audit_s: float) -> None:
-        """Learn what watching costs here."""
-        seconds = self._own_seconds(proposal)
+    def _price(self, step: int, commit_s: float) -> None:
+        """Learn what watching costs here, from the step that was judged last and the update that followed it."""
+        assert self._spent is not None
+        spent, self._spent = self._spent, None
+        step_s = spent.step_s and spent.step_s + commit_s - self._observer.own_s
+        kind = "plain_s"
         if self._observer.capture is not None:
-            settled = self.schedule.learn(audit_s=audit_s)
+            kind, step_s = "audit_s", spent.audit_s
         elif self._observer.checked:
-            settled = self.schedule.learn(checked_s=seconds)
-        else:
-            settled = self.schedule.learn(plain_s=seconds)
-        if settled:
-            self._tell_coverage(proposal.step)
+            kind = "checked_s"
+        always_s = spent.always_s + self._observer.own_s
+        prices = {kind: step_s, "always_s": always_s, "witness_s": spent.witness_s}
+        if self.schedule.learn(**prices):
+            self._tell_coverage(step)
 
     def _tell_coverage(self, step: int) -> None:
         self.book.coverage(step, self.every, len(self._parts), self.config.rule_out_rate)

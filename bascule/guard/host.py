@@ -1,10 +1,11 @@
-"""What the host took away from this thread, so that a loaded machine is not mistaken for a slow chip. The system's own counts."""
+"""What the host took away from a thread, so that a loaded machine is not mistaken for a slow chip. The system's own counts."""
 
 from __future__ import annotations
 
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 SCHEDULER = Path("/proc/thread-self/schedstat")
@@ -20,6 +21,19 @@ def withheld_s() -> float:
             _open.file, _open.of = SCHEDULER.open("rb", buffering=0), (SCHEDULER, os.getpid())
         _open.file.seek(0)
         return int(_open.file.read().split()[1]) * 1e-9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def own_time_s() -> float:
+    """A clock that stands still while the host withholds this thread: for differences only."""
+    return time.perf_counter() - withheld_s()
+
+
+def withheld_from_s(pid: int) -> float:
+    """The same of another process's main thread, which drives it. 0.0 where the system does not tell, or the process is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
     except (OSError, IndexError, ValueError):
         return 0.0
 

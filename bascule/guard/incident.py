@@ -28,6 +28,7 @@ from bascule import numerics
 from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import SnapshotError
 from bascule.folder import write_atomic, write_json_atomic
+from bascule.guard import spot
 from bascule.guard.checksum import Product, product_ratio
 from bascule.tensors import save_tensors
 
@@ -137,9 +138,11 @@ def replay_product(folder: Path, accelerator: Accelerator) -> tuple[float, float
         accelerator.synchronize()
     here = output.cpu()
     right = found["left"].double() @ found["right"].double()
-    return float(product_ratio(found["left"], found["right"], here)), numerics.scale_free_error(
-        here, right
-    )
+    ratio = float(product_ratio(found["left"], found["right"], here))
+    taken = spot.sample(found["left"], found["right"], here)
+    if taken is not None:
+        ratio = max(ratio, spot.ratio_of_one(spot.squares(taken)))
+    return ratio, numerics.scale_free_error(here, right)
 
 
 def replay_incident(

@@ -139,12 +139,6 @@ def _differs(source: Tensor, copy: Tensor) -> Tensor:
     return ((cast != copy) & (cast == cast)).any()
 
 
-@torch.no_grad()
-def lengths(parameters: Sequence[Tensor]) -> Tensor:
-    """(P,) 2-norms, in one call and without a wait."""
-    return torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters))])
-
-
 def overreach(
     before: Tensor, after: Tensor, reach: Mapping[str, tuple[float, float]], names: Sequence[str]
 ) -> tuple[str, float] | None:

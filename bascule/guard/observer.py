@@ -7,7 +7,6 @@ the guard's to say (guard/guard).
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bascule.guard import audit, host, invariants, update
+from bascule.guard.bits import Kept, Survey, changed
 from bascule.guard.checksum import Checksums, Violation, parameter_names
 
 KEPT_EVERY = 8
@@ -33,28 +33,6 @@ class Break:
     bound: float = 1.0
 
 
-class Kept:
-    """The bits of tensors that nobody may write to until the next commit. Holds the tensors, so that a new phase's optimizer cannot
-    come to lie where the old one's was and be taken for it."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], before: Kept | None) -> None:
-        self._names, self._tensors = list(tensors), list(tensors.values())
-        same = before is not None and before._are(self._tensors)
-        self._words: list[Tensor] = (
-            before._words if before and same else [update.words(t) for t in self._tensors]
-        )
-        self._bits = update.word_sums(self._words) if self._words else None
-
-    def rotten(self, now: Mapping[str, Tensor]) -> str | None:
-        """The tensor whose bits changed, or None; also where these are other tensors by now."""
-        if self._bits is None or not self._are(list(now.values())):
-            return None
-        return update.changed(self._bits, update.word_sums(self._words), self._names)
-
-    def _are(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-
-
 class Observer:
     """Of one model on one chip. A step's looks are dropped when the next step begins."""
 
@@ -64,7 +42,7 @@ class Observer:
         self.reach: Mapping[str, tuple[float, float]] = {}
         self._names: tuple[int, dict[int, str]] = (0, {})
         self._parameters: tuple[int, dict[str, nn.Parameter]] = (0, {})
-        self._words: tuple[list[int], list[Tensor]] = ([], [])
+        self._survey: Survey | None = None
         self._step: Checksums | None = None
         self._score: Checksums | None = None
         self._commit: tuple[int, Checksums] | None = None
@@ -73,6 +51,7 @@ class Observer:
         self._kept: tuple[int, Kept] | None = None
         self._moved: tuple[int, Tensor, Tensor] | None = None
         self.withheld_s, self.paged = 0.0, False
+        self.own_s = 0.0
 
     # ---- looking
 
@@ -90,12 +69,12 @@ class Observer:
     ) -> Iterator[None]:
         self._step, self.capture = None, None
         if self._bits is None or self._bits[0] != step:
-            self._bits = (step, self._bits_of(model))
+            self._bits = (step, self._look_at(model)[0])
         with ExitStack() as stack:
             if part is not None:
                 self.capture = stack.enter_context(audit.capturing(part, step))
             if products:
-                self._step = Checksums(names=self._names_of(model))
+                self._step = Checksums(names=self._names_of(model), turn=step)
                 stack.enter_context(self._step)  # type: ignore[arg-type]
             before, pages = host.withheld_s(), host.pages_fetched()
             yield
@@ -105,20 +84,24 @@ class Observer:
     @contextmanager
     def commit(self, step: int, model: nn.Module, *, products: bool) -> Iterator[None]:
         """The update's own products (Muon's iteration). A wrong one is found after the weights have changed, so it is judged
-        with the next step, and leads to a rollback."""
+        with the next step, and leads to a rollback. `own_s`: seconds of it in our own passes over the weights."""
+        begin = host.own_time_s()
         follows = self._moved is not None and self._moved[0] == step - 1
-        before = self._moved[2] if self._moved and follows else self._lengths_of(model)
+        before = self._moved[2] if self._moved and follows else self._look_at(model)[1]
+        self.own_s = host.own_time_s() - begin
         if not products:
             yield
         else:
-            mode = Checksums(names=self._names_of(model))
+            mode = Checksums(names=self._names_of(model), turn=step)
             self._commit = (step, mode)
             with mode:
                 yield
-        self._bits = (step + 1, self._bits_of(model))
+        begin = host.own_time_s()
+        bits, lengths = self._look_at(model)
+        self._bits, self._moved = (step + 1, bits), (step, before, lengths)
         if products or step % KEPT_EVERY == 0:
             self._kept = (step + 1, Kept(self.kept(), self._kept and self._kept[1]))
-        self._moved = (step, before, self._lengths_of(model))
+        self.own_s += host.own_time_s() - begin
 
     def accepted(self) -> None:
         """The step will commit: the weights change now, and nobody holds them to their old bits."""
@@ -193,9 +176,8 @@ class Observer:
     def _rotten(self, step: int, model: nn.Module) -> list[Break]:
         if self._bits is None or self._bits[0] != step:
             return []
-        rotten = update.changed(
-            self._bits[1], self._bits_of(model), list(self._parameters_of(model))
-        )
+        now, _ = self._look_at(model)
+        rotten = changed(self._bits[1], now, list(self._parameters_of(model)))
         if rotten is None and self._kept is not None and self._kept[0] == step:
             rotten = self._kept[1].rotten(self.kept())
         if rotten is None:
@@ -215,16 +197,9 @@ class Observer:
             self._parameters = (id(model), dict(model.named_parameters()))
         return self._parameters[1]
 
-    def _bits_of(self, model: nn.Module) -> Tensor:
-        parameters = self._parameters_of(model).values()
-        places = [p.data_ptr() for p in parameters]
-        if self._words[0] != places:
-            if not all(
-                p.is_contiguous() for p in parameters
-            ):  # words of such a one are a copy, and would never change
-                return update.bit_sums(parameters)
-            self._words = (places, [update.words(p) for p in parameters])
-        return update.word_sums(self._words[1])
-
-    def _lengths_of(self, model: nn.Module) -> Tensor:
-        return invariants.lengths(list(self._parameters_of(model).values()))
+    def _look_at(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Bits and lengths of the present weights."""
+        parameters = list(self._parameters_of(model).values())
+        if self._survey is None or not self._survey.still_of(parameters):
+            self._survey = Survey(parameters)
+        return self._survey.look()

@@ -70,7 +70,7 @@ def again(
     modes: list[Checksums] = []
 
     def watch(step: int, phase: str, model: nn.Module) -> AbstractContextManager[None]:
-        modes.append(Checksums(names=parameter_names(model), keep=True))
+        modes.append(Checksums(names=parameter_names(model), keep=True, turn=step))
         return modes[-1]  # type: ignore[return-value]
 
     proposal = stepper.recompute(batch, accelerator, attempt, watch)

@@ -1,7 +1,7 @@
 """Do the ranks of one data-parallel run still agree, and who does not? One small all-gather a step; every rank gets the same answer.
 
     step and data cursor   equal on all ranks, else somebody skipped or repeated data
-    weights' bits          equal after every update (guard/update.bit_sums): replicas that drift apart are seen at once
+    weights' bits          equal after every update (guard/bits): replicas that drift apart are seen at once
     local gradients        each rank's own statistics, taken *before* the all-reduce; afterwards all ranks hold the same wrong
                            sum and a vote is blind
     the all-reduce         sum after = mean of the sums before: a collective that drops, repeats or alters data breaks it
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bascule import numerics
-from bascule.guard import update
+from bascule.guard.bits import bit_sums
 from bascule.guard.sentinels import median
 
 OUTLIER = 20.0
@@ -64,7 +64,7 @@ class Replicas:
         """What the ranks do not agree on in the step just computed; call it on every rank, before the optimizer's step.
 
         `cursor`: how much data was consumed; any number that must be equal everywhere."""
-        bits = update.bit_sums(model.parameters()).cpu()
+        bits = bit_sums(model.parameters()).cpu()
         weights = int((bits * torch.arange(1, len(bits) + 1)).sum())
         buckets = sorted(self._before)
         before = [self._before[i] for i in buckets]

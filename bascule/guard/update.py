@@ -5,14 +5,13 @@ the change of each tensor, not the tensor: an update is some thousandth of its w
 weights. The noise floor is the update's response to gradients moved by one unit in the last place (Muon's orthogonalisation
 magnifies noise in weak directions, so no fixed bound would fit all tensors).
 
-Between two updates nobody writes to the weights. `bit_sums` holds them to that at every step: memory that rots is seen before the
-step that would build on it commits.
+Between two updates nobody writes to the weights: guard/bits holds them to that at every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,30 +88,6 @@ def check(expected: Expected, model: nn.Module) -> WrongUpdate | None:
         if not error <= bound and (worst is None or error / bound > worst[0]):
             worst = error / bound, WrongUpdate(expected.step, name, error, bound)
     return None if worst is None else worst[1]
-
-
-@torch.no_grad()
-def bit_sums(parameters: Iterable[Tensor]) -> Tensor:
-    """One integer per parameter that changes when any bit of it flips: the sum of its words. On the chip, no wait, exact."""
-    return word_sums([words(p) for p in parameters])
-
-
-def word_sums(views: Iterable[Tensor]) -> Tensor:
-    return torch.stack([view.sum(dtype=torch.int64) for view in views])
-
-
-def words(parameter: Tensor) -> Tensor:
-    """The same bytes as integers: 8 at a time where they allow it, because sums of 64-bit words need no conversion."""
-    flat = parameter.detach().reshape(-1)
-    size = flat.element_size()
-    if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
-        return flat.view(torch.int64)
-    return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
-
-
-def changed(before: Tensor, now: Tensor, names: Sequence[str]) -> str | None:
-    """The first tensor whose bits are not those of `before` any more, though nothing should have written to it."""
-    return None if torch.equal(before, now) else names[int(before.ne(now).nonzero()[0])]
 
 
 def _rounding(expected: Expected, name: str) -> float:

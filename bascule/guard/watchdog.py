@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 from bascule import errors
+from bascule.guard import host
 from bascule.records import Attribution
 
 State = Literal["starting", "alive", "hung", "slow start"]
 STARTING = "starting"
 """Phase of the beats before a worker is at work: they may be `start_timeout_s` apart."""
+
+STARVED = 10.0
+"""So many times its limit a worker may be silent while the host runs others. A hung one may be ready to run all the while: spinning."""
 
 STACK_SIGNAL = signal.SIGUSR1
 
@@ -40,7 +44,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Health:
-    """The watchdog's answer. `silent_s`: seconds without progress."""
+    """The watchdog's answer. `silent_s`: seconds without progress, those in which the host ran others instead of it left out."""
 
     state: State
     silent_s: float
@@ -70,7 +74,8 @@ def read(path: Path) -> Beat | None:
 
 class Watchdog:
     """Watches one worker from its start. Silence is counted by this process's clock, so a wrong clock in the worker does not
-    matter. Beats of another pid (an earlier launch) are not progress."""
+    matter. Beats of another pid (an earlier launch) are not progress. Time in which it was ready and the host ran others is not
+    silence: on a crowded machine a worker of low priority may not get a second of a minute. `withheld_s` tells it, by pid."""
 
     def __init__(
         self,
@@ -79,11 +84,14 @@ class Watchdog:
         hang_timeout_s: float,
         start_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        withheld_s: Callable[[int], float] = host.withheld_from_s,
     ) -> None:
         self.path = path
         self.hang_timeout_s = hang_timeout_s
         self.start_timeout_s = start_timeout_s
         self._clock = clock
+        self._withheld_s = withheld_s
+        self._withheld_before = 0.0
         self._last: Beat | None = None
         self._last_change = clock()
 
@@ -92,7 +100,10 @@ class Watchdog:
         found, now = read(self.path), self._clock()
         if found is not None and found.pid == pid and found != self._last:
             self._last, self._last_change = found, now
+            self._withheld_before = self._withheld_s(pid)
         silent = now - self._last_change
+        starved = max(0.0, self._withheld_s(pid) - self._withheld_before)
+        silent = max(silent - starved, silent / STARVED)
         if self._last is None or self._last.phase == STARTING:
             if silent <= self.start_timeout_s:
                 return Health("starting", silent, "not at work yet")

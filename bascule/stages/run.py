@@ -6,7 +6,6 @@ was cut off, and a finished run says so and changes nothing.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from bascule.config.load import load_recipe, read_resolved
 from bascule.config.recipe import Recipe
@@ -29,7 +27,6 @@ from bascule.errors import (
     CheckFailed,
     Preempted,
     RecipeError,
-    UsageError,
 )
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, last, read_ledger
@@ -46,6 +43,7 @@ from bascule.records import (
 from bascule.report.story import summary
 from bascule.stages import origin, place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
+from bascule.stages.hold import sole_supervisor
 from bascule.train.store import check_url
 
 
@@ -63,7 +61,7 @@ def run(
     """Carry the run as far as it goes. Raises the error that ended it, after recording it. `stop_when` asks training to stop, as
     SIGTERM does: a drill looks at the folder half-way."""
     recipe = origin.resolve(recipe)
-    with _sole_supervisor(folder) as hold, _signals() as stop:
+    with sole_supervisor(folder) as hold, _signals() as stop:
         records = read_ledger(folder.ledger)
         refuse_changed_recipe(recipe, folder)
         if last(records, RunFinished):
@@ -154,48 +152,6 @@ def _finished(recipe: Recipe, folder: RunFolder, how: str) -> Answer:
     data = summary(records)
     text = f"{data['headline']}\nThe run {how}. Report: {folder.report}\nTalk to the model: bascule chat {folder.root}"
     return Answer(text=text, data=data)
-
-
-class _Hold:
-    """The folder's lock. The kernel drops it when the process dies, so a killed run never leaves a stale lock."""
-
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        self._path = path
-        self._file = file
-
-    def check(self) -> bool:
-        """Raises UsageError when the lock that is held is not the folder's any more; else False, so that it can stand in a condition."""
-        try:
-            ours = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
-        except FileNotFoundError:
-            ours = False
-        if not ours:
-            raise UsageError(
-                f"The run folder {self._path.parent} was deleted or replaced while process {os.getpid()} worked in it; it stops "
-                "and writes nothing more. Run the command again to begin anew."
-            )
-        return False
-
-
-@contextmanager
-def _sole_supervisor(folder: RunFolder) -> Iterator[_Hold]:
-    folder.root.mkdir(parents=True, exist_ok=True)
-    path = folder.root / "lock"
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(
-                f"The run folder {folder.root} is in use by process {file.read().strip() or 'unknown'}. "
-                "Wait for it, stop it (SIGTERM snapshots first), or give this run another --name."
-            ) from None
-        hold = _Hold(path, file)
-        hold.check()
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield hold
 
 
 class _Stop:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from statistics import median
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from bascule.guard.budget import (
 )
 from bascule.ledger import of_kind
 from bascule.records import Coverage
+from bascule.train.optimizer import SplitOptimizer
 
 
 @pytest.mark.parametrize("percent", [0.1, 1.0, 5.0, 100.0])
@@ -33,6 +37,39 @@ def test_the_intervals_cost_no_more_than_the_budget_and_no_shorter_ones_would(
         assert 0.4 / (every.checksum - 1) >= 0.4 * percent / 100 - 1e-9
     if every.audit > 1:
         assert 0.7 / (every.audit - 1) >= 0.2 * percent / 100 - 1e-9
+
+
+def test_what_is_always_on_and_witnesses_come_out_of_the_same_budget() -> None:
+    def cost(always_s: float, witnesses_s: float) -> tuple[float, float]:
+        seen = Measured(plain_s=(1.0,) * 5, checked_s=(1.4,) * 3, audit_s=(0.7,) * 2, always_s=(always_s,) * 5, witnesses_s=witnesses_s, steps=1000)  # fmt: skip
+        every = intervals(1.0, seen)
+        looking = 0.4 / every.checksum + 0.7 / every.audit
+        return looking, looking + always_s + witnesses_s / 1000
+
+    looking, whole = cost(0.0035, 1.0)
+    assert 0.0042 < looking <= 0.0045 and whole <= 0.009, "nine tenths of the budget in all"
+    assert cost(0.0, 0.0)[0] <= 0.006, "not more, however cheap the rest is"
+    looking, whole = cost(0.02, 0.5)
+    assert 0.0038 < looking <= 0.004 and whole > 0.02, "not less, however dear the rest is"
+
+
+def test_the_price_of_a_step_holds_its_update_and_the_guards_own_passes_are_counted(
+    tmp_path: Path, guarded: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = guarded.rig(tmp_path, config=GuardConfig())
+    update = SplitOptimizer.step
+
+    def slow(*given: Any, **named: Any) -> None:
+        time.sleep(0.2)
+        update(*given, **named)
+
+    monkeypatch.setattr(SplitOptimizer, "step", slow)
+    rig.run(4, every=2)
+    told = rig.guard.schedule._measured
+    assert min(told.plain_s) >= 0.2
+    assert len(told.always_s) == told.steps == 4 and min(told.always_s) > 0
+    assert median(told.always_s) < 0.2, "waiting for the update is not the guard's"
+    assert told.witnesses_s > 0, "of the snapshot after step 2"
 
 
 def test_detection_within_the_stated_steps_holds_in_simulation() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bascule.guard.bits import lengths
 from bascule.guard.checksum import Checksums
 from bascule.guard.invariants import (
     copied_ratio,
-    lengths,
     log_softmax_backward_ratio,
     log_softmax_ratio,
     overreach,

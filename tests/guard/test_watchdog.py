@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bascule import errors
-from bascule.guard import watchdog
+from bascule.guard import host, watchdog
 from bascule.guard.watchdog import Ending, Watchdog, classify_exit
 
 
@@ -26,7 +26,8 @@ class Clock:
 
 def watching(path: Path) -> tuple[Watchdog, Clock]:
     clock = Clock()
-    return Watchdog(path, hang_timeout_s=5, start_timeout_s=60, clock=clock), clock
+    given = {"hang_timeout_s": 5.0, "start_timeout_s": 60.0}
+    return Watchdog(path, **given, clock=clock, withheld_s=lambda _: 0.0), clock
 
 
 def beat_as(path: Path, pid: int, step: int, time_s: float = 0.0, phase: str = "sft") -> None:
@@ -53,6 +54,47 @@ def test_silence_at_work_is_a_hang_and_says_where(tmp_path: Path) -> None:
     clock.now += 5.1
     health = dog.judge(7)
     assert health.state == "hung" and "step 3 (sft)" in health.reason and health.must_end
+
+
+def test_a_worker_that_the_host_does_not_run_is_not_hung_but_one_that_spins_is_in_the_end(
+    tmp_path: Path,
+) -> None:
+    """Found by the campaign of kills at the lowest priority on a crowded machine: a trainer that got no second of a minute was ended as
+    hung at its first step, again and again."""
+    path, clock, withheld = tmp_path / "trainer.json", Clock(), Clock()
+    dog = Watchdog(path, hang_timeout_s=5, start_timeout_s=60, clock=clock, withheld_s=lambda _: withheld.now)  # fmt: skip
+    beat_as(path, 7, step=3)
+    assert dog.judge(7).state == "alive"
+    clock.now, withheld.now = clock.now + 40, withheld.now + 36
+    assert dog.judge(7).state == "alive"
+    beat_as(path, 7, step=4)
+    assert dog.judge(7).silent_s == 0
+    clock.now += 4.9
+    assert dog.judge(7).state == "alive", "what was withheld before the last beat counts no more"
+    clock.now += 0.2
+    assert dog.judge(7).state == "hung"
+    clock.now, withheld.now = clock.now + 45, withheld.now + 45
+    assert dog.judge(7).state == "hung", "ready all the while, for ten times its limit"
+
+
+def test_what_a_host_withholds_is_read_of_the_process_itself() -> None:
+    """Two processes that want the same core each wait for it about half the time."""
+    code = "import os\ntry:\n os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nexcept (AttributeError, OSError):\n pass\nwhile True: pass"
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not all(host.withheld_from_s(one.pid) > 0.05 for one in both):  # fmt: skip
+            time.sleep(0.05)
+        told = [host.withheld_from_s(one.pid) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+            one.wait()
+    if not Path("/proc/self/schedstat").exists():
+        assert told == [0.0, 0.0]
+    else:
+        assert all(one > 0.05 for one in told)
+    assert host.withheld_from_s(both[0].pid) == 0.0, "it is gone"
 
 
 def test_every_beat_is_progress_whatever_the_workers_clock_says(tmp_path: Path) -> None:
@@ -83,7 +125,7 @@ def test_half_a_file_reads_as_no_beat(tmp_path: Path) -> None:
 WORKER = """
 import sys, time
 from pathlib import Path
-from bascule.guard import watchdog
+from bascule.guard import host, watchdog
 watchdog.arm_stacks(Path(sys.argv[1]) / "stacks.txt")
 def stuck_in_a_collective():
     watchdog.beat(Path(sys.argv[1]) / "trainer.json", 1, "sft")
