@@ -16,7 +16,7 @@ demo: install        ## train, catch, move, prove, go on: under 10 minutes on 2 
 	$(BIN)/bascule run runs/demo.toml
 
 test: install        ## the tests: under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install    ## the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu'

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+LONG = (
+    "stages/test_exact_resume.py",
+    "stages/test_endings.py",
+    "test_tiny.py",
+    "stages/test_origin.py",
+    "qualify/test_truth_table.py",
+    "qualify/test_battery.py",
+    "place/test_decoder.py",
+    "serve/test_server.py",
+    "stages/test_whatever_happens.py",
+)
+"""Files of few, long tests. They go first: begun last, they keep one core busy for minutes while the other waits."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    rank = {here / name: at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))

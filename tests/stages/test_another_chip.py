@@ -106,7 +106,7 @@ def test_a_drill_plants_on_the_chip_that_trains_and_leaves_its_siblings_alone(
 ) -> None:
     path = tmp_path / "r.toml"
     path.write_text('[pools.gpu]\naccelerator = ["cuda:0", "cuda:1|cpu"]\n')
-    asked = SimpleNamespace(recipe=str(path), overrides=[])
+    asked = SimpleNamespace(recipe=str(path), overrides=[], all=False)
     planted = _planted(asked, "gpu-1", "zeroed", "r-drill")  # type: ignore[arg-type]
     assert [planted.pools[one].accelerator for one in planted.order] == [
         "cuda:0",
