@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,13 +33,16 @@ def recipe(*accelerators: str, asked: str = "auto") -> Recipe:
     )  # fmt: skip
 
 
-def planted() -> list[str]:
-    return [
-        f"sim:{name}{'' if severity == 'medium' else ':' + severity}@cpu"
+def planted() -> list[Any]:
+    """Every profile; at its other severities among the slow tests, because together they take most of a minute."""
+    medium = [f"sim:{name}@cpu" for name in profiles()]
+    others = [
+        f"sim:{name}:{severity}@cpu"
         for name in profiles()
         for severity in SEVERITIES
-        if severity == "medium" or getattr(load_profile(name), severity)
+        if severity != "medium" and getattr(load_profile(name), severity)
     ]
+    return [*medium, *(pytest.param(one, marks=pytest.mark.slow) for one in others)]
 
 
 UNMET = {
