@@ -161,7 +161,7 @@ class Placement(Record):
 
 
 class RolloutDecoder(Record):
-    """How the rollout engines of all pools decode, decided once (place/decoder.py), and why."""
+    """How the rollout engines of all pools decode, decided once (place/rollout_decoder.py), and why."""
 
     kind: Literal["rollout_decoder"] = "rollout_decoder"
     decoder: Literal["compiled", "operators"]

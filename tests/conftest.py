@@ -19,7 +19,6 @@ LONG = (
     "stages/test_origin.py",
     "qualify/test_truth_table.py",
     "qualify/test_battery.py",
-    "place/test_decoder.py",
     "serve/test_server.py",
     "stages/test_whatever_happens.py",
 )

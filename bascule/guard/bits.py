@@ -61,6 +61,11 @@ def compiled() -> ctypes.CDLL | None:
     return library
 
 
+def why_not() -> str:
+    """Why there is nothing compiled, "" where there is."""
+    return native.build(SOURCE).why
+
+
 @torch.no_grad()
 def lengths(tensors: Sequence[Tensor]) -> Tensor:
     """(P,) 2-norms, in one call and without a wait."""

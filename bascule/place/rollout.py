@@ -40,7 +40,7 @@ from bascule.infer.sequence import request_from_json
 from bascule.ledger import Ledger
 from bascule.model.transformer import Transformer
 from bascule.place import sync
-from bascule.place.decoder import decided
+from bascule.place.rollout_decoder import decided
 from bascule.records import RolloutReply, RolloutRequest
 
 IDLE_BEAT_S = 1.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from bascule.config.recipe import Recipe
 from bascule.fallback.policy import condemned
 from bascule.ledger import Ledger, last, of_kind
-from bascule.place.decoder import decided
 from bascule.place.placement import place
+from bascule.place.rollout_decoder import decided
 from bascule.records import Placement, RolloutDecoder, Verdict
 from bascule.stages.answer import say
 

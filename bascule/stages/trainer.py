@@ -34,7 +34,7 @@ from bascule.errors import (
 from bascule.fallback import verify
 from bascule.fallback.policy import condemned
 from bascule.folder import RunFolder
-from bascule.guard import watchdog
+from bascule.guard import bits, watchdog
 from bascule.guard.guard import REMEMBERED_BATCHES, Guard
 from bascule.guard.hindsight import led_to
 from bascule.ledger import Ledger, last, of_kind
@@ -135,7 +135,7 @@ class Trainer:
         self.accelerator.prepare(self.recipe.threads)
         if self.accelerator.fallback_note:
             self.ledger.warn("accelerator fallback", self.accelerator.fallback_note)
-        if self.accelerator.device.type == "cpu" and (why := kernels.why_not()):
+        if self.accelerator.device.type == "cpu" and (why := kernels.why_not() or bits.why_not()):
             self.ledger.warn("kernels fallback", f"PyTorch's operators are used where our own are faster: {why}")  # fmt: skip
         self.course: Course = course(self.recipe, open_or_own(folder.tokenizer))
         self.stepper = Stepper(

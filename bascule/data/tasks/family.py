@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bascule.data.tasks import datasets, gym
+from bascule.data.tasks import gym, gym_datasets
 from bascule.data.tasks.base import Options, Problem
 from bascule.errors import RecipeError, nearest
 
@@ -22,9 +22,9 @@ class Family:
 
     def __post_init__(self) -> None:
         try:
-            datasets.kind(self.family)
+            gym_datasets.kind(self.family)
         except KeyError:
-            names = datasets.names()
+            names = gym_datasets.names()
             raise RecipeError(
                 f"reasoning-gym has no family '{self.family}'; it has {len(names)}, among them chain_sum, gcd, maze, sudoku."
                 f"{nearest(self.family, names)}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from bascule import draws
 from bascule.data import chat
-from bascule.data.tasks import datasets, scorer
+from bascule.data.tasks import gym_datasets, scorer
 from bascule.data.tasks.base import Options, Problem
 from bascule.errors import RecipeError, nearest
 
@@ -47,7 +47,7 @@ def _entries(name: str, seed: int, size: int, settings: Mapping[str, Any]) -> It
     # reasoning-gym draws item i from Random(seed + i): neighbouring seeds would share almost all items, hence the hash.
     gym_seed = draws.key(seed, f"gym.{name}") >> (33 if name in _SMALL_SEEDS else 1)
     try:
-        dataset = datasets.create(name, seed=gym_seed, size=size, **settings)
+        dataset = gym_datasets.create(name, seed=gym_seed, size=size, **settings)
     except AssertionError as error:
         raise RecipeError(
             f"Task '{name}' refuses the options {dict(settings)}: {error}. Change data.tasks.options."
@@ -81,7 +81,7 @@ def settings(
 
     Raises RecipeError for a key that neither has, or a value whose type differs from the default's.
     """
-    gym_fields = {field.name for field in fields(datasets.kind(name)[1])} - {"seed", "size"}
+    gym_fields = {field.name for field in fields(gym_datasets.kind(name)[1])} - {"seed", "size"}
     allowed = sorted(gym_fields | set(own))
     for key in options:
         if key not in allowed:

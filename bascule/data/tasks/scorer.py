@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bascule.data.tasks import datasets
+from bascule.data.tasks import gym_datasets
 from bascule.data.tasks.base import Problem
 
 LIMIT_S = 5.0
@@ -75,4 +75,4 @@ def _limited() -> Iterator[None]:
 
 @functools.cache
 def _scorer(name: str) -> Any:
-    return datasets.create(name, seed=0, size=1)
+    return gym_datasets.create(name, seed=0, size=1)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bascule.data.tasks import datasets
+from bascule.data.tasks import gym_datasets
 
 ALONE = """
 import sys
@@ -16,16 +16,16 @@ from bascule.data.tasks import registry
 assert registry.verify(problem, registry.get("chain_sum").trace(problem, 0)) == 1.0
 assert "sympy" not in sys.modules and "matplotlib" not in sys.modules and "reasoning_gym" not in sys.modules
 import reasoning_gym
-from bascule.data.tasks import datasets
+from bascule.data.tasks import gym_datasets
 from reasoning_gym.factory import DATASETS
-assert reasoning_gym.create_dataset("chain_sum", seed=0, size=1)[0] == datasets.create("chain_sum", seed=0, size=1)[0]
-assert set(datasets.names()) == set(DATASETS) and len(DATASETS) > 100
+assert reasoning_gym.create_dataset("chain_sum", seed=0, size=1)[0] == gym_datasets.create("chain_sum", seed=0, size=1)[0]
+assert set(gym_datasets.names()) == set(DATASETS) and len(DATASETS) > 100
 """
 
 EACH = """
 import sys
-from bascule.data.tasks import datasets
-dataset, config = datasets.kind(sys.argv[1])
+from bascule.data.tasks import gym_datasets
+dataset, config = gym_datasets.kind(sys.argv[1])
 assert (dataset.__module__.startswith("reasoning_gym."), config.__module__) == (True, dataset.__module__)
 print("whole" if "reasoning_gym" in sys.modules else "alone")
 """
@@ -54,4 +54,4 @@ def test_a_family_of_any_category_is_found_in_a_fresh_process(family: str, how: 
 def test_a_name_that_is_no_family_is_a_key_error() -> None:
     for name in ("spell_backwards", "../factory", "__init__"):
         with pytest.raises(KeyError):
-            datasets.kind(name)
+            gym_datasets.kind(name)

@@ -20,7 +20,7 @@ from bascule.faults.catalogue import KINDS, SEVERITIES, FaultSpec, load_profile,
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
 from bascule.ledger import Ledger, of_kind
-from bascule.place.decoder import decided
+from bascule.place.rollout_decoder import decided
 from bascule.records import RolloutDecoder
 from bascule.stages.place import place_roles
 from tests.infer.test_packed import random_model
