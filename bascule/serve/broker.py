@@ -6,36 +6,27 @@ Nothing is answered from the failed chip's cache, and nobody's stream breaks. No
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import json
-import socket
-import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from bascule.errors import DeviceFault, ModelFolderError, RecipeError, UsageError
+from bascule.errors import DeviceFault, UsageError
 from bascule.infer.sequence import Sampling
+from bascule.serve import audits
 from bascule.serve.inflight import Answer, Candidate, Marks, Referee, Refused, Said, Scoring, Ticket
+from bascule.serve.process import EngineProcess
 from bascule.serve.suspects import Suspects
 
 State = Literal["starting", "serving", "moving", "down", "closed"]
-# Faults of what was asked, not of a chip: no other pool would do better, and none may be blamed.
-ASKED_WRONG = {kind.__name__ for kind in (UsageError, RecipeError, ModelFolderError)}
 CRASHED = 1  # exit code of Python after an exception; a chip that fails says so first, or ends the process by a signal
 CRASHES = 2  # in a row, with nothing said and nobody to blame between them
 CRASHED_BY = (
     "The engine ended twice on this request. It is not tried again; the server's log says why."
 )
 RESTARTS = 2  # of the same pool, when its process died and no other pool is left
-LINE_LIMIT = 1 << 26
-# Between two right chips fp32 differs by about 1e-5 (inference.md 5.2: vLLM against transformers 1e-6, llama.cpp 4e-4 with an fp16
-# cache); a corrupted matrix product moves some token by tenths.
-AUDIT_BOUND = 5e-3
-AUDIT_MARGIN = 12.0  # times the RMS measured at the engine's start; bf16 on SmolLM2 stays under 4 times (docs/serve.md)
 FORM_FAILED = "This answer cannot follow its form: {why}. The form is too large, or asks for characters that the model's vocabulary does not have."
 
 
@@ -74,19 +65,14 @@ class Broker:
         self._mode = ["--speculate", str(speculate), *(["--reproducible"] if reproducible else [])]
         self._max_queue, self._hang_s, self._start_s = max_queue, hang_timeout_s, start_timeout_s
         self._fault_logs, self._note = fault_logs, note
-        self._audit_every = audit_every
-        self._referee: Referee | None = None
-        self._finished = 0
-        self.audits = 0
-        self.worst_audit = 0.0
+        self.audits = audits.Audits(audit_every)
         self._failed: set[int] = set()
         self._sentence = ""  # why we end an engine that may still be alive
         self._deaths = self._crashes = 0
         self._suspects = Suspects(self._hand_over)
         self._at = 0
         self._ids = itertools.count(1)
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._engine: EngineProcess | None = None
         self._heard_s = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -116,7 +102,7 @@ class Broker:
 
     def appoint(self, referee: Referee) -> None:
         """From now on every `audit_every`-th answer is compared with what `referee` thinks of it."""
-        self._referee = referee
+        self.audits.appoint(referee)
 
     async def worst_difference(self, answer: Answer) -> float:
         """This broker as another one's referee."""
@@ -128,19 +114,13 @@ class Broker:
         self.state = "closed"
         for task in self._tasks:
             task.cancel()
-        await self._end_process()
-        await self._dismiss()
-
-    async def _dismiss(self) -> None:
-        """No audits from now on."""
-        if self._referee is not None:
-            referee, self._referee = self._referee, None
-            await referee.close()
+        await self._end_engine()
+        await self.audits.dismiss()
 
     @property
     def audit_bound(self) -> float:
         """Allowed between two right engines of this precision."""
-        return max(AUDIT_BOUND, AUDIT_MARGIN * float(self.about["audit_noise"]))
+        return audits.bound(float(self.about["audit_noise"]))
 
     def submit(
         self,
@@ -230,8 +210,8 @@ class Broker:
 
     def _send(self, message: dict[str, Any]) -> None:
         """While a move is under way there is nobody to send to; the next engine gets every open ticket anyhow."""
-        if self._writer is not None and self.state == "serving":
-            self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        if self._engine is not None and self.state == "serving":
+            self._engine.say(message)
 
     # ---- the engine's life
 
@@ -255,7 +235,7 @@ class Broker:
                     # Refused at the start, when somebody can choose; in the middle of answers fp32 is better than none.
                     self._note("precision fallback", self.candidate, f"{error} It serves in fp32 from now on.")  # fmt: skip
                     self._precision = "fp32"
-                    await self._dismiss()
+                    await self.audits.dismiss()
                     continue
                 self.trouble = str(error)
                 self._give_up(why)
@@ -264,38 +244,16 @@ class Broker:
 
     async def _open(self) -> None:
         """Start the engine's process on the present candidate and hand it all open tickets."""
-        here, there = socket.socketpair()
-        arguments = ["--model", str(self._model), "--accelerator", self.candidate.accelerator, "--fd", str(there.fileno()),
-                     "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots),
+        arguments = ["--model", str(self._model), "--threads", str(self._threads), "--seed", str(self._seed), "--slots", str(self._slots),
                      "--precision", self._precision, *self._mode]  # fmt: skip
         if self._fault_logs is not None:
-            arguments += [
-                "--fault-log",
-                str(self._fault_logs / f"{self.candidate.pool or 'chip'}-serve.jsonl"),
-            ]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "bascule.serve.worker",
-            *arguments,
-            pass_fds=[there.fileno()],
-            start_new_session=True,
-        )
-        there.close()
+            log = self._fault_logs / f"{self.candidate.pool or 'chip'}-serve.jsonl"
+            arguments += ["--fault-log", str(log)]
         self._sentence = ""
-        reader, self._writer = await asyncio.open_connection(sock=here, limit=LINE_LIMIT)
-        try:
-            first = await asyncio.wait_for(_next_message(reader), self._start_s)
-        except TimeoutError:
-            await self._end_process()
-            raise DeviceFault(
-                f"'{self.candidate.accelerator}' did not start within {self._start_s:g} s"
-            ) from None
-        if first is None or "ready" not in first:
-            raise await self._failed_start(first)
-        if self.about and self.about["weights_sha256"] != first["ready"]["weights_sha256"]:
+        engine = await EngineProcess.start(self.candidate.accelerator, arguments, self._start_s)
+        if self.about and self.about["weights_sha256"] != engine.ready["weights_sha256"]:
             self._drop_begun()
-        self.about = first["ready"]
+        self._engine, self.about = engine, engine.ready
         self.state = "serving"
         self._heard_s = time.monotonic()
         if self.about["fallback_note"]:
@@ -310,7 +268,7 @@ class Broker:
         self._suspects.begin()
         for scoring in self.scorings.values():
             self._ask_score(scoring)
-        self._spawn(self._listen(reader), "listen to engine")
+        self._spawn(self._listen(engine), "listen to engine")
 
     def _drop_begun(self) -> None:
         """The folder holds other weights than the engine that failed had: no answer may be half of one and half of the other."""
@@ -324,31 +282,17 @@ class Broker:
                 )
                 del self.tickets[ticket.id]
 
-    async def _failed_start(self, first: dict[str, Any] | None) -> DeviceFault | UsageError:
-        """What an engine's first message, or an end without one, says against the chip or against what was asked."""
-        assert self._process is not None
-        if first is None:
-            fault = {"message": f"its process ended with exit code {await self._process.wait()}"}
-        else:
-            fault = first["fault"]
-        await self._end_process()
-        if fault.get("kind") in ASKED_WRONG:
-            return UsageError(fault["message"])
-        return DeviceFault(
-            f"'{self.candidate.accelerator}' did not start: {fault['message'].rstrip('.')}"
-        )
-
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, engine: EngineProcess) -> None:
         """Until the engine ends. A fault line, or an end without one, is a failure of the chip or its process."""
-        while (message := await _next_message(reader)) is not None:
+        while (message := await engine.hear()) is not None:
             if "fault" in message:
                 await self._move(message["fault"]["message"], died=False)
                 return
             self._deliver(message)
-        if not reader.at_eof() and not self._sentence:
-            self._kill()  # alive, but what it wrote is no message: waiting for its end could take for ever
+        if not engine.at_end and not self._sentence:
+            engine.kill()  # alive, but what it wrote is no message: waiting for its end could take for ever
         if self.state != "closed":
-            code = await self._process.wait() if self._process else None
+            code = await engine.code()
             if code == CRASHED and self._crashes < CRASHES:
                 await self._restart_after_crash()
             else:
@@ -363,7 +307,6 @@ class Broker:
                 self.state == "serving"
                 and (self.tickets or self.scorings)
                 and time.monotonic() - self._heard_s > self._hang_s
-                and self._process
             ):
                 self._end_for(f"it said nothing for {self._hang_s:g} s")
 
@@ -371,7 +314,8 @@ class Broker:
         """Leave the present chip for a reason of ours. `_listen` sees the end of its engine and moves on; the ledger gets this reason."""
         self._sentence = why
         self._failed.add(self._at)
-        self._kill()
+        if self._engine is not None:
+            self._engine.kill()
 
     async def _restart_after_crash(self) -> None:
         """Our own exception in the engine (its traceback is on stderr): no chip is to blame, but a request may be."""
@@ -394,7 +338,7 @@ class Broker:
         """The present candidate failed. Go on elsewhere, or once more here if only its process died and nothing else is left."""
         self.state = "moving"
         self.moves += 1
-        await self._end_process()
+        await self._end_engine()
         self._deaths += died and blame
         only_one = all(at in self._failed for at in range(len(self.candidates)) if at != self._at)
         again = died and only_one and self._at not in self._failed and self._deaths <= RESTARTS
@@ -431,43 +375,19 @@ class Broker:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def _end_process(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._process is not None and self._process.returncode is None:
-            self._kill()
-            await self._process.wait()
+    async def _end_engine(self) -> None:
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await engine.end()
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself a moment ago
-                self._process.kill()
-
-    def _audit(self, ticket: Ticket, choice: int) -> None:
-        """Let the referee score a finished answer. One that two chips wrote, because serving moved, proves nothing."""
-        if self._referee is not None and not ticket.moves and self.candidate.accelerator != "cpu":
-            answer = Answer(
-                ticket.prompt,
-                ticket.said[choice],
-                ticket.logprobs[choice],
-                ticket.sampling.temperature or 1.0,
-            )
-            self._spawn(self._compare(answer, self.moves), "audit")
-
-    async def _compare(self, answer: Answer, moves: int) -> None:
-        if self._referee is None:
-            return
-        try:
-            worst = await self._referee.worst_difference(answer)
-        except Refused:
-            return  # the referee itself is gone; its absence was noted when it ended
-        self.audits += 1
-        self.worst_audit = max(self.worst_audit, worst)
-        bound = self.audit_bound
-        if worst > bound and moves == self.moves and self._process is not None:
+    async def _audit(self, ticket: Ticket, choice: int, moves: int) -> None:
+        """Let the referee score a finished answer; an engine that it contradicts is ended."""
+        said, logprobs = ticket.said[choice], ticket.logprobs[choice]
+        answer = Answer(ticket.prompt, said, logprobs, ticket.sampling.temperature or 1.0)
+        worst = await self.audits.difference(answer)
+        if not worst <= self.audit_bound and moves == self.moves:
             self._end_for(
-                f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({bound:.2g} is allowed)"
+                f"log-probabilities of an audited answer differ by {worst:.2g} from the referee's ({self.audit_bound:.2g} is allowed)"
             )
 
     def _deliver(self, message: dict[str, Any]) -> None:
@@ -493,20 +413,10 @@ class Broker:
             ticket.said[choice].append(token)
             ticket.logprobs[choice].append(logprob)
             if finish is not None:
-                self._finished += 1
-                if self._finished % max(self._audit_every, 1) == 0:
-                    self._audit(ticket, choice)
+                # One that two chips wrote, because serving moved, proves nothing.
+                if self.audits.due() and not ticket.moves and self.candidate.accelerator != "cpu":
+                    self._spawn(self._audit(ticket, choice, self.moves), "audit")
                 ticket.open.discard(choice)
                 if not ticket.open:
                     del self.tickets[job]
             ticket.arrivals.put_nowait(Said(choice, token, logprob, tops, finish))
-
-
-async def _next_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """None at the end, also when a dying engine left half a line (ValueError), or a line beyond LINE_LIMIT."""
-    try:
-        line = await reader.readline()
-        message: dict[str, Any] | None = json.loads(line) if line else None
-    except (ConnectionError, ValueError):
-        return None
-    return message

@@ -125,7 +125,7 @@ class Routes:
             "num_preemptions_total": load.get("preemptions", 0),
             "spec_decode_num_draft_tokens_total": load.get("guessed", 0),
             "spec_decode_num_accepted_tokens_total": load.get("guesses_kept", 0),
-            "audits_total": self.service.broker.audits,
+            "audits_total": self.service.broker.audits.done,
             "engine_moves_total": self.service.broker.moves,
         }
         return PlainTextResponse(

@@ -253,7 +253,7 @@ def about(name: str, broker: Broker, records: Sequence[AnyRecord]) -> dict[str, 
             other.pool or other.accelerator for other in broker.candidates if other is not candidate
         ],
         "moves": broker.moves,
-        "audits": {"done": broker.audits, "worst_logprob_difference": broker.worst_audit},
+        "audits": {"done": broker.audits.done, "worst_logprob_difference": broker.audits.worst},
         "trouble": broker.trouble or None,
     }
 

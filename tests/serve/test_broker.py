@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from bascule.errors import UsageError
 from bascule.infer.sequence import Sampling
 from bascule.serve.broker import Broker
 from bascule.serve.inflight import Candidate, Refused, Ticket
+from bascule.serve.process import EngineProcess
 from tests.serve.conftest import make_run
 
 
@@ -45,13 +47,16 @@ def test_half_a_line_of_a_dying_engine_is_its_end_and_open_answers_are_told(tmp_
     async def dies_mid_line() -> Refused:
         broker, _ = broker_of(tmp_path, "cpuu")
         broker.state = "serving"
-        broker._process = await asyncio.create_subprocess_exec("true", start_new_session=True)
+        ended = await asyncio.create_subprocess_exec("true", start_new_session=True)
+        here, there = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=here)
+        there.sendall(b'{"load": {"runn')
+        there.close()
         ticket = broker.submit([1], Sampling())
-        reader = asyncio.StreamReader()
-        reader.feed_data(b'{"load": {"runn')
-        reader.feed_eof()
-        await broker._listen(reader)
-        broker._kill()  # has ended long ago
+        engine = EngineProcess(ended, reader, writer)
+        await broker._listen(engine)
+        engine.kill()  # has ended long ago
+        await engine.end()
         told = ticket.arrivals.get_nowait()
         assert isinstance(told, Refused) and broker.state == "down"
         return told
