@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bascule.config.environment import whole_environment
 from bascule.config.model import ModelConfig
@@ -50,25 +52,55 @@ async def serve(
 ) -> None:
     """Until SIGTERM or Ctrl-C. Who connects to `listener` before the engine is admitted waits.
 
-    Raises CheckFailed when the engine does not compute the model, DeviceFault when it does not start or dies.
+    Raises CheckFailed when the engine does not compute the model, DeviceFault when it does not start or dies, SystemExit when a signal
+    comes before it is admitted. The engine and whatever it started end with this call, however that ends.
     """
+    stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, _tell, stop, name)
     port = _free_port()
     process = await _start(plan, port, log)
     try:
-        url = f"http://127.0.0.1:{port}"
-        await _until_healthy(url, process, log)
-        finding = await asyncio.to_thread(
-            examine,
-            lambda prompt, tokens: plan.engine.ask(url, plan.api_key, plan.name, prompt, tokens),
-            reference,
-            prompts(reference, questions),
-        )
+        finding = await _unless(stop, _examined(plan, reference, questions, port, process, log))
         on_finding(finding)
         if not finding.accepted:
             raise CheckFailed(finding.told(plan.engine.name, plan.engine.cure(plan.config)))
-        await _pass_through(listener, port, process, log)
+        await _pass_through(listener, port, process, log, stop)
     finally:
         await _end(process)
+
+
+def _tell(stop: asyncio.Future[int], number: int) -> None:
+    if not stop.done():
+        stop.set_result(number)
+
+
+async def _unless(stop: asyncio.Future[int], work: Coroutine[Any, Any, Finding]) -> Finding:
+    task = asyncio.create_task(work)
+    both: set[asyncio.Future[Any]] = {task, stop}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    if stop.done():
+        task.cancel()
+        raise SystemExit(128 + stop.result())
+    return task.result()
+
+
+async def _examined(
+    plan: Plan,
+    reference: Reference,
+    questions: Sequence[Sequence[int]],
+    port: int,
+    process: asyncio.subprocess.Process,
+    log: Path,
+) -> Finding:
+    url = f"http://127.0.0.1:{port}"
+    await _until_healthy(url, process, log)
+    return await asyncio.to_thread(
+        examine,
+        lambda prompt, tokens: plan.engine.ask(url, plan.api_key, plan.name, prompt, tokens),
+        reference,
+        prompts(reference, questions),
+    )
 
 
 async def _start(plan: Plan, port: int, log: Path) -> asyncio.subprocess.Process:
@@ -112,7 +144,11 @@ def _healthy(url: str) -> bool:
 
 
 async def _pass_through(
-    listener: socket.socket, port: int, process: asyncio.subprocess.Process, log: Path
+    listener: socket.socket,
+    port: int,
+    process: asyncio.subprocess.Process,
+    log: Path,
+    stop: asyncio.Future[int],
 ) -> None:
     """Bytes both ways until told to stop; then open connections get DRAIN_S to end."""
     open_ones: set[asyncio.Task[None]] = set()
@@ -126,16 +162,11 @@ async def _pass_through(
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
             await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
 
-    stop = asyncio.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
     async with await asyncio.start_server(splice, sock=listener) as server:
         ended = asyncio.create_task(process.wait())
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
+        await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
         server.close()
-        if not stop.is_set():
+        if not stop.done():
             raise DeviceFault(
                 f"The engine ended with exit code {ended.result()}: '{_last_line(log)}'. The rest is in {log}."
             )
@@ -156,14 +187,14 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    process.terminate()
-    try:
+    """The engine, then whatever it started and left behind: vLLM's workers outlive a parent that is killed, with their share of the chip."""
+    if process.returncode is None:
+        process.terminate()
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(process.wait(), DRAIN_S)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # it began a session of its own
+    await process.wait()
 
 
 def _free_port() -> int:

@@ -8,7 +8,8 @@ Their campaign strikes eight data-parallel ranks over 68 iterations, every itera
 Here there is one trainer and a referee of another kind: each incident is played alone, at step 3 of a fresh run of `tick`, with every
 product checked, every step audited and a snapshot certified at every step (their detector, too, runs at every iteration); a delay
 comes at step 10, because slow is said of a step that others went before. Of an incident on several ranks the first rank's fault is
-played. Adam's moments are struck where our optimizer has such (of a norm; Muon trains the matrices); places that our model
+played. Batches are whole rows, padding and all: an input that is left from the step before, or whose rows change places, needs a
+first dimension of rows and the same shape at every step. Adam's moments are struck where our optimizer has such (of a norm; Muon trains the matrices); places that our model
 lacks (biases) are said, not counted. Seen by: the first sentinel that suspected the chip; `clean` counts false alarms.
 """
 
@@ -21,6 +22,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ from lm_resiliency.fault_injection import FaultCampaign, enable_fault_injection
 
 from bascule.config.trust import GuardConfig
 from bascule.errors import ChipCondemned, GuardStopped, RollbackNeeded
-from bascule.model import weights
+from bascule.model import seats, weights
 from bascule.train import loop
+from bascule.train.objective import Batch, Objective
 from bascule.train.state import TrainState
 
 AT, DELAYED_AT, AFTER = 3, 10, 3
@@ -78,6 +81,17 @@ def _at(fault: dict[str, Any]) -> int:
     return DELAYED_AT if fault["type"] == "delay" else AT
 
 
+def _whole_rows(objective: Objective) -> None:
+    seated = objective.next_batch
+
+    def next_batch(step: int) -> Batch:
+        batch = seated(step)
+        rows = {name: one for name, one in batch.tensors.items() if name not in seats.NAMES}
+        return replace(batch, tensors=rows)
+
+    objective.next_batch = next_batch  # type: ignore[method-assign]
+
+
 def _show_moments(clock: torch.optim.Optimizer, stepper: Any) -> None:
     """Their injector looks for moments where a torch optimizer keeps them."""
     for name, parameter in stepper.model.named_parameters():
@@ -90,6 +104,7 @@ def one_drill(name: str, incidents: dict[str, Any], theirs: dict[str, Any]) -> d
     with tempfile.TemporaryDirectory() as room, contextlib.ExitStack() as ended:
         config = GuardConfig(checksum_every_steps=1, audit_every_steps=1)
         rig = guarded.rig(Path(room), config=config)
+        _whole_rows(rig.objective)
         rig.stepper._replica(
             rig.guard.referee
         )  # a copy of the model as it is before anything hooks it

@@ -87,6 +87,22 @@ def test_an_engine_that_cannot_start_says_why(run: RunFolder, tmp_path: Path) ->
     assert "no attribute 'nothing'" in told and "engine-vllm.log" in told
 
 
+def test_a_signal_while_the_engine_starts_ends_it_and_what_it_started(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    python, child = tmp_path / "slow", tmp_path / "child"
+    python.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {child}\nwait\n")
+    python.chmod(0o755)
+    code = "import sys; from bascule.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["serve", str(run.root), "--engine", "vllm", "--python", str(python), "--port", "0"]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+    wait_until(lambda: child.exists() and bool(child.read_text().strip()), 120)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    started = Path(f"/proc/{child.read_text().strip()}/stat")
+    wait_until(lambda: not started.exists() or started.read_text().split()[2] == "Z", 20)
+
+
 def test_an_engine_that_cannot_take_a_key_safely_is_not_opened_without_it() -> None:
     with pytest.raises(UsageError, match="use --engine vllm"):
         Sglang().environment(ModelConfig(preset="tick"), "secret")
