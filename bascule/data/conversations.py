@@ -47,6 +47,14 @@ def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Examp
     return found, +left_out
 
 
+def check(path: Path) -> None:
+    """Is every line a conversation? Raises RecipeError for one that is none, and for a file without any."""
+    if not sum(1 for _ in _lines(path)):
+        raise RecipeError(
+            f"sft.data = '{path}' holds no conversation. Give one JSON object a line."
+        )
+
+
 def _turns(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Iterator[Example]:
     """A turn that opens the conversation answers nothing and is no example."""
     opened = chat.THINK_OPEN if tokenizer.opens_thought else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from bascule.config.recipe import Recipe
-from bascule.errors import CheckFailed, RecipeError
+from bascule.errors import CheckFailed
 from bascule.infer.evaluate import Score, evaluate
 from bascule.ledger import Ledger
 from bascule.records import Evaluation, Migration, TextEvaluation
@@ -54,19 +54,6 @@ class Measure:
                 seconds=time.perf_counter() - start, extra={"mean_completion_tokens": score.mean_tokens, **spread(score)}, pool=self.rollouts.pool,
             )
         )  # fmt: skip
-
-    def refuse_too_long(self) -> None:
-        """Before anything is computed: can every problem and its longest completion be read by the model?"""
-        if "grpo" not in self.recipe.phase_steps() or not self.course.train:
-            return
-        longest = max(len(prompt) for prompt in self.course.prompts(self.course.train))
-        asked = longest + self.recipe.grpo.max_completion_tokens
-        allowed = self.course.model.max_position_embeddings
-        if asked > allowed:
-            raise RecipeError(
-                f"grpo.max_completion_tokens={self.recipe.grpo.max_completion_tokens} and the longest problem's {longest} tokens make "
-                f"{asked} positions; the model has {allowed}. Lower it, or raise model.max_position_embeddings."
-            )
 
     def refuse_hopeless_grpo(self) -> None:
         """Reinforcement needs some right answers to reinforce (training.md 2.7): stop before hours are spent on nothing."""

@@ -11,7 +11,6 @@ from bascule.config.training import PretrainConfig
 from bascule.data import conversations
 from bascule.data.shards import Shards
 from bascule.data.tasks.base import Problem
-from bascule.errors import RecipeError
 from bascule.ledger import Ledger
 from bascule.stages.course import Course
 from bascule.stages.rollouts import Rollouts
@@ -54,11 +53,6 @@ def reading(config: PretrainConfig, split: str) -> pretrain.Reading:
 
 def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft:
     longest = course.model.max_position_embeddings
-    if recipe.sft.pack_tokens > longest:
-        raise RecipeError(
-            f"sft.pack_tokens = {recipe.sft.pack_tokens} exceeds model.max_position_embeddings = {longest}. Lower it, or raise the "
-            "model's length."
-        )
     if recipe.sft.data:
         examples, left_out = conversations.examples(
             Path(recipe.sft.data), course.tokenizer, longest

@@ -41,7 +41,7 @@ from bascule.records import (
     StepStats,
 )
 from bascule.report.story import summary
-from bascule.stages import origin, place, plan, qualify, report, train
+from bascule.stages import material, origin, place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
 from bascule.stages.hold import sole_supervisor
 from bascule.train.store import check_url
@@ -75,6 +75,7 @@ def run(
             if recipe.train.snapshots:
                 check_url(recipe.train.snapshots)
             origin.prepare(recipe, folder, ledger)
+            material.check(recipe, folder)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
             plan.plan_run(recipe, ledger)
