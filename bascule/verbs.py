@@ -430,7 +430,7 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("demo", "the demonstration: the shipped recipe runs/demo.toml, start to finish", _demo, "bascule demo"),
     ("plan", "what would it cost: memory, time, energy, money, failures, and the price of a preference", _plan, "bascule plan runs/demo.toml"),
     ("qualify", "examine accelerators and say fit, unfit or unproven for training and for inference", _qualify, "bascule qualify cpu sim:backward-wrong"),
-    ("evaluate", "held-out problems with exact verifiers: pass@1, pass@8, greedy", _evaluate, "bascule evaluate out/demo"),
+    ("evaluate", "held-out problems with exact verifiers: pass@1, pass@k, maj@k, greedy; bits per byte where text was read", _evaluate, "bascule evaluate out/demo"),
     ("serve", "an OpenAI-compatible server and a chat page for a finished run", _serve, "bascule serve out/demo --port 8000"),
     ("export", "a finished run as a Hugging Face folder (and GGUF) that other engines load, held against transformers", _export, "bascule export out/demo --gguf"),
     ("verify-answer", "was a stamped answer really written by this run's model; checked on any chip", _verify_answer, "bascule verify-answer answer.json --run out/demo --on cpu"),

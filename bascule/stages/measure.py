@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from bascule.config.recipe import Recipe
+from bascule.config.training import PretrainConfig
 from bascule.errors import CheckFailed
 from bascule.infer.evaluate import Score, evaluate
 from bascule.ledger import Ledger
@@ -83,19 +84,10 @@ class Measure:
             self.beat(step)
             return self.stepper.score(tensors, max(1, step))
 
-        config = self.recipe.pretrain
-        found = pretrain.measure(
-            score,
-            reading(config, "heldout"),
-            rows=config.batch_sequences,
-            windows=config.eval_sequences,
+        found = text_evaluation(
+            self.recipe.pretrain, score, after="pretrain", step=step, start=start
         )
-        self.ledger.append(
-            TextEvaluation(
-                after="pretrain", step=step, bits_per_byte=found["bits_per_byte"], nats_per_token=found["nats_per_token"],
-                tokens=int(found["tokens"]), text_bytes=int(found["text_bytes"]), seconds=time.perf_counter() - start,
-            )
-        )  # fmt: skip
+        self.ledger.append(found)
 
     def _measured(
         self, kind: type[Evaluation] | type[TextEvaluation], after: str, step: int
@@ -108,6 +100,28 @@ class Measure:
             elif isinstance(record, Migration) and record.resumed_from_step < step:
                 found = False
         return found
+
+
+def text_evaluation(
+    config: PretrainConfig,
+    score: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    *,
+    after: str,
+    step: int,
+    start: float,
+) -> TextEvaluation:
+    """Bits per byte of the recipe's held-out shards under `score`, which gives the log-probability of every target (Stepper.score).
+    `start` is when it began, by time.perf_counter."""
+    found = pretrain.measure(
+        score,
+        reading(config, "heldout"),
+        rows=config.batch_sequences,
+        windows=config.eval_sequences,
+    )
+    return TextEvaluation(
+        after=after, step=step, bits_per_byte=found["bits_per_byte"], nats_per_token=found["nats_per_token"],
+        tokens=int(found["tokens"]), text_bytes=int(found["text_bytes"]), seconds=time.perf_counter() - start,
+    )  # fmt: skip
 
 
 def spread(score: Score) -> dict[str, float]:
