@@ -156,6 +156,8 @@ def wall_seconds(records: Sequence[AnyRecord]) -> float:
     """Time in which a supervisor was at work: the sum over attempts of last record minus first."""
     spans: dict[int, tuple[float, float]] = {}
     for record in records:
+        if not record.attempt:  # asked for after the run: an evaluation, an answer
+            continue
         first, newest = spans.get(record.attempt, (record.time_s, record.time_s))
         spans[record.attempt] = (min(first, record.time_s), max(newest, record.time_s))
     return sum(newest - first for first, newest in spans.values())
