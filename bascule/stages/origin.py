@@ -32,7 +32,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.sft.data:  # a resume may be typed in another folder
         absolute = {"data": str(Path(recipe.sft.data).absolute())}
         recipe = recipe.model_copy(update={"sft": recipe.sft.model_copy(update=absolute)})
-    if recipe.model.depth:
+    if recipe.model.from_ is None and (recipe.model.depth or recipe.model.preset != "custom"):
         recipe, lines = dial.turn(recipe)
         for line in lines:
             say(line)
