@@ -1,5 +1,5 @@
-"""Is everything there that a recipe learns from? Asked before the first chip is examined: a task that cannot be imported, a missing file or
-a package would otherwise end the run only after its qualification. No torch here.
+"""Is everything there that a recipe learns from? Asked before a run begins: a task that cannot be imported, a missing file or a package would
+otherwise end it only after its chips were examined, in a folder that the mended recipe may not go on in. No torch here.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from bascule.config.training import TaskConfig
 from bascule.data import conversations
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
-from bascule.data.text_tokenizer import open_or_own
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
-from bascule.folder import RunFolder
+from bascule.stages import origin
 
 LOOKED_AT = 16
 """Problems of each task that are drawn here. The trainer looks at all of them."""
 
 
-def check(recipe: Recipe, folder: RunFolder) -> None:
-    """Raises RecipeError. `recipe` is resolved (origin.resolve), and its tokenizer lies in the folder (origin.prepare)."""
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError. `recipe` is resolved (origin.resolve)."""
     phases = recipe.phase_steps()
     positions = recipe.model.max_position_embeddings
     if "sft" in phases and recipe.sft.data:
@@ -39,7 +38,7 @@ def check(recipe: Recipe, folder: RunFolder) -> None:
         )
     if {"sft", "grpo"} & set(phases):
         problems = [one for task in recipe.data.tasks for one in _some(task, recipe.data.eval_seed)]
-        refuse_too_long(recipe, problems, open_or_own(folder.tokenizer))
+        refuse_too_long(recipe, problems, origin.tokenizer(recipe))
 
 
 def _some(task: TaskConfig, seed: int) -> list[Problem]:

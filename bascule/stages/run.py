@@ -68,6 +68,7 @@ def run(
             if not folder.report.exists():
                 report.write(folder)
             return _finished(recipe, folder, "was already finished; nothing was done")
+        material.check(recipe)
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)
@@ -75,7 +76,6 @@ def run(
             if recipe.train.snapshots:
                 check_url(recipe.train.snapshots)
             origin.prepare(recipe, folder, ledger)
-            material.check(recipe, folder)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
             plan.plan_run(recipe, ledger)
