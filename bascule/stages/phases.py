@@ -58,12 +58,12 @@ def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft
             Path(recipe.sft.data), course.tokenizer, longest
         )
         dropped = left_out.total()
-        what = f"of '{recipe.sft.data}', {' and '.join(f'{count} {why}' for why, count in left_out.items())}; SFT leaves them out"
+        what = f"SFT leaves out of '{recipe.sft.data}': {'; '.join(f'{why}, {count}' for why, count in left_out.items())}"
     else:
         examples = course.examples(recipe.seed)
         shown = len(course.train[: course.worked])
         dropped = shown - len(examples)
-        what = f"{dropped} of {shown} training problems have no trace that succeeds; SFT leaves them out"
+        what = f"{dropped} of {shown} training problems have no worked solution that succeeds; SFT leaves them out"
     if dropped and not any(
         record.kind == "warning" and record.what == "examples dropped" for record in ledger.read()
     ):
