@@ -28,6 +28,13 @@ def not_negative(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    number = not_negative(text)
+    if number >= 1:
+        raise ArgumentTypeError(f"'{text}' is not a share from 0 to below 1")
+    return number
+
+
 def _overrides(parser: Parser) -> None:
     parser.add_argument(
         "--set",
@@ -207,14 +214,18 @@ def _evaluate(parser: Parser) -> None:
     _run_folder(parser)
     _on(parser)
     parser.add_argument(
-        "--eval-seed", type=int, help="draw the held-out problems with another seed"
+        "--eval-seed", type=int, metavar="N", help="draw the held-out problems with another seed"
     )
     parser.add_argument(
-        "--problems", type=positive, help="how many held-out problems (default: the recipe's)"
+        "--problems",
+        type=positive,
+        metavar="N",
+        help="how many held-out problems (default: the recipe's)",
     )
     parser.add_argument(
         "--samples",
         type=positive,
+        metavar="N",
         help="samples of each for pass@k and maj@k (default: the recipe's)",
     )
 
@@ -360,9 +371,14 @@ def _compare_runs(parser: Parser) -> None:
 def _tokenize(parser: Parser) -> None:
     parser.add_argument(
         "files",
-        nargs="+",
+        nargs="*",
         metavar="FILES",
         help="text, JSON lines, Parquet, or folders of such files",
+    )
+    parser.add_argument(
+        "--traces",
+        metavar="RECIPE.toml",
+        help="also read the worked solutions of this recipe's training problems, a document each",
     )
     parser.add_argument(
         "--out",
@@ -372,7 +388,7 @@ def _tokenize(parser: Parser) -> None:
     )
     parser.add_argument(
         "--vocab-size",
-        type=int,
+        type=positive,
         default=4096,
         metavar="N",
         help="train a byte-level BPE of at most N tokens (default: 4096)",
@@ -390,14 +406,14 @@ def _tokenize(parser: Parser) -> None:
     )
     parser.add_argument(
         "--held-out",
-        type=float,
+        type=share,
         default=0.01,
         metavar="SHARE",
-        help="share of documents kept for evaluation (default: 0.01)",
+        help="share of documents kept for evaluation (default: 0.01; at least one document)",
     )
     parser.add_argument(
         "--shard-tokens",
-        type=int,
+        type=positive,
         default=50_000_000,
         metavar="N",
         help="tokens in one shard (default: 50 million)",
@@ -414,7 +430,7 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("demo", "the demonstration: the shipped recipe runs/demo.toml, start to finish", _demo, "bascule demo"),
     ("plan", "what would it cost: memory, time, energy, money, failures, and the price of a preference", _plan, "bascule plan runs/demo.toml"),
     ("qualify", "examine accelerators and say fit, unfit or unproven for training and for inference", _qualify, "bascule qualify cpu sim:backward-wrong"),
-    ("evaluate", "held-out problems with exact verifiers: pass@1, pass@8, greedy", _evaluate, "bascule evaluate out/demo"),
+    ("evaluate", "held-out problems with exact verifiers: pass@1, pass@k, maj@k, greedy; bits per byte where text was read", _evaluate, "bascule evaluate out/demo"),
     ("serve", "an OpenAI-compatible server and a chat page for a finished run", _serve, "bascule serve out/demo --port 8000"),
     ("export", "a finished run as a Hugging Face folder (and GGUF) that other engines load, held against transformers", _export, "bascule export out/demo --gguf"),
     ("verify-answer", "was a stamped answer really written by this run's model; checked on any chip", _verify_answer, "bascule verify-answer answer.json --run out/demo --on cpu"),

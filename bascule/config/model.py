@@ -99,7 +99,10 @@ class ModelConfig(Section):
                 f"depth = {depth} gives the whole shape; leave {'from' if existing else 'preset'} out"
             )
         if isinstance(depth, int) and 1 <= depth <= 128:
-            return {**shape_of_depth(depth), **data, "preset": preset}
+            shape = shape_of_depth(depth)
+            if (data.get("attention", "mla"), data.get("ffn", "moe")) != ("mla", "moe"):
+                shape["num_nextn_predict_layers"] = 0  # no family has that layer without both
+            return {**shape, **data, "preset": preset}
         if existing and preset != "custom":
             raise ValueError(
                 f"from = '{existing}' brings its own shape; leave preset = '{preset}' out"
@@ -147,6 +150,8 @@ def shape_of_depth(depth: int) -> dict[str, int]:
     feed-forward 8/3       as many weights as a plain one of 4 (Shazeer 2020, arXiv 2002.05202)
     experts a quarter      fine-grained, one shared, three routed: a token passes as many weights as in a dense layer
                            (DeepSeekMoE, arXiv 2401.06066); 16 of them, 64 from 12 layers on; the first layer is dense
+    prediction layer       from 12 layers (0.9 B) on, where there are MLA and experts; small models gain nothing by it (Gloeckle et al. 2024,
+                           arXiv 2404.19737)
     """
     width, head = 64 * depth, 128 if depth >= 8 else 64
     dense = -(-width * 8 // 3 // 64) * 64
@@ -156,7 +161,7 @@ def shape_of_depth(depth: int) -> dict[str, int]:
         "head_dim": head, "v_head_dim": head, "qk_nope_head_dim": head // 2, "qk_rope_head_dim": head // 2,
         "kv_lora_rank": 4 * head, "intermediate_size": dense, "moe_intermediate_size": dense // 4,
         "n_routed_experts": 64 if depth >= 12 else 16, "num_experts_per_tok": 3, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "max_position_embeddings": 2048,
+        "first_k_dense_replace": 1, "max_position_embeddings": 2048, "num_nextn_predict_layers": 1 if depth >= 12 else 0,
     }  # fmt: skip
 
 

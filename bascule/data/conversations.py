@@ -20,8 +20,8 @@ from bascule.errors import RecipeError, UsageError
 Example = tuple[list[int], list[int]]
 """(ids of what is read, ids of what is learnt)."""
 
-NO_TURN = "conversations have no assistant turn after a question"
-EMPTY = "responses are empty"
+NO_TURN = "conversations without an assistant turn after a question"
+EMPTY = "empty responses"
 
 
 def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Example], Counter[str]]:
@@ -41,10 +41,18 @@ def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Examp
             if len(said) == 1:
                 left_out[EMPTY] += 1
             elif len(read) + len(said) > longest:
-                left_out[f"responses exceed model.max_position_embeddings = {longest}"] += 1
+                left_out[f"responses beyond model.max_position_embeddings = {longest}"] += 1
             else:
                 found.append((read, said))
     return found, +left_out
+
+
+def check(path: Path) -> None:
+    """Is every line a conversation? Raises RecipeError for one that is none, and for a file without any."""
+    if not sum(1 for _ in _lines(path)):
+        raise RecipeError(
+            f"sft.data = '{path}' holds no conversation. Give one JSON object a line."
+        )
 
 
 def _turns(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Iterator[Example]:

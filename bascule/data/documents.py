@@ -136,10 +136,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
-    backend.add_tokens(
-        tags
-    )  # not "special": skip_special_tokens must not swallow the thought's borders
-    return TextTokenizer(backend, OWN_SETTINGS, source="trained here")
+    # Not "special": skip_special_tokens must not swallow the thought's borders.
+    backend.add_tokens(tags)
+    # Read back, because what the trainer called special stays so in memory: encode_many would spell the tags out, letter by letter.
+    return TextTokenizer(Backend.from_str(backend.to_str()), OWN_SETTINGS, source="trained here")
 
 
 def byte_lengths(tokenizer: TextTokenizer) -> list[int]:

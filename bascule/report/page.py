@@ -97,14 +97,26 @@ def charts(records: Sequence[AnyRecord], start_s: float) -> list[str]:
                 [(one.step, one.loss) for one in replaced if one.phase != "grpo"],
             )
         )
-    mismatch = [(float(one.step), one.mean_abs) for one in of_kind(records, Mismatch)]
+    learnt = {"pretrain": "Pretraining", "sft": "SFT"}
+    found = [name for phase, name in learnt.items() if any(one.phase == phase for one in kept)]
     return [
         line_chart("Reward while training, pass@1 on held-out problems", "step",
                    [Series("reward (mean of rollouts)", "a", rewards), Series("pass@1 held out", "b", passes, markers=True)], y_min=0.0, y_max=1.0),
-        line_chart("SFT loss (logarithmic), incidents marked", "step", loss, incidents, log_y=True),
+        line_chart(f"{' and '.join(found)} loss (logarithmic), incidents marked", "step", loss, incidents, log_y=True),
         _pools(records, start_s),
-        line_chart("Rollout chip against trainer: mean |Δ log-prob|", "step", [Series("mean |Δ log-prob|", "b", mismatch)]),
+        line_chart("Rollout chip against trainer: mean |Δ log-prob|", "step", _mismatch(records)),
     ]  # fmt: skip
+
+
+def _mismatch(records: Sequence[AnyRecord]) -> list[Series]:
+    """A line for each pool that sampled."""
+    of_pool: dict[str, list[tuple[float, float]]] = {}
+    for one in of_kind(records, Mismatch):
+        of_pool.setdefault(one.pool or "unknown", []).append((float(one.step), one.mean_abs))
+    return [
+        Series(f"rollouts on {pool}", "bacd"[place % 4], points)
+        for place, (pool, points) in enumerate(of_pool.items())
+    ]
 
 
 def _kept_and_replaced(steps: Sequence[StepStats]) -> tuple[list[StepStats], list[StepStats]]:

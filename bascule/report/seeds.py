@@ -29,7 +29,12 @@ def chart(runs: Sequence[Sequence[AnyRecord]]) -> str:
     curves = [_rewards(run) for run in runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     at = {step: [curve[step] for curve in curves] for step in shared}
-    passes = [(float(one.step), one.pass_at_1) for run in runs for one in of_kind(run, Evaluation)]
+    passes = [
+        (float(one.step), one.pass_at_1)
+        for run in runs
+        for one in of_kind(run, Evaluation)
+        if one.after != "evaluate"  # asked for later, perhaps of other problems
+    ]
     lowest = min([low for of in at.values() for low in of] + [share for _, share in passes], default=0.0)  # fmt: skip
     return line_chart(
         f"{len(runs)} seeds: mean, and range from lowest to highest",

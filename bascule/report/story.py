@@ -156,6 +156,8 @@ def wall_seconds(records: Sequence[AnyRecord]) -> float:
     """Time in which a supervisor was at work: the sum over attempts of last record minus first."""
     spans: dict[int, tuple[float, float]] = {}
     for record in records:
+        if not record.attempt:  # asked for after the run: an evaluation, an answer
+            continue
         first, newest = spans.get(record.attempt, (record.time_s, record.time_s))
         spans[record.attempt] = (min(first, record.time_s), max(newest, record.time_s))
     return sum(newest - first for first, newest in spans.values())
@@ -287,10 +289,17 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             return [("warn", f"The snapshot of step {record.step} was rejected: {record.reason}")]
         case Evaluation():
             eight = f", pass@8 {record.pass_at_8:.1%}" if record.pass_at_8 is not None else ""
+            low, high = (record.extra.get(f"pass_at_1_{end}") for end in ("low", "high"))
+            range_ = "" if low is None or high is None else f", {low:.1%} to {high:.1%}"
+            votes = "".join(
+                f", {name.replace('_at_', '@')} {share:.1%}"
+                for name, share in record.extra.items()
+                if name.startswith("maj_at_")
+            )
             return [
                 (
                     "good",
-                    f"{after(record.after)}: pass@1 {record.pass_at_1:.1%} (T=1), greedy {record.greedy:.1%}{eight} on {record.n} held-out problems.",
+                    f"{after(record.after)}: pass@1 {record.pass_at_1:.1%} (T=1{range_}), greedy {record.greedy:.1%}{eight}{votes} on {record.n} held-out problems.",
                 )
             ]
         case TextEvaluation():
@@ -345,8 +354,11 @@ def _headline(data: dict[str, Any]) -> str:
             None: "continuation not checked",
         }[data["continuation_verified"]]
         parts.append(f"{data['steps_recomputed']} steps recomputed, {verified}")
-    for phase, one in data["eval"].items():
-        parts.append(f"{after(phase)[0].lower()}{after(phase)[1:]} pass@1 {one['pass_at_1']:.1%}")
+    reached = [
+        (phase, f"{one['bits_per_byte']:.3f} bits per byte") for phase, one in data["text"].items()
+    ]
+    reached += [(phase, f"pass@1 {one['pass_at_1']:.1%}") for phase, one in data["eval"].items()]
+    parts += [f"{after(phase)[0].lower()}{after(phase)[1:]} {figure}" for phase, figure in reached]
     return "; ".join(parts) + "."
 
 

@@ -5,13 +5,14 @@
                     equation 1; fitted between 1e17 and 2e19: below that it is an extrapolation, and said so)
     Muon's rate     0.02 at every width: the update's spectral norm does not depend on it (Jordan 2024; arXiv 2502.16982)
 
-What the recipe sets itself is left alone.
+What the recipe sets itself is left alone. A preset is a shape alone: there the rules' figures are told beside the recipe's, and change nothing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from bascule.config.model import ModelConfig
 from bascule.config.recipe import Recipe
 from bascule.model import count
 
@@ -22,11 +23,8 @@ FITTED_FLOPS = (1e17, 2e19)
 def turn(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """(recipe with the derived settings of its pretrain phase, what was derived in lines for people)."""
     model, pretrain = recipe.model, recipe.pretrain
-    lines = [
-        f"depth {model.depth}: width {model.hidden_size}, {model.num_attention_heads} heads of {model.v_head_dim}, latent "
-        f"{model.kv_lora_rank}, {model.n_routed_experts} experts of {model.moe_intermediate_size} ({model.num_experts_per_tok} a "
-        f"token, {model.n_shared_experts} shared); {count.parameters(model):,} parameters, {count.active_parameters(model):,} active"
-    ]
+    name = f"depth {model.depth}" if model.depth else f"preset {model.preset}"
+    lines = [f"{name}: {_shape(model)}"]
     if "pretrain" not in recipe.train.phases:
         return recipe, lines
     length = pretrain.sequence_length
@@ -40,13 +38,34 @@ def turn(recipe: Recipe) -> tuple[Recipe, list[str]]:
         "learning_rate": float(f"{0.3118 * flops**-0.1250:.3g}"),
         "muon_learning_rate": 0.02,
     }
-    new = {name: value for name, value in derived.items() if name not in pretrain.model_fields_set}
+    kept = pretrain.model_fields_set if model.depth else derived
+    new = {key: value for key, value in derived.items() if key not in kept}
     range_note = (
         "" if FITTED_FLOPS[0] <= flops <= FITTED_FLOPS[1] else ", outside the rule's fitted range"
     )
     told = ", ".join(
-        f"{name} {value}{'' if name in new else f' (the recipe says {getattr(pretrain, name)})'}"
-        for name, value in derived.items()
+        f"{key} {value}{'' if key in new else f' (the recipe says {getattr(pretrain, key)})'}"
+        for key, value in derived.items()
     )
-    lines.append(f"depth {model.depth}: {tokens:,} tokens, {flops:.2e} FLOPs{range_note}; {told}")
+    lines.append(f"{name}: the rule gives {tokens:,} tokens, {flops:.2e} FLOPs{range_note}; {told}")
     return recipe.model_copy(update={"pretrain": pretrain.model_copy(update=new)}), lines
+
+
+def _shape(model: ModelConfig) -> str:
+    latent = model.attention == "mla"
+    parts = [
+        f"{model.num_hidden_layers} layers, width {model.hidden_size}",
+        f"{model.num_attention_heads} heads of {model.v_head_dim if latent else model.head_dim}",
+    ]
+    if latent:
+        parts.append(f"latent {model.kv_lora_rank}")
+    if model.ffn == "moe":
+        parts.append(
+            f"{model.n_routed_experts} experts of {model.moe_intermediate_size} ({model.num_experts_per_tok} a token, "
+            f"{model.n_shared_experts} shared)"
+        )
+    if model.num_nextn_predict_layers:
+        parts.append("a prediction layer")
+    total, active = count.parameters(model), count.active_parameters(model)
+    spoken = "" if total == active else f", {active:,} active"
+    return f"{', '.join(parts)}; {total:,} parameters{spoken}"

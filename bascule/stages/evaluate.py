@@ -1,26 +1,62 @@
-"""`bascule evaluate`: a finished run's model on held-out problems, with exact verifiers."""
+"""`bascule evaluate`: a finished run's model on held-out problems, with exact verifiers, and on the held-out text it was pretrained beside."""
 
 from __future__ import annotations
 
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from bascule.config.training import DataConfig
-from bascule.errors import CheckFailed
+from bascule.data.shards import Shards
+from bascule.errors import CheckFailed, UsageError
 from bascule.infer.evaluate import evaluate
 from bascule.infer.samples import SampleStore
 from bascule.ledger import Ledger, last
-from bascule.records import Evaluation, RunFinished
+from bascule.records import Evaluation, RunFinished, TextOpened
 from bascule.stages.answer import Answer, duration
 from bascule.stages.course import heldout_only
 from bascule.stages.finished import Finished, open_finished
-from bascule.stages.measure import spread
+from bascule.stages.measure import spread, text_evaluation
+from bascule.train.step import Stepper
 
 
 def main(arguments: Namespace) -> Answer:
     """Exit 3 when `evaluate.min_pass_at_1` is set and not reached."""
     run = open_finished(arguments.run, arguments.on)
+    phases = run.recipe.train.phases
+    text = _text(run) if "pretrain" in phases else None
+    tasks = _tasks(run, arguments) if {"sft", "grpo"} & set(phases) else None
+    if text is None or tasks is None:
+        found = tasks or text
+        assert found is not None
+        return found
+    return replace(tasks, text=f"{text.text}\n{tasks.text}", data={**tasks.data, "text": text.data})
+
+
+def _text(run: Finished) -> Answer:
+    """Raises UsageError when the shards are gone or are not those that the run began with."""
+    config, ledger = run.recipe.pretrain, Ledger(run.folder.ledger, pool=run.pool)
+    began = last(ledger.read(), TextOpened)
+    if began and Shards.open(Path(str(config.data))).digest() != began.sha256:
+        raise UsageError(
+            f"'{config.data}' is not the text this run was pretrained on (index SHA-256 {began.sha256[:12]}…), and its held-out "
+            "part may have been trained on. Put the old shards back."
+        )
+    stepper = Stepper(run.engine.model, run.accelerator)
+    record = text_evaluation(
+        config, lambda tensors: stepper.score(tensors, 1, role="infer"),
+        after="evaluate", step=run.recipe.total_steps(), start=time.perf_counter(),
+    )  # fmt: skip
+    ledger.append(record)
+    text = (
+        f"{record.bits_per_byte:.3f} bits per byte on {record.tokens:,} held-out tokens of {record.text_bytes:,} bytes, on "
+        f"{run.accelerator.name}, {duration(record.seconds)}"
+    )
+    return Answer(text=text, data=record.model_dump(exclude={"schema_version", "kind", "attempt"}))
+
+
+def _tasks(run: Finished, arguments: Namespace) -> Answer:
     changes = {"eval_seed": arguments.eval_seed, "eval_problems": arguments.problems}
     data = run.recipe.data.model_copy(
         update={name: value for name, value in changes.items() if value is not None}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from bascule.config.recipe import Recipe
-from bascule.errors import CheckFailed, RecipeError
+from bascule.config.training import PretrainConfig
+from bascule.errors import CheckFailed
 from bascule.infer.evaluate import Score, evaluate
 from bascule.ledger import Ledger
 from bascule.records import Evaluation, Migration, TextEvaluation
@@ -55,19 +56,6 @@ class Measure:
             )
         )  # fmt: skip
 
-    def refuse_too_long(self) -> None:
-        """Before anything is computed: can every problem and its longest completion be read by the model?"""
-        if "grpo" not in self.recipe.phase_steps() or not self.course.train:
-            return
-        longest = max(len(prompt) for prompt in self.course.prompts(self.course.train))
-        asked = longest + self.recipe.grpo.max_completion_tokens
-        allowed = self.course.model.max_position_embeddings
-        if asked > allowed:
-            raise RecipeError(
-                f"grpo.max_completion_tokens={self.recipe.grpo.max_completion_tokens} and the longest problem's {longest} tokens make "
-                f"{asked} positions; the model has {allowed}. Lower it, or raise model.max_position_embeddings."
-            )
-
     def refuse_hopeless_grpo(self) -> None:
         """Reinforcement needs some right answers to reinforce (training.md 2.7): stop before hours are spent on nothing."""
         floor = self.recipe.grpo.min_start_pass_at_16
@@ -96,19 +84,10 @@ class Measure:
             self.beat(step)
             return self.stepper.score(tensors, max(1, step))
 
-        config = self.recipe.pretrain
-        found = pretrain.measure(
-            score,
-            reading(config, "heldout"),
-            rows=config.batch_sequences,
-            windows=config.eval_sequences,
+        found = text_evaluation(
+            self.recipe.pretrain, score, after="pretrain", step=step, start=start
         )
-        self.ledger.append(
-            TextEvaluation(
-                after="pretrain", step=step, bits_per_byte=found["bits_per_byte"], nats_per_token=found["nats_per_token"],
-                tokens=int(found["tokens"]), text_bytes=int(found["text_bytes"]), seconds=time.perf_counter() - start,
-            )
-        )  # fmt: skip
+        self.ledger.append(found)
 
     def _measured(
         self, kind: type[Evaluation] | type[TextEvaluation], after: str, step: int
@@ -121,6 +100,28 @@ class Measure:
             elif isinstance(record, Migration) and record.resumed_from_step < step:
                 found = False
         return found
+
+
+def text_evaluation(
+    config: PretrainConfig,
+    score: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    *,
+    after: str,
+    step: int,
+    start: float,
+) -> TextEvaluation:
+    """Bits per byte of the recipe's held-out shards under `score`, which gives the log-probability of every target (Stepper.score).
+    `start` is when it began, by time.perf_counter."""
+    found = pretrain.measure(
+        score,
+        reading(config, "heldout"),
+        rows=config.batch_sequences,
+        windows=config.eval_sequences,
+    )
+    return TextEvaluation(
+        after=after, step=step, bits_per_byte=found["bits_per_byte"], nats_per_token=found["nats_per_token"],
+        tokens=int(found["tokens"]), text_bytes=int(found["text_bytes"]), seconds=time.perf_counter() - start,
+    )  # fmt: skip
 
 
 def spread(score: Score) -> dict[str, float]:

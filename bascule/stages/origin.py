@@ -10,6 +10,7 @@ from bascule.config.recipe import Recipe
 from bascule.data import gguf_tokenizer
 from bascule.data.shards import SPLITS, Shards
 from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer
+from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError, UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last
@@ -32,7 +33,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.sft.data:  # a resume may be typed in another folder
         absolute = {"data": str(Path(recipe.sft.data).absolute())}
         recipe = recipe.model_copy(update={"sft": recipe.sft.model_copy(update=absolute)})
-    if recipe.model.depth:
+    if recipe.model.from_ is None and (recipe.model.depth or recipe.model.preset != "custom"):
         recipe, lines = dial.turn(recipe)
         for line in lines:
             say(line)
@@ -122,6 +123,18 @@ def _prepare_model(path: Path, folder: RunFolder, ledger: Ledger) -> None:
     say(
         f"start from {path}: {found.family}, {found.parameters:,} parameters, SHA-256 {found.sha256[:12]}…"
     )
+
+
+def tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer that a resolved recipe learns with: the existing model's, the text's, or bascule's own."""
+    if recipe.model.from_:
+        path = Path(recipe.model.from_)
+        return (
+            gguf_tokenizer.load(path) if origin.format_of(path) == "gguf" else open_tokenizer(path)
+        )
+    if "pretrain" in recipe.train.phases:
+        return open_tokenizer(Path(str(recipe.pretrain.data)))
+    return Tokenizer()
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ from bascule.config.training import PretrainConfig
 from bascule.data import conversations
 from bascule.data.shards import Shards
 from bascule.data.tasks.base import Problem
-from bascule.errors import RecipeError
 from bascule.ledger import Ledger
 from bascule.stages.course import Course
 from bascule.stages.rollouts import Rollouts
@@ -54,22 +53,17 @@ def reading(config: PretrainConfig, split: str) -> pretrain.Reading:
 
 def _sft(recipe: Recipe, course: Course, ledger: Ledger, first_step: int) -> Sft:
     longest = course.model.max_position_embeddings
-    if recipe.sft.pack_tokens > longest:
-        raise RecipeError(
-            f"sft.pack_tokens = {recipe.sft.pack_tokens} exceeds model.max_position_embeddings = {longest}. Lower it, or raise the "
-            "model's length."
-        )
     if recipe.sft.data:
         examples, left_out = conversations.examples(
             Path(recipe.sft.data), course.tokenizer, longest
         )
         dropped = left_out.total()
-        what = f"of '{recipe.sft.data}', {' and '.join(f'{count} {why}' for why, count in left_out.items())}; SFT leaves them out"
+        what = f"SFT leaves out of '{recipe.sft.data}': {'; '.join(f'{why}, {count}' for why, count in left_out.items())}"
     else:
         examples = course.examples(recipe.seed)
         shown = len(course.train[: course.worked])
         dropped = shown - len(examples)
-        what = f"{dropped} of {shown} training problems have no trace that succeeds; SFT leaves them out"
+        what = f"{dropped} of {shown} training problems have no worked solution that succeeds; SFT leaves them out"
     if dropped and not any(
         record.kind == "warning" and record.what == "examples dropped" for record in ledger.read()
     ):

@@ -75,7 +75,9 @@ class ProgressLine:
         eta_s = (self.total_steps - stats.step) * seconds / len(self._recent)
         rewards = [one.reward for one in self._recent if one.reward is not None]
         reward = f"  reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+        bits = stats.metrics.get("bits_per_byte")
+        read = "" if bits is None else f"  {bits:.3f} bits/byte"
         say(
-            f"[{stats.pool}] {stats.phase} {stats.step}/{self.total_steps}  loss {stats.loss:.4f}{reward}"
+            f"[{stats.pool}] {stats.phase} {stats.step}/{self.total_steps}  loss {stats.loss:.4f}{reward}{read}"
             f"  |g| {stats.grad_norm:.3f}  {rate / 1000:.1f}k tok/s  ETA {duration(eta_s)}"
         )

@@ -41,7 +41,7 @@ from bascule.records import (
     StepStats,
 )
 from bascule.report.story import summary
-from bascule.stages import origin, place, plan, qualify, report, train
+from bascule.stages import material, origin, place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
 from bascule.stages.hold import sole_supervisor
 from bascule.train.store import check_url
@@ -68,6 +68,7 @@ def run(
             if not folder.report.exists():
                 report.write(folder)
             return _finished(recipe, folder, "was already finished; nothing was done")
+        material.check(recipe)
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)

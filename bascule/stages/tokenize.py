@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bascule.data import documents, gguf_tokenizer
+from bascule.config.load import load_recipe
+from bascule.data import corpus, documents, gguf_tokenizer
 from bascule.data.shards import SPLITS, ShardWriter, save_array, write_index
 from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer
 from bascule.errors import UsageError
@@ -25,16 +26,21 @@ ENCODE_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Source:
-    """The documents to read, and which of them are held out: those whose hash lies below `limit`."""
+    """The documents to read, `traces` after the files', and which of them are held out: those whose hash lies below `limit`."""
 
     files: list[Path]
     field: str
-    limit: int
+    traces: list[str]
+    limit: int = 0
+
+    def read(self, unreadable: Callable[[Path, str], None]) -> Iterator[str]:
+        yield from documents.read(self.files, self.field, unreadable)
+        yield from self.traces
 
     def texts(self, split: str | None = None) -> Iterator[str]:
         """Every distinct document once, in order; blank ones and later copies of an earlier one are left out."""
         seen: set[int] = set()
-        for text in documents.read(self.files, self.field, lambda *_: None):
+        for text in self.read(lambda *_: None):
             hashed = _hash(text)
             if hashed in seen or not text.strip():
                 continue
@@ -44,8 +50,12 @@ class Source:
 
 
 def main(arguments: Namespace) -> Answer:
-    """Raises UsageError when the output folder already holds shards, or when nothing is left to train on."""
+    """Raises UsageError when the output folder already holds shards, when nothing was named, or nothing is left to train on."""
     folder = Path(arguments.out)
+    if not arguments.files and arguments.traces is None:
+        raise UsageError(
+            "bascule tokenize needs something to read: FILES, --traces RECIPE.toml, or both."
+        )
     if (folder / "index.json").exists():
         raise UsageError(f"'{folder}' already holds shards. Remove it, or choose another --out.")
     source, counts = _survey(arguments)
@@ -59,13 +69,12 @@ def main(arguments: Namespace) -> Answer:
 
 def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
     """Read everything once: which documents are held out, how many are blank or copies, which files cannot be read."""
-    found = documents.files([Path(name) for name in arguments.files])
+    found = documents.files([Path(name) for name in arguments.files]) if arguments.files else []
+    source = Source(found, arguments.text_field, _traces(arguments.traces))
     unreadable: list[str] = []
     hashes: set[int] = set()
     read = blank = 0
-    for text in documents.read(
-        found, arguments.text_field, lambda path, why: unreadable.append(f"{path} {why}")
-    ):
+    for text in source.read(lambda path, why: unreadable.append(f"{path} {why}")):
         if text.strip():
             read += 1
             hashes.add(_hash(text))
@@ -83,11 +92,29 @@ def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
     counts = {
         "files": len(found),
         "documents": read,
+        "traces": len(source.traces),
         "copies_left_out": read - len(hashes),
         "blank_left_out": blank,
         "unreadable_files": len(unreadable),
     }
-    return Source(found, arguments.text_field, limit), counts
+    return replace(source, limit=limit), counts
+
+
+def _traces(recipe: str | None) -> list[str]:
+    """The training problems of a recipe with their worked solutions, a document each. No held-out problem is among them."""
+    if recipe is None:
+        return []
+    found = load_recipe(Path(recipe), [])
+    problems = corpus.split(found.data, found.seed).train[: found.data.worked_problems]
+    worked = corpus.sft_examples(
+        problems, found.seed, lambda question: question, verified=found.data.verify_solutions
+    )
+    if not worked:
+        raise UsageError(
+            f"--traces {recipe}: none of its {len(problems)} training problems has a worked solution. Name a recipe whose tasks have a "
+            "solver: chain_sum, countdown, gcd, letter_counting, or a task of your own with traces."
+        )
+    return [f"{question}\n{trace}" for question, trace in worked]
 
 
 def _hash(text: str) -> int:
@@ -137,8 +164,9 @@ def _total(shards: list[dict[str, int]], kind: str) -> int:
 
 
 def _text(data: dict[str, Any]) -> str:
+    traces = f"{data['traces']:,} worked solutions read. " if data["traces"] else ""
     return (
-        f"{data['train_documents']:,} documents to train on, {data['train_tokens']:,} tokens of {data['train_bytes']:,} bytes; "
+        f"{traces}{data['train_documents']:,} documents to train on, {data['train_tokens']:,} tokens of {data['train_bytes']:,} bytes; "
         f"{data['heldout_documents']:,} held out, {data['heldout_tokens']:,} tokens. {data['copies_left_out']} copies, "
         f"{data['blank_left_out']} blank ones and {data['unreadable_files']} unreadable files left out. Vocabulary {data['vocab_size']:,}.\n"
         f'In a recipe: pretrain.data = "{data["out"]}" and train.phases = ["pretrain", ..]'

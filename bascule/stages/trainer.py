@@ -51,6 +51,7 @@ from bascule.records import (
 )
 from bascule.stages.course import Course, course
 from bascule.stages.launch import ENDING_FILE, STACKS_FILE
+from bascule.stages.material import refuse_too_long
 from bascule.stages.measure import Measure
 from bascule.stages.phases import objectives
 from bascule.stages.rollouts import Rollouts
@@ -162,7 +163,7 @@ class Trainer:
         )
         self.store = self._open_store(self.recipe.train.snapshots)
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
-        self.measure.refuse_too_long()
+        refuse_too_long(self.recipe, self.course.train, self.course.tokenizer)
         self._said: set[str] = set()
         self._stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bascule.accelerators.base import Accelerator, Work
+from bascule.accelerators.base import Accelerator, Role, Work
 from bascule.errors import SnapshotError
 from bascule.model import seats
 from bascule.model.routing import replaying
@@ -185,7 +185,14 @@ class Stepper:
             raise ValueError(f"Skip of step {step} was asked after step {self.step}.")
         self.step = step
 
-    def score(self, tensors: Mapping[str, Tensor], step: int, temperature: float = 1.0) -> Tensor:
+    def score(
+        self,
+        tensors: Mapping[str, Tensor],
+        step: int,
+        temperature: float = 1.0,
+        *,
+        role: Role = "train",
+    ) -> Tensor:
         """Log-probabilities of the targets that count under the present weights, (B,T) on the CPU: GRPO's old policy.
 
         Same shapes and kernels as the step that will learn from these tensors, so on a sound chip the first minibatch's
@@ -193,7 +200,7 @@ class Stepper:
         question it.
         """
         with (
-            self.accelerator.session(Work("train", step)),
+            self.accelerator.session(Work(role, step)),
             torch.no_grad(),
             self.judge.watch(step, "score", self.model),
         ):

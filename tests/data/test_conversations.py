@@ -44,7 +44,7 @@ def test_every_assistant_turn_is_learnt_after_the_conversation_that_led_to_it(
 def test_what_does_not_fit_is_left_out_and_counted(tmp_path: Path) -> None:
     found, left_out = conversations.examples(written(tmp_path, {"messages": TALK}), Tokenizer(), 40)
     assert len(found) == 1
-    assert left_out == {"responses exceed model.max_position_embeddings = 40": 1}
+    assert left_out == {"responses beyond model.max_position_embeddings = 40": 1}
 
 
 def test_what_teaches_nothing_is_counted_by_its_reason(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bascule.data import documents
+from bascule import cli
+from bascule.config.load import load_recipe
+from bascule.data import chat, corpus, documents
 from bascule.data.shards import Order, Shards
 from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer
 from bascule.errors import UsageError
@@ -28,6 +30,7 @@ def arguments(files: list[Path], out: Path, **changes: object) -> Namespace:
         "tokenizer": None,
         "vocab_size": 300,
         "text_field": "text",
+        "traces": None,
         "held_out": 0.1,
         "shard_tokens": 400,
     }
@@ -72,6 +75,13 @@ def test_digits_are_split_and_tags_are_one_token_each(folder: Path) -> None:
     ids = tokenizer.encode("<think>2026</think>")
     assert len(ids) == 6 and ids[0] == tokenizer.think_open_id
     assert tokenizer.decode(ids) == "<think>2026</think>"
+
+
+def test_a_tokenizer_just_trained_reads_a_thought_as_it_does_after_it_was_saved() -> None:
+    tokenizer = documents.train_tokenizer(TEXTS, 300)
+    [ids] = tokenizer.encode_many(["<think>1</think>2<eos>"])
+    assert [tokenizer.think_open_id, tokenizer.think_close_id] == [ids[0], ids[2]]
+    assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "<think>1</think>2<eos>"
 
 
 def test_a_document_cannot_end_itself(folder: Path) -> None:
@@ -200,6 +210,58 @@ def test_an_epoch_reads_every_window_once_and_the_next_cuts_elsewhere() -> None:
     assert len(set(first)) == len(set(second)) == order.windows
     assert np.all(np.diff(np.sort(first)) == 10)
     assert first != second and {one % 10 for one in first} != {one % 10 for one in second}
+
+
+RECIPE = """
+pools.here.accelerator = "cpu"
+data = { train_problems = 60, eval_problems = 8, tasks = [{ name = "NAME" }] }
+"""
+
+
+def test_worked_solutions_are_documents_and_no_held_out_problem_is_among_them(
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.replace("NAME", "chain_sum"), encoding="utf-8")
+    answer = tokenize.main(arguments([], tmp_path / "shards", traces=str(recipe)))
+    assert answer.data["traces"] == answer.data["train_documents"] + answer.data["heldout_documents"] == 60  # fmt: skip
+    shards = Shards.open(tmp_path / "shards")
+    tokenizer = open_tokenizer(tmp_path / "shards")
+    texts = [tokenizer.decode(ids) for split in ("train", "heldout") for ids in split_up(shards, split)]  # fmt: skip
+    heldout = corpus.heldout_problems(load_recipe(recipe, []).data)
+    assert not {text.split("\n")[0] for text in texts} & {one.question for one in heldout}
+    think = tokenizer.encode("<think>")
+    assert len(think) == 1
+    for text in texts:
+        question, trace = text.split("\n")
+        assert question.endswith("=?") and chat.parse_strict(trace)
+    assert all(think[0] in ids for ids in split_up(shards, "train"))
+
+
+def split_up(shards: Shards, split: str) -> list[list[int]]:
+    """The tokens of every document, without its borders."""
+    text = shards.text(split)
+    ends = [0, *text.document_ends.tolist()]
+    return [text.tokens(a + 1, b - a - 2).tolist() for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def test_a_recipe_without_solvers_and_nothing_at_all_are_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.replace("NAME", "gym:spell_backward"), encoding="utf-8")
+    with pytest.raises(UsageError, match="none of its .* has a worked solution"):
+        tokenize.main(arguments([], tmp_path / "shards", traces=str(recipe)))
+    with pytest.raises(UsageError, match="needs something to read"):
+        tokenize.main(arguments([], tmp_path / "shards"))
+
+
+@pytest.mark.parametrize(
+    "word", ["--held-out=5", "--held-out=-1", "--held-out=nan", "--shard-tokens=0"]
+)
+def test_numbers_that_would_leave_nothing_to_train_on_are_refused(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tokenize", str(tmp_path), "--out", str(tmp_path / "shards"), word]) == 2
+    assert word.split("=")[0] in capsys.readouterr().err
 
 
 def test_too_little_text_says_so() -> None:

@@ -191,4 +191,20 @@ def test_the_mismatch_is_told_of_each_pool_that_sampled() -> None:
     assert found["ascend"]["mean_abs"] == pytest.approx((0.1 * 100 + 0.4 * 300) / 400)
     assert found["ascend"]["max_abs"] == 4.0 and found["ascend"]["effective_sample_ratio"] == 0.6
     assert found["cpu"]["steps"] == 1 and "router_agreement" not in found["cpu"]
-    assert "<td>ascend</td><td>2</td><td>400</td>" in render(run)
+    page = render(run)
+    assert "<td>ascend</td><td>2</td><td>400</td>" in page
+    assert "rollouts on ascend" in page and "rollouts on cpu" in page
+
+
+def test_what_was_asked_after_the_run_is_no_wall_time_of_it() -> None:
+    later = Warned(what="x", detail="y", attempt=0)
+    run = fallback_run()
+    before = summary(run)["wall_s"]
+    late = [later.model_copy(update={"time_s": at}) for at in (1000.0, 9000.0)]
+    assert summary([*run, *late])["wall_s"] == before > 0
+
+
+def test_the_loss_chart_is_named_after_the_phases_it_shows() -> None:
+    read = step(1, "a").model_copy(update={"phase": "pretrain"})
+    assert "Pretraining and SFT loss" in render([read, step(2, "a")])
+    assert "Pretraining loss" in render([read]) and "SFT loss" not in render([read])

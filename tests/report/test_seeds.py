@@ -44,6 +44,12 @@ def test_the_band_lies_between_the_lowest_and_the_highest_seed(tmp_path: Path) -
     assert answer.data["seeds"]["grpo"]["lowest"] == 0.4
 
 
+def test_an_evaluation_asked_for_later_is_no_point_of_the_seeds() -> None:
+    asked = Evaluation(after="evaluate", step=4, n=8, samples=8, pass_at_1=0.5, pass_at_8=1.0, greedy=0.9, truncated_ratio=0.0, seconds=1.0)  # fmt: skip
+    assert seeds.chart([[asked], [asked]]) == ""
+    assert "<circle" in seeds.chart([[asked.model_copy(update={"after": "grpo"})], []])
+
+
 def test_a_report_of_one_run_has_no_band(tmp_path: Path) -> None:
     run = written(tmp_path / "a", [0.2, 0.4])
     assert "seeds" not in report.main(Namespace(run=str(run), seeds=[])).data

@@ -71,3 +71,29 @@ def test_depth_beside_a_preset_is_refused_and_a_size_may_be_overridden() -> None
 def test_a_resolved_recipe_reads_back_as_it_was() -> None:
     turned = dial.turn(recipe(6))[0]
     assert recipe_from(turned.model_dump(), source="again") == turned
+
+
+def test_the_prediction_layer_comes_with_size_and_only_where_a_family_has_it() -> None:
+    for depth in (1, 11, 12, 20):
+        shape = ModelConfig(depth=depth, vocab_size=32768)
+        assert shape.num_nextn_predict_layers == (count.parameters(shape) > 5e8)
+    assert ModelConfig(depth=12, num_nextn_predict_layers=0).num_nextn_predict_layers == 0
+    assert ModelConfig(depth=12, ffn="swiglu").num_nextn_predict_layers == 0
+    assert "a prediction layer" in dial.turn(recipe(12))[1][0]
+    assert "a prediction layer" not in dial.turn(recipe(11))[1][0]
+
+
+def test_a_preset_says_its_shape_and_what_the_rules_would_take_and_changes_nothing() -> None:
+    raw = {
+        "name": "p", "pools": {"here": {"accelerator": "cpu"}}, "model": {"preset": "mini"},
+        "train": {"phases": ["pretrain"]}, "pretrain": {"data": "x"},
+    }  # fmt: skip
+    before = recipe_from(raw, source="test")
+    after, lines = dial.turn(before)
+    assert after == before
+    assert lines[0].startswith(
+        "preset mini: 8 layers, width 512, 8 heads of 128, latent 512, 16 experts"
+    )
+    assert "(the recipe says 1000)" in lines[1]
+    dense = recipe_from({**raw, "model": {"attention": "gqa", "ffn": "swiglu"}}, source="test")
+    assert "latent" not in dial.turn(dense)[1][0] and "experts" not in dial.turn(dense)[1][0]

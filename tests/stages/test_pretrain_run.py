@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from bascule.config.load import load_recipe
 from bascule.errors import RecipeError
 from bascule.ledger import last, read_ledger
 from bascule.records import Evaluation, RunFinished, StepStats, TextEvaluation, TextOpened
+from bascule.report.story import sentences, summary
 
 RECIPE = """
 pools.here.accelerator = "cpu"
@@ -62,6 +64,43 @@ def test_the_ledger_tells_the_text_and_the_bits_per_byte(finished: Path) -> None
         {"ahead_loss", "balance_loss", "expert_max_ratio"} <= one.metrics.keys() for one in steps
     )
     assert last(records, Evaluation) and last(records, RunFinished)
+    assert f"after PRETRAIN {measured.bits_per_byte:.3f} bits per byte; after SFT pass@1" in summary(records)["headline"]  # fmt: skip
+    told = [one.text for one in sentences(records)]
+    assert any("(T=1, " in one and "maj@1 " in one for one in told)
+
+
+def test_evaluate_measures_the_text_too_and_alone_where_no_task_was_learnt(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "read"
+    shutil.copytree(finished / "read", folder)
+    before = last(read_ledger(folder / "ledger.jsonl"), TextEvaluation)
+    assert main(["evaluate", str(folder), "--samples", "1", "--problems", "2"]) == 0
+    said = capsys.readouterr().out
+    records = read_ledger(folder / "ledger.jsonl")
+    text = last(records, TextEvaluation)
+    assert before and text and text.after == "evaluate" and text.tokens == before.tokens
+    assert f"{text.bits_per_byte:.3f} bits per byte" in said and "pass@1" in said
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["train"]["phases"] = ["pretrain"]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["evaluate", str(folder)]) == 0
+    assert "pass@1" not in capsys.readouterr().out
+
+
+def test_evaluate_refuses_another_text_than_the_runs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "read"
+    shutil.copytree(finished / "read", folder)
+    shutil.copytree(finished / "shards", tmp_path / "shards")
+    index = json.loads((tmp_path / "shards" / "index.json").read_text())
+    (tmp_path / "shards" / "index.json").write_text(json.dumps({**index, "note": 1}))
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["pretrain"]["data"] = str(tmp_path / "shards")
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["evaluate", str(folder)]) == 2
+    assert "is not the text this run was pretrained on" in capsys.readouterr().err
 
 
 def test_transformers_opens_the_finished_model(finished: Path) -> None:

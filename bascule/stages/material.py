@@ -1,0 +1,67 @@
+"""Is everything there that a recipe learns from? Asked before a run begins: a task that cannot be imported, a missing file or a package would
+otherwise end it only after its chips were examined, in a folder that the mended recipe may not go on in. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bascule import draws
+from bascule.config.recipe import Recipe
+from bascule.config.training import TaskConfig
+from bascule.data import conversations
+from bascule.data.tasks import registry
+from bascule.data.tasks.base import Problem
+from bascule.data.tokenizer import Tokenizer
+from bascule.errors import RecipeError
+from bascule.stages import origin
+
+LOOKED_AT = 16
+"""Problems of each task that are drawn here. The trainer looks at all of them."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError. `recipe` is resolved (origin.resolve)."""
+    phases = recipe.phase_steps()
+    positions = recipe.model.max_position_embeddings
+    if "sft" in phases and recipe.sft.data:
+        conversations.check(Path(recipe.sft.data))
+    if "sft" in phases and recipe.sft.pack_tokens > positions:
+        raise RecipeError(
+            f"sft.pack_tokens = {recipe.sft.pack_tokens} exceeds model.max_position_embeddings = {positions}. Lower it, or raise the "
+            "model's length."
+        )
+    if "grpo" in phases and recipe.grpo.router_replay and recipe.model.ffn != "moe":
+        raise RecipeError(
+            "grpo.router_replay = true, and the model has no experts to route to. Leave it out, or choose a model with them."
+        )
+    if {"sft", "grpo"} & set(phases):
+        problems = [one for task in recipe.data.tasks for one in _some(task, recipe.data.eval_seed)]
+        refuse_too_long(recipe, problems, origin.tokenizer(recipe))
+
+
+def _some(task: TaskConfig, seed: int) -> list[Problem]:
+    """A few problems, among them perhaps held-out ones: nothing is learnt here."""
+    found = registry.get(task.name).problems(
+        draws.key(seed, "data.heldout"), LOOKED_AT, task.options
+    )
+    if not found:
+        raise RecipeError(
+            f"Task '{task.name}' has no problem with these options: {dict(task.options)}. Widen them in data.tasks."
+        )
+    return found
+
+
+def refuse_too_long(recipe: Recipe, problems: Sequence[Problem], tokenizer: Tokenizer) -> None:
+    """Can each of these problems and the longest completion allowed be read by the model? Raises RecipeError."""
+    if "grpo" not in recipe.phase_steps() or not problems:
+        return
+    longest = max(len(tokenizer.encode(tokenizer.prompt(one.question))) for one in problems)
+    asked = longest + recipe.grpo.max_completion_tokens
+    allowed = recipe.model.max_position_embeddings
+    if asked > allowed:
+        raise RecipeError(
+            f"grpo.max_completion_tokens={recipe.grpo.max_completion_tokens} and the longest problem's {longest} tokens make "
+            f"{asked} positions; the model has {allowed}. Lower it, or raise model.max_position_embeddings."
+        )

@@ -1,0 +1,87 @@
+"""What a recipe learns from is asked for before any chip is examined."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from existing import make_llama
+
+from bascule.cli import main
+from bascule.config.load import recipe_from
+from bascule.errors import RecipeError
+from bascule.folder import RunFolder
+from bascule.stages import material, origin
+
+
+def check(**sections: Any) -> None:
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, **sections}
+    material.check(recipe_from(raw, source="test"))
+
+
+def test_what_is_there_passes() -> None:
+    check()
+    check(train={"phases": ["pretrain"]}, pretrain={"data": "x"}, data={"tasks": [{"name": "no_such_task"}]})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ({"name": "chainsum"}, "There is no task 'chainsum'.*Did you mean"),
+        ({"name": "no_such_module:task"}, "No module named"),
+        ({"name": "jsonl:nowhere.jsonl"}, "cannot be read"),
+        ({"name": "chain_sum", "options": {"terms": 3}}, "has no option 'terms'"),
+    ],
+)
+def test_a_task_that_is_not_there_is_refused(task: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        check(data={"tasks": [task]})
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [(None, "cannot be read"), ([""], "holds no conversation"), (['{"messages": 3}'], "line 1")],
+)
+def test_conversations_that_are_none_are_refused(
+    lines: list[str] | None, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jsonl"
+    if lines is not None:
+        file.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(RecipeError, match=says):
+        check(sft={"data": str(file)})
+
+
+def test_lengths_and_switches_that_do_not_fit_the_model_are_refused() -> None:
+    with pytest.raises(RecipeError, match="pack_tokens = 4096 exceeds"):
+        check(sft={"pack_tokens": 4096})
+    with pytest.raises(RecipeError, match=r"max_completion_tokens=120 and the longest problem's"):
+        check(grpo={"max_completion_tokens": 120})
+    dense = {"preset": "nano", "attention": "gqa", "ffn": "swiglu"}
+    with pytest.raises(RecipeError, match="no experts to route to"):
+        check(model=dense, grpo={"router_replay": True})
+
+
+def test_the_words_of_an_existing_models_tokenizer_are_counted(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "llama", positions=64)
+    grpo = {"max_completion_tokens": 16}
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "model": {"from": str(folder)}}
+    material.check(origin.resolve(recipe_from({**raw, "grpo": grpo}, source="test")))
+    with pytest.raises(RecipeError, match="positions; the model has 64"):
+        material.check(origin.resolve(recipe_from({**raw, "grpo": {"max_completion_tokens": 46}}, source="test")))  # fmt: skip
+
+
+def test_a_refused_run_has_not_begun_so_that_the_mended_recipe_may_have_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'pools.here.accelerator = "cpu"\nsft.data = {json.dumps(str(tmp_path / "x"))}\n')  # fmt: skip
+    assert main(["run", str(recipe), "--out", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    folder = RunFolder(tmp_path / "r")
+    assert not folder.recipe.exists() and not folder.ledger.exists()
