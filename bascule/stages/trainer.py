@@ -221,7 +221,10 @@ class Trainer:
             self.ledger.warn("resumed elsewhere", text)
         self._remember(state)
         if checkpoint.load(path).extra.get("pool") != self.pool:
-            verify.prove(path, self.stepper, open_accelerator("cpu"), self.ledger)
+            verify.prove(
+                path, self.stepper, open_accelerator("cpu"), self.ledger, self.objectives,
+                on_replay=lambda: self._beat(0, watchdog.STARTING),
+            )  # fmt: skip
         if self.guard and checkpoint.trust(path).state != "certified":
             self.guard.after_snapshot(state.step, path)
         return state

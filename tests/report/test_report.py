@@ -110,7 +110,9 @@ def test_uncertain_steps_and_windows_are_counted() -> None:
     assert longest_uncertified_steps(records) == 10
 
 
-def test_a_worker_that_died_and_goes_on_from_an_uncertified_snapshot_does_not_end_the_window() -> None:
+def test_a_worker_that_died_and_goes_on_from_an_uncertified_snapshot_does_not_end_the_window() -> (
+    None
+):
     records = [
         move.model_copy(update={"resumed_from_step": 13, "trust": "verified"})
         if isinstance(move, Migration)
