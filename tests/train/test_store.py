@@ -249,3 +249,19 @@ def test_a_slip_in_the_url_does_not_tie_the_runs_folder_to_it(tmp_path):
         stage.run(recipe("nosuch://x"), RunFolder(tmp_path / "r"))
     assert not (tmp_path / "r" / "recipe.json").exists()
     assert not (tmp_path / "r" / "ledger.jsonl").exists()
+
+
+def test_snapshots_keep_to_their_budget_on_the_disk_and_say_when_they_cannot(tmp_path):
+    made = recipe(None)
+    tight = made.model_copy(update={"train": made.train.model_copy(update={"snapshots_gib": 1e-6})})
+    code, records = _in_process().run(tight, tmp_path)
+    assert code == 0
+    told = [one for one in of_kind(records, Warned) if one.what == "snapshots over their budget"]
+    assert len(told) == 1, "once a launch"
+    certified = [
+        p
+        for p in checkpoint.all_snapshots(tmp_path / "snapshots")
+        if checkpoint.trust(p).state == "certified"
+    ]
+    wide = len(list((tmp_path / "snapshots").glob("step-*")))
+    assert certified and wide < 4
