@@ -276,7 +276,7 @@ class PoolReadmitted(Record):
 
 class Migration(Record):
     """Training moved (or went back on the same pool). Corrupt or uncertain steps are left behind and counted. `rung`: of the
-    ladder of fallback/policy; `wait_s`: its back-off."""
+    ladder of fallback/policy; `wait_s`: its back-off; `trust`: of the snapshot that training goes on from."""
 
     kind: Literal["migration"] = "migration"
     from_pool: str
@@ -288,6 +288,7 @@ class Migration(Record):
     snapshot: str
     rung: Rung | None = None
     wait_s: float = 0.0
+    trust: SnapshotState | None = None
 
 
 class Continuation(Record):

@@ -48,6 +48,14 @@ def test_the_file_name_is_the_default_name_and_overrides_win(tmp_path: Path) -> 
             ["pools.other.accelerator", "required"],
         ),
         ("seed = 1\n", ["pools", "required"]),
+        (
+            MINIMAL + "[guard]\nbudget_percent = 'f{u}l'\n",
+            [
+                "guard.budget_percent: Input should be a valid number",
+                ", or Input should be 'full' (given: 'f{u}l')",
+            ],
+        ),
+        (MINIMAL + "[pools.my-pool]\naccelerator = 3\n", ["pools.my-pool.accelerator: Input"]),
     ],
 )
 def test_a_bad_recipe_is_refused_with_path_value_and_way_out(

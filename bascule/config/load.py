@@ -84,8 +84,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> list[str]:
     lines = []
+    refused: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        where = ".".join(_path(item["loc"])) or "recipe"
         if item["type"] == "extra_forbidden":
             allowed = sorted(_allowed_at(item["loc"][:-1]))
             lines.append(
@@ -100,8 +101,17 @@ def _explain(error: ValidationError) -> list[str]:
                 if isinstance(item.get("input"), (dict, list))
                 else f" (given: {item.get('input')!r})"
             )
-            lines.append(f"  {where}: {message}{given}")
-    return lines
+            refused.setdefault((where, given), []).append(message)
+    return lines + [
+        f"  {where}: {', or '.join(why)}{given}" for (where, given), why in refused.items()
+    ]
+
+
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """Without the name that pydantic gives to one type of several that a setting may have (`constrained-float`, `literal['full']`)."""
+    path = [str(part) for part in location]
+    names_a_type = len(path) > 1 and not path[-1].isidentifier() and not path[-1].isdecimal()
+    return path[:-1] if names_a_type and path[-2] not in ("pools", "options") else path
 
 
 def _allowed_at(location: tuple[int | str, ...]) -> list[str]:

@@ -162,6 +162,11 @@ class TrainConfig(Section):
     keep_snapshots: int = Field(
         3, ge=2, description="certified generations kept; one must always lie behind the newest"
     )
+    snapshots_gib: float | None = Field(
+        None,
+        gt=0,
+        description="most that snapshots may take on the disk: certified generations are dropped, oldest first, but never the newest; unset: keep_snapshots alone",
+    )
     snapshots: str | None = Field(
         None,
         min_length=1,

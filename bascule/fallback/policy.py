@@ -158,6 +158,7 @@ def _story(records: Sequence[AnyRecord], setback: Setback) -> str:
     told = [
         f"step {one.step} on '{one.pool}': {one.attribution} ({one.action})"
         for one in of_kind(records, Incident)
+        if one.incident_id != setback.incident_id
     ]
-    told.append(f"step {setback.step} on '{setback.pool}': {setback.reason}")
+    told.append(f"step {setback.step} on '{setback.pool}': {setback.reason.rstrip('.')}")
     return "; ".join(told[-6:]) + "."

@@ -30,16 +30,15 @@ def copy_run(owner: RunFolder, to: RunFolder, planted: Recipe) -> str | None:
     with _held(owner) as free:
         if not free:
             return "it is running now"
-        shutil.copytree(owner.snapshots, to.snapshots)
-        for folder in (owner.tokenizer, owner.weights):
+        for folder in (owner.snapshots, owner.tokenizer, owner.weights):
             if folder.exists():
-                shutil.copytree(folder, folder_in(to, folder.name))
-        shutil.copyfile(owner.ledger, to.ledger)
-    before = hashlib.sha256(owner.recipe.read_bytes()).hexdigest()
-    _write_recipe(to, planted)
-    after = sha256_of(to.recipe)
-    for snapshot in to.snapshots.glob("step-*"):
-        _under_recipe(snapshot, before, after)
+                _copy_folder(folder, to.root / folder.name)
+        before = hashlib.sha256(owner.recipe.read_bytes()).hexdigest()
+        _write_recipe(to, planted)
+        after = sha256_of(to.recipe)
+        for snapshot in to.snapshots.glob("step-*"):
+            _under_recipe(snapshot, before, after)
+        shutil.copyfile(owner.ledger, to.ledger)  # last: a copy that was cut off is made again
     return None
 
 
@@ -57,8 +56,10 @@ def fresh_run(examined: RunFolder, to: RunFolder, planted: Recipe) -> None:
     )
 
 
-def folder_in(run: RunFolder, name: str) -> Path:
-    return run.root / name
+def _copy_folder(folder: Path, to: Path) -> None:
+    """In the place of an empty folder, or of what a copy that was cut off left."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
 
 
 def _write_recipe(folder: RunFolder, recipe: Recipe) -> None:

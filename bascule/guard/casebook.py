@@ -128,6 +128,7 @@ class Casebook:
             "attribution": finding.attribution,
             "evidence": finding.evidence,
             "action": action,
+            "first_operator": finding.operator,
             "violations": [str(violation) for violation in finding.violations],
             "replays": [replay.model_dump() for replay in finding.replays],
         }

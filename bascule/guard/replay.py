@@ -31,6 +31,7 @@ from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.errors import DeviceFault
 from bascule.guard.checksum import Checksums, Product, Violation, parameter_names
+from bascule.guard.culprit import first_wrong_operator
 from bascule.guard.noise import Difference, NoiseFloor
 from bascule.guard.proposal import FIRST_REPLAY, Recomputer, StepBatch, StepProposal
 from bascule.model import seats
@@ -49,6 +50,8 @@ class Finding:
     violations: list[Violation]
     gradients: dict[str, dict[str, Tensor]]
     product: Product | None = None
+    operator: str = ""
+    """The first operator that is wrong for the inputs it had: a product that broke its checksum, or whatever guard/culprit found."""
     clean: Any = None
     """A proposal for this step that the evidence supports; None when there is none from this chip."""
 
@@ -167,6 +170,7 @@ def investigate(
     if guilty_now or any(guilty_again):
         _blame_chip(finding, first, guilty_now, guilty_again, same_kind)
         if any(guilty_again):
+            _name_operator(finding, proposal, stepper, floor)
             _ask_sibling(finding, proposal, right, stepper, floor, sibling())
         finding.clean = next(
             (one.proposal for one, guilty in zip(here, guilty_again, strict=True) if not guilty),
@@ -197,6 +201,18 @@ def _blame_chip(
             "software" if same_kind and not finding.violations else "persistent chip fault"
         )
         finding.evidence = f"wrong again in {sum(guilty_again)} of {len(guilty_again)} replays on the same chip, right on the referee: {what}"
+
+
+def _name_operator(
+    finding: Finding, proposal: StepProposal, stepper: Recomputer, floor: NoiseFloor
+) -> None:
+    if finding.violations:
+        finding.operator = str(finding.violations[0])
+        return
+    found = first_wrong_operator(stepper, proposal.batch, FIRST_REPLAY + 2 + REPEATS, floor.referee)
+    finding.operator = "" if found is None else str(found)
+    told = f"first operator that differs: {found}" if found else "no single operator is wrong for the inputs it had"  # fmt: skip
+    finding.evidence += f"; {told}"
 
 
 def _ask_sibling(

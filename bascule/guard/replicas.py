@@ -2,8 +2,8 @@
 
     step and data cursor   equal on all ranks, else somebody skipped or repeated data
     weights' bits          equal after every update (guard/bits): replicas that drift apart are seen at once
-    local gradients        each rank's own statistics, taken *before* the all-reduce; afterwards all ranks hold the same wrong
-                           sum and a vote is blind
+    local gradients        each rank's own statistics, in all and layer by layer, taken *before* the all-reduce; afterwards all ranks
+                           hold the same wrong sum and a vote is blind
     the all-reduce         sum after = mean of the sums before: a collective that drops, repeats or alters data breaks it
 
 A rank is named only where a strict majority speaks against it; two ranks that differ accuse nobody. As all ranks see the same
@@ -29,9 +29,14 @@ from torch import Tensor, nn
 from bascule import numerics
 from bascule.guard.bits import bit_sums
 from bascule.guard.sentinels import median
+from bascule.records import Attribution
 
 OUTLIER = 20.0
 """A rank whose gradient norm is so many times the other ranks' median computed something else. Batches alone stay below 5."""
+
+LEAST_SHARE = 0.01
+"""Of a rank's whole gradient norm: what a layer must have before it is looked at alone. Where there is next to nothing the ranks differ by
+any factor."""
 
 MARGIN = 4.0
 """On the rounding of a sum over ranks, for the order in which a backend adds."""
@@ -45,9 +50,17 @@ class Split:
     guilty: tuple[int, ...]
     detail: str
 
+    @property
+    def attribution(self) -> Attribution:
+        """What the ranks alone can say: the loop's own book-keeping, the link, or `unknown` (data or chip: a replay tells)."""
+        return ATTRIBUTIONS.get(self.what, "unknown")
+
     def __str__(self) -> str:
         who = f"rank {', '.join(map(str, self.guilty))}" if self.guilty else "no rank can be named"
-        return f"{self.what}: {self.detail} ({who})"
+        return f"{self.what}: {self.detail} ({who}; {self.attribution})"
+
+
+ATTRIBUTIONS: dict[str, Attribution] = {"step and cursor": "software", "all-reduce": "link"}
 
 
 @dataclass
@@ -58,6 +71,7 @@ class Replicas:
     group: dist.ProcessGroup | None = None
     _before: dict[int, Tensor] = field(default_factory=dict)
     _after: dict[int, Tensor] = field(default_factory=dict)
+    _layers: dict[int, Tensor] = field(default_factory=dict)
     _unit: float = 0.0
 
     def splits(self, step: int, cursor: int, model: nn.Module) -> list[Split]:
@@ -69,11 +83,11 @@ class Replicas:
         buckets = sorted(self._before)
         before = [self._before[i] for i in buckets]
         after = [self._after[i] for i in buckets]
-        sums = (
-            torch.cat([*before, *after]).cpu() if buckets else torch.zeros(0, dtype=torch.float64)
-        )
+        names, layers = self._layer_norms(model)
+        sums = torch.cat([*before, *after, *layers]).cpu() if buckets else torch.zeros(0, dtype=torch.float64)  # fmt: skip
         self._before.clear()
         self._after.clear()
+        self._layers.clear()
         whole = self._gather(
             torch.cat([torch.tensor([step, cursor, weights]), sums.view(torch.int64)])
         )
@@ -85,10 +99,20 @@ class Replicas:
         ]
         if buckets:
             local = torch.stack([one[: 3 * len(buckets)].view(-1, 3) for one in stats])
-            reduced = torch.stack([one[3 * len(buckets) :] for one in stats])
-            found += [_outlier(local[:, :, 2].sum(1).sqrt().tolist())]
+            reduced = torch.stack([one[3 * len(buckets) : 4 * len(buckets)] for one in stats])
+            by_layer = [one[4 * len(buckets) :].sqrt().tolist() for one in stats]
+            norms = local[:, :, 2].sum(1).sqrt().tolist()
+            found += [_outlier(norms) or _outlying_layer(names, by_layer, norms)]
             found += [_not_conserved(local, reduced, self._unit)]
         return [split for split in found if split is not None]
+
+    def _layer_norms(self, model: nn.Module) -> tuple[list[str], list[Tensor]]:
+        """Names of the layers and, of each, this rank's own gradient's sum of squares, in the order of the model."""
+        of_layer: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in self._layers:
+                of_layer.setdefault(layer_of(name), []).append(self._layers[id(parameter)])
+        return list(of_layer), [torch.stack(one).sum().reshape(1) for one in of_layer.values()]
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         mine = mine.to(self.device)
@@ -101,6 +125,8 @@ def all_reduce(replicas: Replicas, bucket: dist.GradBucket) -> torch.futures.Fut
     """DistributedDataParallel's communication hook: the mean over ranks, with what went in and what came out written down."""
     local = bucket.buffer()
     replicas._before[bucket.index()] = _statistics(local)
+    squares = torch.stack(torch._foreach_norm(bucket.gradients())).double().square()
+    replicas._layers.update(zip(map(id, bucket.parameters()), squares, strict=True))
     replicas._unit = numerics.tolerance(local.dtype).unit
     local.div_(dist.get_world_size(replicas.group))
     work = dist.all_reduce(local, group=replicas.group, async_op=True)
@@ -144,6 +170,29 @@ def _outlier(norms: Sequence[float]) -> Split | None:
             return Split(
                 "local gradients", named, f"norm {norm:.3g}, the others' median {usual:.3g}"
             )
+    return None
+
+
+def layer_of(name: str) -> str:
+    """`module.layers.3.attn.weight` belongs to `module.layers.3`, `lm_head.weight` to `lm_head`."""
+    parts = name.split(".")
+    numbered = next((at for at, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
+    return ".".join(parts[: numbered + 1]) or name
+
+
+def _outlying_layer(
+    names: Sequence[str], by_layer: Sequence[Sequence[float]], norms: Sequence[float]
+) -> Split | None:
+    """One rank's gradient of one layer far above all other ranks', though the whole hides it. By layer and not by parameter: an
+    expert gets many tokens on one rank and none on the next."""
+    for at, name in enumerate(names):
+        of_ranks = [one[at] for one in by_layer]
+        for rank, norm in enumerate(of_ranks):
+            largest = max((o for other, o in enumerate(of_ranks) if other != rank), default=norm)
+            if norm > OUTLIER * largest > 0 and norm > LEAST_SHARE * norms[rank]:
+                named = (rank,) if len(of_ranks) > 2 else ()
+                told = f"of {name}: norm {norm:.3g}, the other ranks' largest {largest:.3g}"
+                return Split("local gradients", named, told)
     return None
 
 

@@ -76,8 +76,13 @@ def expect(proposal: Any, stepper: Recomputer, referee: Accelerator, *, measure:
 
 def check(expected: Expected, model: nn.Module) -> WrongUpdate | None:
     """Hold the model's present weights, right after the commit, against what was expected; the worst tensor, or None."""
+    return hold(expected, model.state_dict())
+
+
+def hold(expected: Expected, weights: Mapping[str, Tensor]) -> WrongUpdate | None:
+    """As `check`, with the weights by name."""
     worst: tuple[float, WrongUpdate] | None = None
-    for name, now in _cpu(model.state_dict()).items():
+    for name, now in _cpu(weights).items():
         if name not in expected.after or torch.equal(now, expected.after[name]):
             continue
         before = expected.before[name].double()

@@ -70,10 +70,15 @@ def _reason(pool: str, role: Role, verdict: Verdict | None, refused: Sequence[st
 def _nothing_left(role: Role, order: Sequence[str], refused: Sequence[str], required: bool) -> str:
     if not order:
         return f"No pool can take {WORK[role]}: the recipe lists no pool. Add one under [pools]."
-    advice = "Add a pool that is fit under [pools]"
+    # A run keeps the recipe it began with: what needs another recipe needs another run.
+    another = "begin another run (--name) with another pool under [pools]"
     if required and any("unproven" in text or "no verdict" in text for text in refused):
-        advice += ", qualify the pools again without a time limit that is too short, or set qualify.required = false"
-    return f"No pool can take {WORK[role]}: {'; '.join(refused)}. {advice}, and run the same command again."
+        another += ", a longer qualify.time_limit_s, or qualify.required = false"
+    if any("condemned" in text for text in refused):
+        another = f"Mend a condemned chip, let it back with `bascule qualify POOL --readmit RUN` and run the same command again; or {another}"
+    return (
+        f"No pool can take {WORK[role]}: {'; '.join(refused)}. {another[0].upper()}{another[1:]}."
+    )
 
 
 def _first(verdict: Verdict) -> str:

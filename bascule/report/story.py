@@ -178,13 +178,14 @@ def corrupt_steps_left_behind(records: Sequence[AnyRecord]) -> int:
 
 
 def longest_uncertified_steps(records: Sequence[AnyRecord]) -> int:
-    """The longest window of committed steps that no certified snapshot covered at the time."""
+    """The longest window of committed steps that no certified snapshot covered at the time. A worker that merely died goes on from a
+    snapshot that has no certificate yet: its window goes on too."""
     certified, longest = 0, 0
     for record in records:
         if isinstance(record, SnapshotEvent) and record.state == "certified":
             certified = record.step
         elif isinstance(record, Migration):
-            certified = record.resumed_from_step
+            certified = min(certified, record.resumed_from_step)
         elif isinstance(record, StepStats):
             longest = max(longest, record.step - certified)
     return longest
@@ -274,11 +275,12 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
                 else f"went back on {record.to_pool}"
             )
             where += " (another chip of the same pool)" if record.rung == "another chip" else ""
+            snapshot = f"{record.trust} snapshot" if record.trust else "snapshot"
             where += f" after a wait of {record.wait_s:.0f} s" if record.wait_s else ""
             return [
                 (
                     "warn",
-                    f"Training {where}: from step {record.failed_at_step} back to the certified snapshot of step {record.resumed_from_step}; {record.steps_recomputed} steps to compute again, {record.seconds_lost:.1f} s lost.",
+                    f"Training {where}: from step {record.failed_at_step} back to the {snapshot} of step {record.resumed_from_step}; {record.steps_recomputed} steps to compute again, {record.seconds_lost:.1f} s lost.",
                 )
             ]
         case Continuation():

@@ -45,6 +45,7 @@ def main(arguments: Namespace) -> Answer:
 def _one(arguments: Namespace) -> Answer:
     fault = placed_at(arguments.fault, arguments.at_step)
     recipe = load_recipe(Path(arguments.recipe), list(arguments.overrides))
+    refuse_too_late(arguments.at_step, recipe)
     name = arguments.name or folder_name(recipe.name, fault)
     folder = RunFolder(Path(arguments.out) / name)
     owner = RunFolder(Path(arguments.out) / recipe.name)
@@ -114,6 +115,12 @@ def placed_at(fault: str, at_step: int | None) -> str:
     return f"{fault}{'&' if '?' in fault else '?'}{'&'.join(knobs)}"
 
 
+def refuse_too_late(at_step: int | None, recipe: Recipe) -> None:
+    """Raises UsageError: the answer would be that nothing fired, and it would take a whole run to say so."""
+    if at_step is not None and at_step > recipe.total_steps():
+        raise UsageError(f"--at-step {at_step} is after the end of the run, which has {recipe.total_steps()} steps: nothing would fire. Name a step from 1 to {recipe.total_steps()}.")  # fmt: skip
+
+
 def planted_on(accelerator: str, fault: str) -> str:
     """The profile on every choice of `a|b`; a chip that is simulated already gives its base."""
     choices = [choice.strip() for choice in accelerator.split("|")]
@@ -153,6 +160,7 @@ def _training_pool(recipe: Recipe, folder: RunFolder) -> str:
 
 def _all(arguments: Namespace) -> Answer:
     recipe = load_recipe(Path(arguments.recipe), list(arguments.overrides))
+    refuse_too_late(arguments.at_step, recipe)
     room = Path(arguments.out) / (arguments.name or f"{recipe.name}-drill-all")
     pool, at_step = recipe.order[0], arguments.at_step or 1 + recipe.total_steps() // 3
     say("drill: first the undisturbed run")

@@ -22,6 +22,8 @@ from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.records import AnyRecord, PoolCondemned, PoolReadmitted, Role, Verdict
 from bascule.stages.answer import Answer, say
 
+MORE_TIME = ". Where time was short, give it more: --time-limit S"
+
 
 def owed(records: Sequence[AnyRecord]) -> list[str]:
     """Pools condemned for `train` whose verdict for `infer` is older than that, and which may still infer as far as is known."""
@@ -88,12 +90,13 @@ def examine(
     check_stop: Callable[[], None] = lambda: None,
     *,
     full: bool = False,
+    time_limit_s: float | None = None,
 ) -> BatteryResult:
-    """One battery of a run's pool, asked anew; verdicts go to the ledger."""
+    """One battery of a run's pool, asked anew; verdicts go to the ledger. `time_limit_s`: unset, the recipe's."""
     config = recipe.pools[pool]
     result = run_battery(
         pool, config.accelerator, recipe.model, folder.root / "evidence" / f"{pool}-again",
-        time_limit_s=recipe.qualify.time_limit_s, quick=recipe.qualify.quick and not full, seed=recipe.seed, threads=recipe.threads,
+        time_limit_s=time_limit_s or recipe.qualify.time_limit_s, quick=recipe.qualify.quick and not full, seed=recipe.seed, threads=recipe.threads,
         chips=config.chips, roles=roles, on_progress=lambda question, done, total: check_stop(),
     )  # fmt: skip
     ledger.append(*result.evidence, *result.verdicts)
@@ -112,7 +115,8 @@ def readmit(arguments: Namespace) -> Answer:
     lines, refused, data = [], False, {}
     for pool in arguments.accelerators:
         roles = _lost(recipe, ledger, pool)
-        found = {one.role: one for one in examine(recipe, folder, ledger, pool, roles, full=arguments.full).verdicts}  # fmt: skip
+        examined = examine(recipe, folder, ledger, pool, roles, full=arguments.full, time_limit_s=arguments.time_limit)  # fmt: skip
+        found = {one.role: one for one in examined.verdicts}
         for role in roles:
             verdict = found[role]
             data[f"{pool}.{role}"] = verdict.verdict
@@ -122,7 +126,7 @@ def readmit(arguments: Namespace) -> Answer:
                 lines.append(f"{pool} is readmitted to {role}; the run places it when it is next started")  # fmt: skip
             else:
                 refused = True
-                lines.append(f"{pool} is {verdict.verdict} to {role} and stays out: {'; '.join(verdict.reasons[:3])}")  # fmt: skip
+                lines.append(f"{pool} is {verdict.verdict} to {role} and stays out: {'; '.join(verdict.reasons[:3])}{MORE_TIME if verdict.verdict == 'unproven' else ''}")  # fmt: skip
     return Answer(text="\n".join(lines), data=data, exit_code=CheckFailed.exit_code if refused else 0)  # fmt: skip
 
 

@@ -32,7 +32,10 @@ def main(arguments: Namespace) -> Answer:
         data["seeds"] = seeds.summary([records, *others])
     start_s = records[0].time_s if records else 0.0
     story = [f"  {duration(one.time_s - start_s):>8}  {one.text}" for one in sentences(records)]
-    return Answer(text="\n".join([data["headline"], *story, f"Report: {folder.report}"]), data=data)
+    window = f"The longest window of steps that no certified snapshot covered: {data['longest_uncertified_steps']}."
+    return Answer(
+        text="\n".join([data["headline"], *story, window, f"Report: {folder.report}"]), data=data
+    )
 
 
 def _read(folder: RunFolder) -> list[AnyRecord]:

@@ -68,13 +68,14 @@ def run(
             if not folder.report.exists():
                 report.write(folder)
             return _finished(recipe, folder, "was already finished; nothing was done")
+        # Before the run begins: a slip must not tie its folder to the wrong recipe.
         material.check(recipe)
+        if recipe.train.snapshots:
+            check_url(recipe.train.snapshots)
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, folder, ledger, records)
         try:
-            if recipe.train.snapshots:
-                check_url(recipe.train.snapshots)
             origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)

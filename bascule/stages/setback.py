@@ -155,7 +155,7 @@ class Setbacks:
             step=step,
             sentinel=f"watchdog: {word}",
             attribution=ending.attribution,
-            action="back to the last certified snapshot; the policy decides where",
+            action="back to a snapshot; the policy decides where",
             evidence=ending.message,
             folder=self._keep_stacks(name, ending.stacks) if ending.error == "Hang" else "",
             rollback=True,
@@ -189,6 +189,7 @@ class Setbacks:
                 snapshot=choice.path.name,
                 rung=move.rung,
                 wait_s=move.wait_s,
+                trust=trusted,
             )
         )
         wait = f" in {move.wait_s:.0f} s" if move.wait_s else ""

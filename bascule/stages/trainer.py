@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import signal
 import time
 import traceback
@@ -222,7 +223,10 @@ class Trainer:
             self.ledger.warn("resumed elsewhere", text)
         self._remember(state)
         if checkpoint.load(path).extra.get("pool") != self.pool:
-            verify.prove(path, self.stepper, open_accelerator("cpu"), self.ledger)
+            verify.prove(
+                path, self.stepper, open_accelerator("cpu"), self.ledger, self.objectives,
+                on_replay=lambda: self._beat(0, watchdog.STARTING),
+            )  # fmt: skip
         if self.guard and checkpoint.trust(path).state != "certified":
             self.guard.after_snapshot(state.step, path)
         return state
@@ -287,9 +291,19 @@ class Trainer:
                     sha256=checkpoint.sha256(path),
                 )
             )
+        self._make_room()
+
+    def _make_room(self) -> None:
+        config, snapshots = self.recipe.train, self.folder.snapshots
+        most_bytes = math.inf if config.snapshots_gib is None else config.snapshots_gib * 2**30
         checkpoint.prune(
-            self.folder.snapshots, self.recipe.train.keep_snapshots, at_least=self._trusted()
+            snapshots, config.keep_snapshots, at_least=self._trusted(), most_bytes=most_bytes
         )
+        taken = checkpoint.bytes_of(snapshots)
+        if taken > most_bytes and "snapshots_gib" not in self._said:
+            self._said.add("snapshots_gib")
+            self.ledger.warn("snapshots over their budget", f"they take {taken / 2**30:.3g} GiB, train.snapshots_gib allows {config.snapshots_gib:g}: the newest certified one and "
+                "those that wait for a certificate are kept. Give them more, or certify sooner (guard.rule_out_rate, guard.checksum_every_steps)")  # fmt: skip
 
     def _store_away(self) -> None:
         """In the writer's thread. A store that is away for a while stops nobody: what it missed goes there with the next snapshot."""

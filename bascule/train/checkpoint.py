@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -304,13 +305,22 @@ def newest(snapshots: Path, at_least: SnapshotState = "certified") -> tuple[Path
     return None, skipped
 
 
-def prune(snapshots: Path, keep: int, at_least: SnapshotState = "certified") -> list[Path]:
-    """Delete snapshots older than the newest `keep` trusted ones, and what killed writers left. Returns what was deleted.
+def prune(
+    snapshots: Path,
+    keep: int,
+    at_least: SnapshotState = "certified",
+    *,
+    most_bytes: float = math.inf,
+) -> list[Path]:
+    """Delete snapshots older than the newest `keep` trusted ones, fewer where all take more than `most_bytes`, and what killed writers
+    left. Returns what was deleted.
 
-    The newest trusted snapshot is never deleted, nor anything newer than the oldest one kept.
+    The newest trusted snapshot is never deleted, nor anything newer than the oldest one kept: those wait for their certificates.
     """
     trusted = [path for path in all_snapshots(snapshots) if _is_trusted(path, at_least)]
     kept = trusted[-max(1, keep) :]
+    while len(kept) > 1 and bytes_of(snapshots, kept[0]) > most_bytes:
+        kept = kept[1:]
     gone = [path for path in all_snapshots(snapshots) if kept and path < kept[0]]
     gone += [
         path for path in snapshots.glob(".step-*") if not path.name.endswith(f"-{os.getpid()}")
@@ -318,6 +328,12 @@ def prune(snapshots: Path, keep: int, at_least: SnapshotState = "certified") -> 
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
     return gone
+
+
+def bytes_of(snapshots: Path, oldest: Path | None = None) -> int:
+    """What the snapshots from `oldest` on take on the disk, witnesses included."""
+    found = [path for path in all_snapshots(snapshots) if oldest is None or path >= oldest]
+    return sum(file.stat().st_size for path in found for file in path.iterdir())
 
 
 def write_witness(path: Path, proposal: Proposal) -> Path:

@@ -7,8 +7,8 @@ applies the optimizer and balances the router. The judge is handed in; this room
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -98,6 +98,9 @@ class Stepper:
     def begin(self, objective: Objective) -> None:
         """Start a phase with a fresh optimizer."""
         self.objective = objective
+        self.optimizer = (
+            None  # or the old one's moments would stand beside the new one's on the chip
+        )
         self.optimizer = objective.new_optimizer(self.model)
 
     def propose(self, batch: Batch, *, attempt: int = 0) -> Proposal:
@@ -224,10 +227,11 @@ class Stepper:
         step: int,
         model: StateDict,
         optimizer: StateDict,
-        objective_state: StateDict,
+        objective_state: StateDict | None,
         objective: Objective,
     ) -> None:
-        """Put everything back as a snapshot had it, bit for bit, on whatever chip this stepper uses."""
+        """Put everything back as a snapshot had it, bit for bit, on whatever chip this stepper uses. Without an `objective_state` the
+        objective keeps its own."""
         mine = self.model_state()
         if set(mine) != set(model):
             odd = sorted(set(mine) ^ set(model))
@@ -242,8 +246,26 @@ class Stepper:
             tensor.copy_(model[name])
         self.begin(objective)
         self._phase(objective.phase)[1].load_state_dict(optimizer)
-        objective.load_state_dict(objective_state)
+        if objective_state is not None:
+            objective.load_state_dict(objective_state)
         self.step = step
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Weights, optimizer, phase and count are put back after the block, bit for bit, and no judge watches it: for steps that are
+        not part of the run. The copies lie in host memory."""
+        objective, optimizer = self.objective, self.optimizer
+        if objective is None or optimizer is None:
+            raise ValueError("A step aside was asked before the first phase began.")
+        weights, moments = _on_host(self.model_state()), _on_host(optimizer.state_dict())
+        step, judge = self.step, self.judge
+        del optimizer
+        self.judge = NoJudge()
+        try:
+            yield
+        finally:
+            self.judge = judge
+            self.load(step, weights, moments, None, objective)
 
     def _phase(self, phase: str) -> tuple[Objective, SplitOptimizer]:
         if self.objective is None or self.optimizer is None or self.objective.phase != phase:
@@ -303,6 +325,15 @@ class Stepper:
             learning_rate=rate,
             attempt=attempt,
         )
+
+
+def _on_host(state: StateDict) -> StateDict:
+    return {
+        name: value.detach().to("cpu", copy=True)
+        if isinstance(value, Tensor)
+        else copy.deepcopy(value)
+        for name, value in state.items()
+    }
 
 
 def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:

@@ -60,7 +60,7 @@ def test_a_condemned_pool_loses_only_the_role_it_was_condemned_for() -> None:
 
 def test_unproven_and_unasked_pools_are_taken_only_when_the_recipe_allows() -> None:
     facts = verdicts(ascend="unproven fit")
-    with pytest.raises(NoPoolLeft, match="unproven for training"):
+    with pytest.raises(NoPoolLeft, match=r"unproven for training.*\. Begin another run \(--name\).*qualify.time_limit_s"):  # fmt: skip
         place(facts, order=("ascend",))
     with pytest.raises(NoPoolLeft, match="no verdict for training"):
         place([], order=("ascend",))
@@ -84,7 +84,8 @@ def test_no_pool_left_says_why_for_every_pool_and_what_to_do() -> None:
         "training",
         "'ascend' was condemned",
         "'nvidia' (chip of nvidia) is unfit",
-        "[pools]",
+        "Mend a condemned chip, let it back with `bascule qualify POOL --readmit RUN`",
+        "or begin another run (--name) with another pool under [pools].",
     ):
         assert part in str(caught.value)
 

@@ -110,6 +110,20 @@ def test_uncertain_steps_and_windows_are_counted() -> None:
     assert longest_uncertified_steps(records) == 10
 
 
+def test_a_worker_that_died_and_goes_on_from_an_uncertified_snapshot_does_not_end_the_window() -> (
+    None
+):
+    records = [
+        move.model_copy(update={"resumed_from_step": 13, "trust": "verified"})
+        if isinstance(move, Migration)
+        else move
+        for move in fallback_run()
+    ]
+    assert longest_uncertified_steps(records) == 20 - 10
+    (told,) = (one.text for one in sentences(records) if "moved from" in one.text)
+    assert "back to the verified snapshot of step 13" in told and "certified" not in told
+
+
 def test_a_rollback_without_a_chip_fault_left_no_corrupt_step_behind() -> None:
     records = [
         one.model_copy(update={"attribution": "capacity"}) if isinstance(one, Incident) else one

@@ -144,6 +144,13 @@ def test_a_profile_that_does_not_exist_is_refused_and_nothing_is_begun(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_step_after_the_runs_end_is_refused_and_nothing_is_begun(tmp_path: Path) -> None:
+    words = command(tmp_path, "zeroed", "--at-step", "9")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Name a step from 1 to 8" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_real_drill_catches_what_it_planted_and_sees_when_nothing_fired(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -151,9 +158,7 @@ def test_a_real_drill_catches_what_it_planted_and_sees_when_nothing_fired(tmp_pa
     )
     data = json.loads(done.stdout)
     assert done.returncode == 0 and data["fired"] > 0 and data["verdict"] == "caught", done.stderr
-    done = subprocess.run(
-        command(tmp_path, "zeroed", "--at-step", "300"), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command(tmp_path, "ageing"), capture_output=True, text=True, check=False)
     data = json.loads(done.stdout)
     assert done.returncode == 3 and data["fired"] == 0 and data["finished"], done.stderr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from bascule.config.load import recipe_from
 from bascule.fallback import policy
 from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, of_kind
+from bascule.qualify.battery import run_battery
 from bascule.records import AnyRecord, Migration, PoolCondemned, PoolReadmitted, RunStarted, Verdict
+from bascule.stages import reexamine
 from bascule.stages.reexamine import owed
 
 
@@ -72,6 +75,23 @@ def test_an_examination_that_proves_nothing_readmits_nobody(tmp_path: Path) -> N
     records = Ledger(folder.ledger).read()
     assert of_kind(records, PoolReadmitted) == []
     assert policy.condemned(records) == {("a", "infer")}
+
+
+def test_the_owner_may_give_the_examination_more_time_than_the_recipe_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[float] = []
+
+    def battery(*words: Any, time_limit_s: float, **more: Any) -> Any:
+        asked.append(time_limit_s)
+        return run_battery(*words, time_limit_s=0.1, **more)
+
+    monkeypatch.setattr(reexamine, "run_battery", battery)
+    folder = run_with_a_condemned_pool(tmp_path, 0.2)
+    assert main(["qualify", "a", "--readmit", str(folder.root), "--time-limit", "900"]) == 3
+    assert main(["qualify", "a", "--readmit", str(folder.root)]) == 3
+    assert asked == [900.0, 0.2]
+    assert "--time-limit S" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -143,6 +143,18 @@ def test_prune_keeps_the_newest_certified_ones_and_all_that_is_newer(tmp_path):
     )
 
 
+def test_a_budget_of_bytes_drops_generations_but_never_the_newest_trusted_nor_what_waits(tmp_path):
+    paths = [save(tmp_path, step) for step in range(1, 7)]
+    for step in (1, 3, 5):
+        certify(paths[step - 1])
+    one = checkpoint.bytes_of(tmp_path) / 6
+    assert checkpoint.prune(tmp_path, 9, most_bytes=4.5 * one) == paths[:2]
+    assert checkpoint.prune(tmp_path, 9, most_bytes=1.5 * one) == paths[2:4]
+    assert checkpoint.prune(tmp_path, 9, most_bytes=1.0) == []
+    assert checkpoint.all_snapshots(tmp_path) == paths[4:]
+    assert checkpoint.bytes_of(tmp_path, paths[5]) == pytest.approx(one, rel=0.01)
+
+
 def test_prune_deletes_nothing_while_nothing_is_certified(tmp_path):
     paths = [save(tmp_path, step) for step in range(5)]
     assert checkpoint.prune(tmp_path, 1) == [] and checkpoint.all_snapshots(tmp_path) == paths

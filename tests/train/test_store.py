@@ -15,8 +15,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from bascule.errors import SnapshotError, UsageError
+from bascule.folder import RunFolder
 from bascule.ledger import of_kind
 from bascule.records import Warned
+from bascule.stages import run as stage
 from bascule.train import checkpoint
 from bascule.train.store import SnapshotStore, check_url
 
@@ -239,3 +241,27 @@ def test_a_store_that_is_away_is_said_and_stops_nobody(tmp_path, monkeypatch):
     code, records = _in_process().run(recipe(f"file://{tmp_path}/store"), tmp_path / "r")
     said = [one for one in of_kind(records, Warned) if one.what == "snapshot not stored"]
     assert code == 0 and said and "no route" in said[0].detail
+
+
+def test_a_slip_in_the_url_does_not_tie_the_runs_folder_to_it(tmp_path):
+    """The run must not have begun: the corrected command would be refused as another recipe's."""
+    with pytest.raises(UsageError, match="no URL that fsspec knows"):
+        stage.run(recipe("nosuch://x"), RunFolder(tmp_path / "r"))
+    assert not (tmp_path / "r" / "recipe.json").exists()
+    assert not (tmp_path / "r" / "ledger.jsonl").exists()
+
+
+def test_snapshots_keep_to_their_budget_on_the_disk_and_say_when_they_cannot(tmp_path):
+    made = recipe(None)
+    tight = made.model_copy(update={"train": made.train.model_copy(update={"snapshots_gib": 1e-6})})
+    code, records = _in_process().run(tight, tmp_path)
+    assert code == 0
+    told = [one for one in of_kind(records, Warned) if one.what == "snapshots over their budget"]
+    assert len(told) == 1, "once a launch"
+    certified = [
+        p
+        for p in checkpoint.all_snapshots(tmp_path / "snapshots")
+        if checkpoint.trust(p).state == "certified"
+    ]
+    wide = len(list((tmp_path / "snapshots").glob("step-*")))
+    assert certified and wide < 4
