@@ -14,9 +14,10 @@ from string import Template
 
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer
 from bascule.plan.cost import gemm_peak, memory_bytes_s
+from bascule.plan.figures import Triple, moved, number
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
-from bascule.plan.render import number, service_text
+from bascule.plan.render import service_text
 from bascule.plan.service_price import Service
 
 PALETTE = (
@@ -39,7 +40,7 @@ WIDTH, LEFT, RIGHT, ROW = 940, 230, 30, 34
 def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     """The page as text. `start`: first day of the calendar (default: today)."""
     first = start or datetime.date.today()
-    sections = []
+    sections = [_section("Your own runs", _own(answer))] if answer.anchors or answer.notes else []
     sections += [
         _section(f"Price of preferring {p.second} to {p.first}", _price(p))
         for p in answer.preferences
@@ -78,6 +79,36 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
         lead=html.escape(_lead(answer)),
         sections="\n".join(sections),
     )
+
+
+def _own(answer: Answer) -> str:
+    """The user's own runs: a table of them beside what was forecast, then what they changed, as bars."""
+    lines = "".join(
+        f"<tr><td class='words'>{html.escape(one.words)}</td><td>{number(one.value)}</td>"
+        f"<td>{number(one.forecast[0])} <span class='soft'>{number(one.forecast[1])} to {number(one.forecast[2])}</span></td><td>{one.ratio:.2f}x</td></tr>"
+        for one in answer.anchors
+    )
+    head = "<tr><th>run</th><th>measured, tokens/s per chip</th><th>forecast without it</th><th>ratio</th></tr>"
+    table = f"<table class='own'>{head}{lines}</table>" if answer.anchors else ""
+    bars = [
+        _changed(t.name, (b.value, b.low, b.high), (n.value, n.low, n.high), "tokens/s per chip")
+        for t in answer.trainings
+        if (b := t.without_own) and (n := t.tokens_per_s_chip)
+    ]
+    for s in answer.services:
+        if s.without_own:
+            names = (f"{s.ask.chip.name}, decode", f"{s.ask.chip.name}, prefill")
+            pairs = zip(names, s.without_own, (s.decode, s.prefill), strict=True)
+            bars += [_changed(*pair, "tokens/s per chip") for pair in pairs]
+    notes = "".join(f'<p class="soft">Note: {html.escape(note)}.</p>' for note in answer.notes)
+    return table + "".join(bars) + notes
+
+
+def _changed(name: str, before: Triple, now: Triple, unit: str) -> str:
+    """A forecast without and with the user's own runs."""
+    pair = [("published runs alone", before), ("with your own", now)]
+    bars = _interval_bars([(words, Estimate(*triple, unit, "")) for words, triple in pair])
+    return f"<p>{html.escape(name)}: {html.escape(moved(before, now))}</p>{bars}"
 
 
 def _money(t: TrainingAnswer) -> Estimate:
@@ -182,13 +213,16 @@ def _rect(x: float, y: float, width: float, height: float, color: str, title: st
 
 def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], Estimate]) -> str:
     """One bar an option, a whisker for its 80 % interval."""
-    estimates = [pick(t) for t in trainings]
-    scale = (WIDTH - LEFT - RIGHT - 160) / max(e.high for e in estimates)
+    return _interval_bars([(t.name, pick(t)) for t in trainings])
+
+
+def _interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
+    scale = (WIDTH - LEFT - RIGHT - 160) / max(e.high for _, e in rows)
     body = ""
-    for i, (t, e) in enumerate(zip(trainings, estimates, strict=True)):
+    for i, (name, e) in enumerate(rows):
         y = i * ROW + 6
         middle = y + 11
-        body += _text(0, y + 15, t.name) + _rect(
+        body += _text(0, y + 15, name) + _rect(
             LEFT, y, e.value * scale, 22, PALETTE[i % len(PALETTE)], e.basis
         )
         body += f'<path d="M{LEFT + e.low * scale:.1f} {middle}H{LEFT + e.high * scale:.1f}M{LEFT + e.low * scale:.1f} {middle - 6}v12M{LEFT + e.high * scale:.1f} {middle - 6}v12" stroke="currentColor" fill="none"/>'
@@ -197,7 +231,7 @@ def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], 
             y + 15,
             f"{number(e.value)} {e.unit}" if e.value else "no public price",
         )
-    return _svg(len(estimates) * ROW + 8, body, "bars with 80 % intervals")
+    return _svg(len(rows) * ROW + 8, body, "bars with 80 % intervals")
 
 
 def _stacks(

@@ -53,6 +53,7 @@ def _ask(arguments: Namespace) -> Answer:
         versus=arguments.versus,
         serve=arguments.serve,
         chip_file=Path(arguments.chips) if arguments.chips else None,
+        anchors=arguments.anchor,
     )
     text = cli_text(found)
     if arguments.html:
