@@ -88,6 +88,14 @@ def plain_name(text: str) -> str:
     ).replace("qwen-", "qwen")
 
 
+def model_word(name: str) -> str:
+    """One word for a model however a table or a user spells it, so that runs of the same model know each other."""
+    key = ALIASES.get(name.lower(), name.lower())
+    if key not in named():
+        key = ALIASES.get(plain_name(name), plain_name(name))
+    return "deepseek-v3" if key == "v3" else key
+
+
 def model_named(name: str) -> Shape:
     """A preset, a public model's name, or the path of a `config.json` or a TOML table. Raises RecipeError with the nearest name."""
     if name.endswith(".json"):

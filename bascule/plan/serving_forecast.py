@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bascule.plan.models import model_word
 from bascule.plan.regress import OWN, Point, Process, Term
 from bascule.plan.serving import (
     SERVE_NAMES,
@@ -68,7 +69,7 @@ def serve_point(
     words = {
         "vendor": p.chip.vendor,
         "chip": p.chip.name,
-        "model": p.shape.name,
+        "model": model_word(p.shape.name),
         "software": p.software,
         "kind": p.phase,
         "style": "split" if p.split else "tensor",
