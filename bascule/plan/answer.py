@@ -13,7 +13,7 @@ from pathlib import Path
 from bascule.errors import RecipeError
 from bascule.plan.anchor import Anchor, Models, from_run, knowing, read_anchor, served, trained
 from bascule.plan.architecture import Shape
-from bascule.plan.ask import TrainAsk, parse_serve, parse_train
+from bascule.plan.ask import TrainAsk, parse_serve, parse_train, unheard_of
 from bascule.plan.catalogue import Chip, chips_from_toml, power_w
 from bascule.plan.cost import bubble_share
 from bascule.plan.forecast import Forecast, shipped
@@ -23,6 +23,7 @@ from bascule.plan.layout import Choice, choose, default_batch
 from bascule.plan.measured import OWN_STACK, chips_of, read_run, recovery_of
 from bascule.plan.memory import Memory
 from bascule.plan.models import model_named
+from bascule.plan.runs_table import STACKS
 from bascule.plan.schedule import Played, Stage, play
 from bascule.plan.service_price import Service, price_service
 
@@ -257,7 +258,9 @@ def _assemble(ask: TrainAsk, choice: Choice) -> TrainingAnswer:
         energy=energy,
         money=money,
         played=_played(job, step),
-        notes=choice.notes + _chip_notes(ask.chip, ask.precision),
+        notes=choice.notes
+        + _chip_notes(ask.chip, ask.precision)
+        + tuple(filter(None, [unheard_of(ask.software, STACKS.values())])),
     )
 
 

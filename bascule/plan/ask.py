@@ -6,7 +6,7 @@ Every part after the chip is optional and comes in any order. A part that is not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,6 +15,7 @@ from bascule.plan.architecture import Shape
 from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.goodput import Recovery
 from bascule.plan.job import Layout, Recompute, precision_class
+from bascule.plan.runs_table import STACKS
 from bascule.plan.schedule import SCHEDULES
 from bascule.plan.speed import MULTIPLES, Speed, speed_of
 
@@ -28,6 +29,17 @@ SOFTWARE = {
     "Intel": "habana",
     "AWS": "neuronx",
 }
+
+
+SERVERS = ("disagg sglang", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek", "vendor")
+
+
+def unheard_of(software: str, known: Iterable[str]) -> str:
+    """A note where no published run tells of a stack; empty where one does, or none was named."""
+    names = dict.fromkeys(known)
+    if software in names or software in ("unknown", "bascule"):
+        return ""
+    return f"no published run tells of the software '{software}'; those of others are leaned on less.{nearest(software.lower(), names)} Known: {', '.join(names)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +80,7 @@ class ServeAsk:
     precision: str = "bf16"
     price_usd_h: float | None = None
     pue: float | None = None
+    software: str = "unknown"
     measured: tuple[Speed, ...] = ()
 
 
@@ -180,7 +193,7 @@ def train_part(ask: TrainAsk, part: str) -> TrainAsk:
             ),
         )
     if word.startswith("software "):
-        return replace(ask, software=part[9:].strip())
+        return replace(ask, software=software_named(part[9:].strip(), STACKS.values()))
     if re.fullmatch(rf"{NUM}\s*[kmbt]?", word):
         small = f", 'seq {part}', 'batch {part}' or '{part} USD/h'"
         raise RecipeError(
@@ -206,6 +219,12 @@ def train_part(ask: TrainAsk, part: str) -> TrainAsk:
             "measured 410 tokens/s/chip",
         ],
     )
+
+
+def software_named(text: str, known: Iterable[str]) -> str:
+    """A stack as the published runs call it, whatever its case and punctuation; one that is not among them keeps its name."""
+    key = re.sub(r"[^a-z0-9]", "", text.lower())
+    return next((one for one in known if re.sub(r"[^a-z0-9]", "", one) == key), text)
 
 
 DEGREES = "tp|pp|cp|ep|dp|vpp|mb|zero"
@@ -316,6 +335,8 @@ def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
             if "ttft" in (found.group(1), found.group(4))
             else replace(ask, tpot_s=seconds)
         )
+    if word.startswith("software "):
+        return replace(ask, software=software_named(part[9:].strip(), SERVERS))
     if found := re.fullmatch(r"(\d+)\s*chips?", word):
         return replace(ask, chips=int(_above_0(part, float(found.group(1)))))
     if word in PRECISIONS:
@@ -339,6 +360,7 @@ def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
             *PRECISIONS,
             "2 USD/h",
             "pue 1.2",
+            "software NAME",
             "measured decode 1850 tokens/s/chip",
         ],
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
-from bascule.plan.ask import ServeAsk
+from bascule.plan.ask import SERVERS, ServeAsk, unheard_of
 from bascule.plan.catalogue import Chip, power_w
 from bascule.plan.serving import (
     LEAST_BATCH,
@@ -102,6 +102,7 @@ def operating_point(shape: Shape, ask: ServeAsk) -> Serving:
         prompt=ask.prompt,
         completion=ask.completion,
         tpot_s=ask.tpot_s,
+        software=ask.software,
     )
     return _roomy(wanted, fixed=ask.chips is not None)
 
@@ -151,5 +152,5 @@ def _priced(shape: Shape, ask: ServeAsk, pue: float, model: ServeModel) -> Servi
         usd_per_m_out=(usd[0], usd[1], usd[2]) if usd else None, kwh_per_m_out=seconds * 1e6 / 3600 * watts / 1000 * pue,
         rollout_share=(1 / decode[0]) / (1 / decode[0] + 3 / prefill[0]),
         basis=model.basis(both),
-        notes=tuple(notes),
+        notes=(*notes, *filter(None, [unheard_of(ask.software, SERVERS)])),
     )  # fmt: skip

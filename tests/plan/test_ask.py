@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bascule.errors import RecipeError
+from bascule.plan.answer import answer
 from bascule.plan.ask import parse_serve, parse_train
 from bascule.plan.catalogue import chips, chips_from_toml, find_chip, with_measured
 
@@ -126,11 +127,40 @@ def test_recovery_times_of_the_owners_drills_are_taken() -> None:
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [("0 failures", "above 0"), ("save 0 s", "above 0"), ("seq 0", "above 0"), ("batch 0", "above 0"), ("TP512", "1 to 128"),
+    [("TP4 PP8 DP16", "that is DP64"), ("ZERO4", "ZERO0 to ZERO3"), ("recompute half", "recompute none, selective or full"),
+     ("measured 410", "needs its unit"), ("410 tokens/s", "410 tokens/s in all"), ("0 failures", "above 0"), ("save 0 s", "above 0"), ("seq 0", "above 0"), ("batch 0", "above 0"), ("TP512", "1 to 128"),
      ("PP128", "1 to 61"), ("PP3 dualpipe", "not understood"), ("PP2 VPP2, zb", "VPP1"), ("dualpip", "Did you mean 'dualpipe'")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_allowed_range(part: str, said: str) -> None:
-    from bascule.plan.answer import answer
-
     with pytest.raises(RecipeError, match=said):
         answer("deepseek-v3", train=[f"2048 x H800, 1T tokens, {part}"])
+
+
+def test_a_comma_between_digits_groups_them_in_every_part() -> None:
+    ask = parse_train("2,048 x H800, batch 15,360, 1T tokens, measured 1,250 tokens/s/chip")
+    assert (ask.chips, ask.batch, ask.measured.value) == (2048, 15360, 1250.0)
+    assert parse_serve("H20,512 in, 1,024 out").prompt == 512
+
+
+def test_recomputation_and_data_parallelism_are_given_like_the_rest_of_a_layout() -> None:
+    words = "64 x H100, 1T tokens, TP4 PP4 DP4 MB1, batch 256"
+    ask = parse_train(words + ", recompute full")
+    assert ask.layout.recompute == "full" and ask.layout.dp == 4
+    found = [
+        answer("llama-3.1-70b", train=[f"{words}, recompute {one}"]).trainings[0]
+        for one in ("none", "selective", "full")
+    ]
+    assert found[2].step.seconds > found[0].step.seconds
+    assert found[2].memory.total < found[0].memory.total
+    searched = answer("llama-3.1-70b", train=["64 x H100, 1T tokens, recompute full"]).trainings[0]
+    assert searched.job.layout.recompute == "full"
+
+
+def test_software_that_no_published_run_tells_of_is_said_with_the_nearest_name() -> None:
+    ask = parse_train("64 x B200, 1T tokens, software Megatron-Core no overlap")
+    assert ask.software == "megatron-core, no overlap"
+    typo = answer("llama-3.1-8b", train=["64 x H100, 1T tokens, software megatron-brige"])
+    assert "Did you mean 'megatron-bridge'" in typo.trainings[0].notes[-1]
+    service = answer("llama-3.1-8b", serve=["H100, software sglan"]).services[0]
+    assert "Did you mean 'sglang'" in service.notes[-1]
+    assert not answer("llama-3.1-8b", serve=["H100, software vLLM"]).services[0].notes
