@@ -40,11 +40,12 @@ WIDTH, LEFT, RIGHT, ROW = 940, 230, 30, 34
 def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     """The page as text. `start`: first day of the calendar (default: today)."""
     first = start or datetime.date.today()
-    sections = [_section("Your own runs", _own(answer))] if answer.anchors or answer.notes else []
-    sections += [
+    sections = [
         _section(f"Price of preferring {p.second} to {p.first}", _price(p))
         for p in answer.preferences
     ]
+    if answer.anchors or answer.notes:
+        sections.append(_section("Your own runs", _own(answer)))
     if answer.trainings:
         sections.append(_section("Options side by side", _table(answer.trainings)))
         sections += [_section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
@@ -217,21 +218,21 @@ def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], 
 
 
 def _interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
-    scale = (WIDTH - LEFT - RIGHT - 160) / max(e.high for _, e in rows)
-    body = ""
+    """Name, bar with its whisker, value: in a line on a desk, the name above the bar on a phone, always readable."""
+    most = max(e.high for _, e in rows) or 1.0
+    lines = []
     for i, (name, e) in enumerate(rows):
-        y = i * ROW + 6
-        middle = y + 11
-        body += _text(0, y + 15, name) + _rect(
-            LEFT, y, e.value * scale, 22, PALETTE[i % len(PALETTE)], e.basis
+        bar, low, high = (
+            f"{100 * value / most:.2f}%" for value in (e.value, e.low, e.high - e.low)
         )
-        body += f'<path d="M{LEFT + e.low * scale:.1f} {middle}H{LEFT + e.high * scale:.1f}M{LEFT + e.low * scale:.1f} {middle - 6}v12M{LEFT + e.high * scale:.1f} {middle - 6}v12" stroke="currentColor" fill="none"/>'
-        body += _text(
-            LEFT + e.high * scale + 8,
-            y + 15,
-            f"{number(e.value)} {e.unit}" if e.value else "no public price",
+        value = f"{number(e.value)} {e.unit}" if e.value else "no public price"
+        span = f"80 %: {number(e.low)} to {number(e.high)}" if e.value else ""
+        lines.append(
+            f"<div class='bar'><span>{html.escape(name)}</span><div class='track' title='{html.escape(e.basis, quote=True)}'>"
+            f"<i style='width:{bar};background:{PALETTE[i % len(PALETTE)]}'></i><u style='left:{low};width:{high}'></u></div>"
+            f"<span>{html.escape(value)} <span class='soft'>{span}</span></span></div>"
         )
-    return _svg(len(rows) * ROW + 8, body, "bars with 80 % intervals")
+    return f"<div role='img' aria-label='bars with 80 % intervals'>{''.join(lines)}</div>"
 
 
 def _stacks(

@@ -17,8 +17,8 @@ def cli_text(answer: Answer) -> str:
     shape = answer.model
     head = f"{shape.name}: {shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used a token, cache {shape.cache_bytes() / 1e3:,.1f} kB a token (2-byte)"
     blocks = [head]
-    blocks += [anchors_text(answer)] if answer.anchors or answer.notes else []
     blocks += [preference_text(one) for one in answer.preferences]
+    blocks += [anchors_text(answer)] if answer.anchors or answer.notes else []
     blocks += [side_by_side(answer.trainings)] if answer.trainings else []
     blocks += [training_text(one) for one in answer.trainings]
     blocks += [service_text(one) for one in answer.services]

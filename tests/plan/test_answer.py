@@ -77,7 +77,8 @@ def test_json_holds_plain_values(asked: Answer) -> None:
 
 def test_the_page_is_self_contained_and_shows_every_chart(asked: Answer) -> None:
     page = render_page(asked, start=datetime.date(2026, 1, 1))
-    assert page.count("<svg") >= 9
+    assert page.count("<svg") >= 8 and page.count("class='track'") == 2 * 4
+    assert page.count("<u style=") == page.count("class='track'")  # a whisker for each bar
     assert "http://" not in page and "https://" not in page and "$" not in page.replace("USD", "")
 
 
