@@ -41,43 +41,51 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     """The page as text. `start`: first day of the calendar (default: today)."""
     first = start or datetime.date.today()
     sections = [
-        _section(f"Price of preferring {p.second} to {p.first}", _price(p))
+        section(f"Price of preferring {p.second} to {p.first}", _price(p))
         for p in answer.preferences
     ]
     if answer.anchors or answer.notes:
-        sections.append(_section("Your own runs", _own(answer)))
+        sections.append(section("Your own runs", _own(answer)))
     if answer.trainings:
-        sections.append(_section("Options side by side", _table(answer.trainings)))
-        sections += [_section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
+        sections.append(section("Options side by side", _table(answer.trainings)))
+        sections += [section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
         if any(t.money for t in answer.trainings):
-            sections.append(_section("Money", _bars(answer.trainings, _money)))
+            sections.append(section("Money", _bars(answer.trainings, _money)))
         sections.append(
-            _section(
+            section(
                 "What a step is made of",
-                _stacks([(t.name, t.step.parts) for t in answer.trainings], "s", 1.0),
+                stacks([(t.name, t.step.parts) for t in answer.trainings], "s", 1.0),
             )
         )
         sections += [
-            _section(f"Memory by pipeline stage, {t.name}", _memory(t)) for t in answer.trainings
+            section(f"Memory by pipeline stage, {t.name}", _memory(t)) for t in answer.trainings
         ]
-        sections.append(_section("Calendar", _calendar(answer.trainings, first)))
-        sections += [_section(f"Roofline, {t.name}", _roofline(t)) for t in answer.trainings]
+        sections.append(section("Calendar", _calendar(answer.trainings, first)))
+        sections += [section(f"Roofline, {t.name}", _roofline(t)) for t in answer.trainings]
     sections += [
-        _section(f"What could turn the answer: {p.second} over {p.first}", _tornado(p))
+        section(f"What could turn the answer: {p.second} over {p.first}", _tornado(p))
         for p in answer.preferences
     ]
-    sections += [_section(f"Serving on {s.ask.chip.name}", _service(s)) for s in answer.services]
-    sections += [_section("What it rests on", _basis(answer))]
+    sections += [section(f"Serving on {s.ask.chip.name}", _service(s)) for s in answer.services]
+    sections += [section("What it rests on", _basis(answer))]
+    shape = answer.model
+    return framed(
+        f"What would {shape.name} cost?",
+        f"{shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used by a token",
+        _lead(answer),
+        sections,
+    )
+
+
+def framed(title: str, model: str, lead: str, sections: Sequence[str]) -> str:
+    """The page around its sections."""
     template = Template(
         resources.files("bascule.plan").joinpath("page.html").read_text(encoding="utf-8")
     )
-    shape = answer.model
     return template.substitute(
-        title=html.escape(f"What would {shape.name} cost?"),
-        model=html.escape(
-            f"{shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used by a token"
-        ),
-        lead=html.escape(_lead(answer)),
+        title=html.escape(title),
+        model=html.escape(model),
+        lead=html.escape(lead),
         sections="\n".join(sections),
     )
 
@@ -108,7 +116,7 @@ def _own(answer: Answer) -> str:
 def _changed(name: str, before: Triple, now: Triple, unit: str) -> str:
     """A forecast without and with the user's own runs."""
     pair = [("published runs alone", before), ("with your own", now)]
-    bars = _interval_bars([(words, Estimate(*triple, unit, "")) for words, triple in pair])
+    bars = interval_bars([(words, Estimate(*triple, unit, "")) for words, triple in pair])
     return f"<p>{html.escape(name)}: {html.escape(moved(before, now))}</p>{bars}"
 
 
@@ -124,7 +132,7 @@ def _service(s: Service) -> str:
         (f"{s.tpot_s[0] * 1e3:.1f} ms", f"a token at {number(s.batch_per_chip)} sequences a chip"),
         (f"{s.ttft_s:.2f} s", f"to the first token, {'kept' if s.ttft_kept else 'NOT kept'}"),
     ]  # fmt: skip
-    bar = _stacks([("a decoding step", s.parts)], "ms", 1e-3)
+    bar = stacks([("a decoding step", s.parts)], "ms", 1e-3)
     return f"{_cards(facts)}{bar}<pre>{html.escape(service_text(s))}</pre>"
 
 
@@ -166,7 +174,7 @@ def _lead(answer: Answer) -> str:
     return "What serving it would cost."
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f'<section><h2>{html.escape(title)}</h2><div class="wide">{body}</div></section>'
 
 
@@ -214,10 +222,10 @@ def _rect(x: float, y: float, width: float, height: float, color: str, title: st
 
 def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], Estimate]) -> str:
     """One bar an option, a whisker for its 80 % interval."""
-    return _interval_bars([(t.name, pick(t)) for t in trainings])
+    return interval_bars([(t.name, pick(t)) for t in trainings])
 
 
-def _interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
+def interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
     """Name, bar with its whisker, value: in a line on a desk, the name above the bar on a phone, always readable."""
     most = max(e.high for _, e in rows) or 1.0
     lines = []
@@ -235,7 +243,7 @@ def _interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
     return f"<div role='img' aria-label='bars with 80 % intervals'>{''.join(lines)}</div>"
 
 
-def _stacks(
+def stacks(
     rows: Sequence[tuple[str, Mapping[str, float]]],
     unit: str,
     divide: float,
@@ -289,7 +297,7 @@ def _memory(t: TrainingAnswer) -> str:
         for i in stages
     ]
     return (
-        _stacks(rows, "GiB", GIB, t.memory.available / GIB if t.memory.available else None)
+        stacks(rows, "GiB", GIB, t.memory.available / GIB if t.memory.available else None)
         + f'<p class="soft">Verdict: {t.memory.verdict}.</p>'
     )
 
