@@ -91,10 +91,10 @@ def quantity(text: str) -> float | None:
 
 
 def length(text: str) -> int | None:
-    """A token length: `4k` is 4096, `131072` itself."""
-    found = re.fullmatch(r"(\d*\.?\d+)\s*k", text.strip().lower())
+    """A token length: `4k` is 4096, `1M` 1048576, `131072` itself."""
+    found = re.fullmatch(r"(\d*\.?\d+)\s*([km])", text.strip().lower())
     if found:
-        return round(float(found.group(1)) * 1024)
+        return round(float(found.group(1)) * (1024 if found.group(2) == "k" else 1024**2))
     value = quantity(text)
     return round(value) if value is not None else None
 
@@ -166,7 +166,7 @@ def train_part(ask: TrainAsk, part: str) -> TrainAsk:
         return replace(ask, measured=speed)
     if found := re.fullmatch(rf"({NUM}\s*[kmbt]?)\s*tokens?", word):
         return replace(ask, tokens=_above_0(part, quantity(found.group(1))))
-    if found := re.fullmatch(rf"(?:seq|sequence)\s*({NUM}\s*k?)", word):
+    if found := re.fullmatch(rf"(?:seq|sequence)\s*({NUM}\s*[km]?)", word):
         return replace(ask, sequence=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(rf"batch\s*({NUM}\s*k?)", word):
         return replace(ask, batch=int(_above_0(part, quantity(found.group(1)))))
@@ -322,9 +322,9 @@ def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
     word = part.lower()
     if (speed := speed_of(part, serving=True)) is not None:
         return replace(ask, measured=(*ask.measured, speed))
-    if found := re.fullmatch(rf"({NUM}\s*k?)\s*(?:in|prompt)", word):
+    if found := re.fullmatch(rf"({NUM}\s*[km]?)\s*(?:in|prompt)", word):
         return replace(ask, prompt=int(_above_0(part, length(found.group(1)))))
-    if found := re.fullmatch(rf"({NUM}\s*k?)\s*(?:out|completion)", word):
+    if found := re.fullmatch(rf"({NUM}\s*[km]?)\s*(?:out|completion)", word):
         return replace(ask, completion=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(rf"(ttft|tpot)?\s*({NUM})\s*(ms|s)(?:\s*(ttft|tpot))?", word):
         seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)

@@ -80,8 +80,8 @@ class Model:
         new = point(job, self.constants)
         known = {p.words["chip"] for p in self.process.points if p.family != OWN}
         words = f"physics on the chip's {job.chip.basis} figures, corrected by {self.process.basis(new, 'published runs')}"
-        if job.chip.name not in known:
-            words += f"; no published training run on {job.chip.name}"
+        if job.chip.kind not in known:
+            words += f"; no published training run on {job.chip.kind}"
         return words
 
     def trusting(self, names: Container[str]) -> Model:

@@ -74,7 +74,7 @@ def _chip(pool: str, seen: dict[str, float | str]) -> Chip:
         "memory_tbs": tera.get("memory_bytes_per_s"),
     }
     measured = with_measured(base, {key: value for key, value in figures.items() if value})
-    return replace(measured, name=pool)
+    return replace(measured, name=pool, like=base.name if named else "")
 
 
 def recipe_run(records: Sequence[AnyRecord]) -> Recipe | None:

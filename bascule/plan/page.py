@@ -233,7 +233,7 @@ def interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
         bar, low, high = (
             f"{100 * value / most:.2f}%" for value in (e.value, e.low, e.high - e.low)
         )
-        value = f"{number(e.value)} {e.unit}" if e.value else "no public price"
+        value = f"{number(e.value)} {e.unit}" if e.value or e.basis else "no public price"
         span = f"80 %: {number(e.low)} to {number(e.high)}" if e.value else ""
         lines.append(
             f"<div class='bar'><span>{html.escape(name)}</span><div class='track' title='{html.escape(e.basis, quote=True)}'>"

@@ -22,18 +22,18 @@ def render_pools(name: str, options: Sequence[OptionPriced]) -> str:
     )
     sections = [section("Pools, preferred first", _table(options, unit, seconds))]
     if timed:
-        bars = [(one.pool, _time(one, unit, seconds)) for one in timed]
-        parts = [(one.pool, one.train_components_s) for one in timed]
+        bars = [(_name(one), _time(one, unit, seconds)) for one in timed]
+        parts = [(_name(one), one.train_components_s) for one in timed]
         sections.append(section("Time to train", interval_bars(bars)))
         sections.append(section("What the time is made of", stacks(parts, unit, seconds)))
-    memory = [(one.pool, one.memory_components_bytes) for one in options]
+    memory = [(_name(one), one.memory_components_bytes) for one in options]
     sections.append(section("Memory of one chip", stacks(memory, "GiB", GIB)))
     basis = "".join(
-        f"<li><b>{html.escape(one.pool)}</b>: {html.escape(one.basis)}</li>" for one in options
+        f"<li><b>{html.escape(_name(one))}</b>: {html.escape(one.basis)}</li>" for one in options
     )
     sections.append(section("What it rests on", f"<ul>{basis}</ul>"))
     first = options[0]
-    lead = f"{first.pool}: {first.fits}"
+    lead = f"{_name(first)}: {first.fits}"
     if first.train_s:
         lead += f", {number(first.train_s / seconds)} {unit} of training"
     return framed(
@@ -45,8 +45,14 @@ def render_pools(name: str, options: Sequence[OptionPriced]) -> str:
 
 
 def _time(one: OptionPriced, unit: str, seconds: float) -> Estimate:
-    ends = (one.train_s or 0.0, one.train_s_low or 0.0, one.train_s_high or 0.0)
-    return Estimate(*(value / seconds for value in ends), unit, one.basis)
+    value, low, high = (
+        (time or 0.0) / seconds for time in (one.train_s, one.train_s_low, one.train_s_high)
+    )
+    return Estimate(value, low, high, unit, one.basis)
+
+
+def _name(one: OptionPriced) -> str:
+    return one.pool or "pool"
 
 
 def _table(options: Sequence[OptionPriced], unit: str, seconds: float) -> str:
@@ -67,6 +73,6 @@ def _table(options: Sequence[OptionPriced], unit: str, seconds: float) -> str:
             f"{number(one.cost)} {one.cost_unit}" if one.cost is not None else "no price given",
         )
         lines.append(
-            f"<tr><td>{html.escape(one.pool)}</td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+            f"<tr><td>{html.escape(_name(one))}</td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
         )
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"

@@ -99,7 +99,7 @@ def point(job: Job, c: Constants, *, family: str = "", name: str = "", noise: fl
     )
     words = {
         "vendor": job.chip.vendor,
-        "chip": job.chip.name,
+        "chip": job.chip.kind,
         "precision": job.precision,
         "stack": job.software,
         "kind": "moe" if s.moe else "dense",

@@ -68,7 +68,7 @@ def serve_point(
     numbers, slopes = _measures(p, c, target)
     words = {
         "vendor": p.chip.vendor,
-        "chip": p.chip.name,
+        "chip": p.chip.kind,
         "model": model_word(p.shape.name),
         "software": p.software,
         "kind": p.phase,

@@ -75,10 +75,10 @@ def _trained(part: str, word: str) -> Speed:
     ):
         unit = {"ms": 1e-3, "min": 60.0}.get(found[2][:3] if found[2] != "ms" else "ms", 1.0)
         return Speed(part, _positive(part, found[1]) * unit, "s a step")
-    found, value = _rate(part, word, TRAINED)
-    if re.fullmatch(PER_CHIP, found):
+    after, value = _rate(part, word, TRAINED)
+    if re.fullmatch(PER_CHIP, after):
         return Speed(part, value, "tokens/s/chip")
-    if re.fullmatch(r"in all|in total|total|altogether|(?:of |on |over )?all(?: chips)?", found):
+    if re.fullmatch(r"in all|in total|total|altogether|(?:of |on |over )?all(?: chips)?", after):
         return Speed(part, value, "tokens/s in all")
     amount = word.split("tok")[0].strip()
     raise RecipeError(
@@ -95,8 +95,8 @@ def _served(part: str, word: str) -> Speed:
     if len(kinds) != 1:
         raise RecipeError(f"'{part}' does not say which tokens it counts; write {SERVED}.")
     rest = re.sub(rf"\b({names})\b", "", word).strip()
-    found, value = _rate(part, rest, SERVED)
-    if not re.fullmatch(PER_CHIP, found):
+    after, value = _rate(part, rest, SERVED)
+    if not re.fullmatch(PER_CHIP, after):
         raise RecipeError(
             f"'{part}': give the rate of one chip, of those that do this work; write {SERVED}."
         )
