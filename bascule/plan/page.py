@@ -17,7 +17,7 @@ from bascule.plan.cost import gemm_peak, memory_bytes_s
 from bascule.plan.figures import Triple, moved, number
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
-from bascule.plan.render import service_text
+from bascule.plan.render import LONGEST_DAYS, finish_dates, service_text
 from bascule.plan.service_price import Service
 
 PALETTE = (
@@ -303,7 +303,6 @@ def _memory(t: TrainingAnswer) -> str:
 
 
 LABELS = 5  # dates that fit under the calendar without touching
-LONGEST_DAYS = 365_000.0  # a thousand years: what lies beyond is drawn there
 
 
 def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
@@ -322,10 +321,7 @@ def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
         )
     for i, t in enumerate(trainings):
         y = i * ROW + 6
-        finish = [
-            start + datetime.timedelta(days=min(value, LONGEST_DAYS))
-            for value in (t.days.low, t.days.value, t.days.high)
-        ]
+        finish, early, late = finish_dates(t, start)
         body += _text(0, y + 15, t.name) + _rect(LEFT, y, t.days.low * scale, 22, PALETTE[i])
         spread = _rect(
             LEFT + t.days.low * scale,
@@ -333,10 +329,10 @@ def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
             (t.days.high - t.days.low) * scale,
             22,
             PALETTE[i],
-            f"finish between {finish[0]} and {finish[2]}",
+            f"finish between {early} and {late}",
         )
         body += spread.replace(" rx=", ' fill-opacity="0.35" rx=')
-        body += _text(LEFT + t.days.value * scale, y + 15, f"{finish[1]:%d %b %Y}", anchor="middle")
+        body += _text(LEFT + t.days.value * scale, y + 15, f"{finish:%d %b %Y}", anchor="middle")
     return _svg(len(trainings) * ROW + 30, body, "calendar with finish dates")
 
 

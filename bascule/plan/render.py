@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict
 from typing import Any
 
 from bascule.plan.anchor import Anchor
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer, expected_bubble
 from bascule.plan.figures import moved, number
+from bascule.plan.goodput import by_cause
 from bascule.plan.memory import GIB, Memory
 from bascule.plan.service_price import Service
 
@@ -103,8 +105,23 @@ def _short(e: Estimate) -> str:
     return f"{number(e.value)} [{number(e.low)}, {number(e.high)}]"
 
 
+LONGEST_DAYS = 365_000.0  # a thousand years: what lies beyond is told as that
+
+
+def finish_dates(
+    t: TrainingAnswer, start: datetime.date
+) -> tuple[datetime.date, datetime.date, datetime.date]:
+    """The day a training ends that begins on `start`: middle, and the ends of the 80 % interval."""
+    middle, low, high = (
+        start + datetime.timedelta(days=min(days, LONGEST_DAYS))
+        for days in (t.days.value, t.days.low, t.days.high)
+    )
+    return middle, low, high
+
+
 def training_text(t: TrainingAnswer) -> str:
     lay, f = t.job.layout, t.failures
+    finish = finish_dates(t, datetime.date.today())
     lines = [
         f"{t.name}, {number(t.ask.tokens / 1e12, 4)} T tokens, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
         f"  layout   {lay.words()} ({t.layout_basis})",
@@ -125,7 +142,7 @@ def training_text(t: TrainingAnswer) -> str:
         )
     lines += [
         f"  failures {f.failures:,.0f} expected, one every {f.mean_time_to_failure_s / 3600:.1f} h; checkpoint every {f.interval_s / 60:.0f} min (Young/Daly {f.young_daly_s / 60:.0f} min), {f.save_s:.0f} s a save; effective {100 * f.effective:.1f} % (80 %: {100 * f.effective_low:.1f} to {100 * f.effective_high:.1f} %)",
-        f"  finish   {figure(t.days)}",
+        f"  finish   {figure(t.days)}; begun today: {finish[0]:%d %b %Y} (80 %: {finish[1]:%d %b %Y} to {finish[2]:%d %b %Y})",
         f"  cost     {figure(t.chip_hours)}; energy {figure(t.energy)}; "
         + (
             f"money {figure(t.money)}"
@@ -134,9 +151,16 @@ def training_text(t: TrainingAnswer) -> str:
         ),
         f"  rests on {t.step.basis}",
         f"           failures: {f.source}",
+        *_causes(t),
         f"           energy: {t.energy.basis}" + (f"; price: {t.money.basis}" if t.money else ""),
     ]
     return "\n".join(lines + [f"  note     {note}" for note in t.notes])
+
+
+def _causes(t: TrainingAnswer) -> list[str]:
+    causes = by_cause(t.ask.chip.vendor, t.failures.failures)
+    told = ", ".join(f"{cause} {number(count, 2)}" for cause, count in causes.items())
+    return [f"           of these, by Llama 3's shares: {told}"] if causes else []
 
 
 def memory_text(m: Memory) -> str:
@@ -235,7 +259,8 @@ def _training_json(t: TrainingAnswer) -> dict[str, Any]:
         "step_s": {"value": t.step.seconds, "low": t.step.low, "high": t.step.high, "unit": "s", "basis": t.step.basis, "parts": t.step.parts},
         "memory": {"verdict": m.verdict, "worst_stage": m.stage, "stages": m.stages, "total_bytes": m.total, "low_bytes": m.low, "high_bytes": m.high, "available_bytes": m.available, "margin_bytes": m.margin_bytes, "parts_bytes": m.parts},
         "tokens_per_s_chip": asdict(t.tokens_per_s_chip), "days": asdict(t.days), "chip_hours": asdict(t.chip_hours), "energy": asdict(t.energy),
-        "money": asdict(t.money) if t.money else None, "failures": asdict(t.failures), "bubble": t.played.bubble if t.played else 0.0, "notes": list(t.notes),
+        "money": asdict(t.money) if t.money else None, "failures": asdict(t.failures), "failures_by_cause": by_cause(t.ask.chip.vendor, t.failures.failures), "bubble": t.played.bubble if t.played else 0.0, "notes": list(t.notes),
+        "finish_if_begun_today": dict(zip(("value", "low", "high"), [day.isoformat() for day in finish_dates(t, datetime.date.today())], strict=True)),
         "without_own": asdict(t.without_own) if t.without_own else None,
     }  # fmt: skip
 
