@@ -62,7 +62,7 @@ def strategy(job: Job) -> dict[str, object]:
         "world_size": job.chips, "tp_size": lay.tp, "pp_size": lay.pp, "cp_size": lay.cp, "ep_size": 1, "etp_size": 1,
         "interleaving_size": 1, "enable_sequence_parallel": lay.tp > 1, "zero_state": 1, "enable_recompute": False,
         "cross_entropy_loss_fusion": True, "overlap_grad_reduce": False, "pp_comm_async": False,
-        "enable_straggler_model": False, "mem_factor": 0.94,
+        "enable_straggler_model": False, "mem_factor": 0.94, "te_version": "2.11.0",
     }  # fmt: skip
 
 
