@@ -122,7 +122,18 @@ def _plan(parser: Parser) -> None:
     parser.add_argument(
         "--chips",
         metavar="FILE.toml|RUN",
-        help="your own chips by the catalogue's column names, or a run's folder: its pools as qualify measured them",
+        help="your own chips by the catalogue's column names, or a run's folder: its pools as qualify measured them, "
+        "its own pretraining as an anchor",
+    )
+    parser.add_argument(
+        "--anchor",
+        metavar="SPEC",
+        action="append",
+        default=[],
+        help="a run of your own that corrects the forecast, with its speed per chip, in all, or a step's time, e.g. "
+        '"64 x H800, llama-3-70b, seq 8k, batch 512, TP4 PP4 MB1, 410 tokens/s/chip"; or a service: '
+        '"32 x H800, 4k in, 1k out, 50 ms, decode 1850 tokens/s/chip" (repeatable); an option\'s own speed is a part of it: '
+        '"measured 410 tokens/s/chip"',
     )
     parser.add_argument(
         "--kind",

@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bascule.errors import RecipeError
+from bascule.plan.anchor import Anchor, Models, from_run, knowing, read_anchor, served, trained
 from bascule.plan.architecture import Shape
-from bascule.plan.ask import TrainAsk, parse_serve, parse_train, possible
+from bascule.plan.ask import TrainAsk, parse_serve, parse_train, unheard_of
 from bascule.plan.catalogue import Chip, chips_from_toml, power_w
 from bascule.plan.cost import bubble_share
-from bascule.plan.forecast import Forecast, Model, shipped
+from bascule.plan.forecast import Forecast, shipped
 from bascule.plan.goodput import FailureRate, Goodput, Recovery, goodput, rate_of, save_seconds
 from bascule.plan.job import Job
-from bascule.plan.layout import Choice, empty_job, search
-from bascule.plan.measured import chips_of, read_run, recovery_of
-from bascule.plan.memory import Memory, memory_of
+from bascule.plan.layout import Choice, choose, default_batch
+from bascule.plan.measured import OWN_STACK, chips_of, read_run, recovery_of
+from bascule.plan.memory import Memory
 from bascule.plan.models import model_named
+from bascule.plan.runs_table import STACKS
 from bascule.plan.schedule import Played, Stage, play
 from bascule.plan.service_price import Service, price_service
 
@@ -47,7 +49,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TrainingAnswer:
-    """All that is said of one training. `money` None when no price is known for the chip."""
+    """All that is said of one training. `money` None when no price is known for the chip; `without_own`: tokens/s per chip by
+    published runs alone, where the user's own were taken in."""
 
     ask: TrainAsk
     job: Job
@@ -63,6 +66,7 @@ class TrainingAnswer:
     money: Estimate | None
     played: Played | None
     notes: tuple[str, ...]
+    without_own: Estimate | None = None
 
     @property
     def name(self) -> str:
@@ -108,22 +112,27 @@ class Answer:
     trainings: tuple[TrainingAnswer, ...]
     preferences: tuple[Preference, ...]
     services: tuple[Service, ...]
+    anchors: tuple[Anchor, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def answer(
     model: str | Shape, *, train: Sequence[str] = (), versus: Sequence[str] = (), serve: Sequence[str] = (),
-    chip_file: Path | None = None,
+    chip_file: Path | None = None, anchors: Sequence[str] = (),
 ) -> Answer:  # fmt: skip
     """Answer for one model: trainings (`train` first, then `versus`, each compared with the first), and services.
 
     `chip_file`: the user's own chips in TOML, or a run's folder: then its pools are chips, with the figures that qualify
-    measured, and its fallbacks say how long a recovery takes.
+    measured, its fallbacks say how long a recovery takes, and its own pretraining is an anchor. `anchors`: runs that the user
+    measured (`anchor.read_anchor`); they correct every answer beside the published ones.
     Raises RecipeError in one sentence for anything that cannot be asked.
     """
     shape = model_named(model) if isinstance(model, str) else model
     records = read_run(chip_file) if chip_file and chip_file.is_dir() else []
     own = chips_of(records) if records else chips_from_toml(chip_file) if chip_file else {}
     recovery = recovery_of(records)
+    given, notes = from_run(records, own, shape)
+    given += [one for text in anchors for one in read_anchor(text, shape, own)]
     asks: list[TrainAsk] = []
     for text in [*train, *versus]:
         asks.append(parse_train(text, own, tokens=asks[0].tokens if asks else None))
@@ -131,6 +140,7 @@ def answer(
             asks[-1] = replace(asks[-1], sequence=asks[0].sequence)
         if recovery and asks[-1].recovery is None:
             asks[-1] = replace(asks[-1], recovery=recovery)
+    asks = [_on_own_stack(ask, given) for ask in asks]
     services = [parse_serve(text, own) for text in serve]
     if not asks and not services:
         raise RecipeError(
@@ -139,44 +149,74 @@ def answer(
     common = next((ask.batch for ask in asks if ask.batch), None) or max(
         [default_batch(ask) for ask in asks], default=0
     )
-    trainings = tuple(
-        train_answer(shape, ask if ask.batch else replace(ask, batch=common)) for ask in asks
-    )
+    asks = [ask if ask.batch else replace(ask, batch=common) for ask in asks]
+    given += [one for ask in services for one in served(shape, ask, "as this service says")]
+    trainings, models = _trainings(shape, asks, given)
     return Answer(
         model=shape,
         trainings=trainings,
         preferences=tuple(preference(trainings[0], other) for other in trainings[1:]),
-        services=tuple(price_service(shape, ask, pue=ask.pue or ASSUMED_PUE) for ask in services),
+        services=tuple(
+            price_service(
+                shape,
+                ask,
+                pue=ask.pue or ASSUMED_PUE,
+                model=models.serving if models.taught_serving else None,
+            )
+            for ask in services
+        ),
+        anchors=models.anchors,
+        notes=(*notes, *(one.warning for one in models.anchors if one.odd)),
     )
 
 
-def default_batch(ask: TrainAsk) -> int:
-    """Sequences of a step when nobody said: about 16 M tokens for runs over a trillion tokens, 4 M below, and enough for the
-    chips; options that are compared share the largest."""
-    usual = round((16e6 if ask.tokens >= 1e12 else 4e6) / ask.sequence / 64) * 64
-    return max(usual, min(ask.chips, 16384))
+def _on_own_stack(ask: TrainAsk, given: Sequence[Anchor]) -> TrainAsk:
+    """A pool that the run's folder has an anchor of is planned with the software that trained there, unless another is named."""
+    ran = any(
+        one.job and one.job.software == OWN_STACK and one.job.chip == ask.chip for one in given
+    )
+    return replace(ask, software=OWN_STACK) if ran and "software" not in ask.text.lower() else ask
 
 
-def train_answer(shape: Shape, ask: TrainAsk, model: Model | None = None) -> TrainingAnswer:
-    used = model or shipped()
-    batch = ask.batch or default_batch(ask)
-    job = empty_job(shape, ask.chip, ask.chips, ask.sequence, batch, ask.precision, ask.software)
-    if ask.layout is not None:
-        possible(ask.layout, shape)
-        given = replace(
-            job,
-            layout=ask.layout,
-            global_batch=max(1, round(batch / ask.layout.dp)) * ask.layout.dp,
-        )
-        choice = Choice(given, used.predict(given), memory_of(given), 1, 1, ())
-        basis = "given"
-    else:
-        choice = search(job, used, ask.schedule)
-        basis = f"fastest of {choice.considered:,} layouts that fits"
-    return _assemble(ask, choice, basis)
+def _trainings(
+    shape: Shape, asks: Sequence[TrainAsk], given: Sequence[Anchor]
+) -> tuple[tuple[TrainingAnswer, ...], Models]:
+    """Each training answered, by published runs and by the user's own: those `given`, and those that an option itself says were
+    measured. Such an option keeps the layout that it was measured in."""
+    chosen = [choose(shape, ask, shipped()) if ask.measured else None for ask in asks]
+    measured = [
+        trained(shape, ask, ask.measured, "as this option says", choice.job)
+        for ask, choice in zip(asks, chosen, strict=True)
+        if ask.measured and choice
+    ]
+    models = knowing([*given, *measured])
+    return tuple(
+        train_answer(shape, ask, models, choice) for ask, choice in zip(asks, chosen, strict=True)
+    ), models
 
 
-def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
+def train_answer(
+    shape: Shape, ask: TrainAsk, models: Models | None = None, choice: Choice | None = None
+) -> TrainingAnswer:
+    """One training, in the layout chosen for it (None: still to be chosen)."""
+    model = models.training if models else shipped()
+    if choice is None:
+        choice = choose(shape, ask, model)
+    elif models and models.anchored:
+        choice = replace(choice, forecast=model.predict(choice.job))
+    found = _assemble(ask, choice)
+    if not models or not models.taught_training:
+        return found
+    before = _rate(choice.job, shipped().predict(choice.job))
+    return replace(found, without_own=before)
+
+
+def _rate(job: Job, step: Forecast) -> Estimate:
+    spread = math.log(step.high / step.low) / 2
+    return _around(step.tokens_per_second(job), spread, "tokens/s per chip", step.basis)
+
+
+def _assemble(ask: TrainAsk, choice: Choice) -> TrainingAnswer:
     job, step = choice.job, choice.forecast
     steps = ask.tokens / job.tokens_per_step
     spread = math.log(step.high / step.low) / 2
@@ -207,12 +247,10 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
     return TrainingAnswer(
         ask=ask,
         job=job,
-        layout_basis=basis,
+        layout_basis=choice.basis,
         memory=choice.memory,
         step=step,
-        tokens_per_s_chip=_around(
-            step.tokens_per_second(job), spread, "tokens/s per chip", step.basis
-        ),
+        tokens_per_s_chip=_rate(job, step),
         useful=useful,
         failures=failures,
         days=days,
@@ -220,7 +258,9 @@ def _assemble(ask: TrainAsk, choice: Choice, basis: str) -> TrainingAnswer:
         energy=energy,
         money=money,
         played=_played(job, step),
-        notes=choice.notes + _chip_notes(ask.chip, ask.precision),
+        notes=choice.notes
+        + _chip_notes(ask.chip, ask.precision)
+        + tuple(filter(None, [unheard_of(ask.software, STACKS.values())])),
     )
 
 

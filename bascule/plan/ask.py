@@ -6,17 +6,19 @@ Every part after the chip is optional and comes in any order. A part that is not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 from bascule.errors import RecipeError, nearest
 from bascule.plan.architecture import Shape
 from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.goodput import Recovery
-from bascule.plan.job import Layout, precision_class
+from bascule.plan.job import Layout, Recompute, precision_class
+from bascule.plan.runs_table import STACKS
 from bascule.plan.schedule import SCHEDULES
+from bascule.plan.speed import MULTIPLES, Speed, speed_of
 
-MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 NUM = r"(?:\d+\.?\d*|\.\d+)"
 PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "fp4", "nvfp4", "int8")
 SOFTWARE = {
@@ -29,9 +31,21 @@ SOFTWARE = {
 }
 
 
+SERVERS = ("disagg sglang", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek", "vendor")
+
+
+def unheard_of(software: str, known: Iterable[str]) -> str:
+    """A note where no published run tells of a stack; empty where one does, or none was named."""
+    names = dict.fromkeys(known)
+    if software in names or software in ("unknown", "bascule"):
+        return ""
+    return f"no published run tells of the software '{software}'; those of others are leaned on less.{nearest(software.lower(), names)} Known: {', '.join(names)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainAsk:
-    """A training to be priced. `batch` in sequences (None: by rule); `price_usd_h` per chip-hour; `layout` None: to be searched."""
+    """A training to be priced. `batch` in sequences (None: by rule); `price_usd_h` per chip-hour; `layout` None: to be searched;
+    `measured`: what such a run did on the user's own chips."""
 
     text: str
     chip: Chip
@@ -46,12 +60,15 @@ class TrainAsk:
     failures: float | None = None
     layout: Layout | None = None
     schedule: str | None = None
+    recompute: Recompute | None = None
     recovery: Recovery | None = None
+    measured: Speed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeAsk:
-    """A service to be priced: lengths in tokens, limits in seconds; `chips` of one replica (None: chosen)."""
+    """A service to be priced: lengths in tokens, limits in seconds; `chips` of one replica (None: chosen); `measured`: what such
+    a service did on the user's own chips."""
 
     text: str
     chip: Chip
@@ -63,6 +80,8 @@ class ServeAsk:
     precision: str = "bf16"
     price_usd_h: float | None = None
     pue: float | None = None
+    software: str = "unknown"
+    measured: tuple[Speed, ...] = ()
 
 
 def quantity(text: str) -> float | None:
@@ -72,10 +91,10 @@ def quantity(text: str) -> float | None:
 
 
 def length(text: str) -> int | None:
-    """A token length: `4k` is 4096, `131072` itself."""
-    found = re.fullmatch(r"(\d*\.?\d+)\s*k", text.strip().lower())
+    """A token length: `4k` is 4096, `1M` 1048576, `131072` itself."""
+    found = re.fullmatch(r"(\d*\.?\d+)\s*([km])", text.strip().lower())
     if found:
-        return round(float(found.group(1)) * 1024)
+        return round(float(found.group(1)) * (1024 if found.group(2) == "k" else 1024**2))
     value = quantity(text)
     return round(value) if value is not None else None
 
@@ -87,8 +106,20 @@ def parse_train(
 
     `tokens` is the default when the text names none (the option it is compared with has said it).
     """
-    head, *rest = [part.strip() for part in text.split(",") if part.strip()] or [""]
-    head, rest = _rejoin_thousands(head, rest)
+    head, *rest = parts_of(text)
+    ask = replace(started(text, head, extra), tokens=tokens or 0.0)
+    for part in rest:
+        ask = train_part(ask, part)
+    ask = settled(ask)
+    if ask.tokens <= 0:
+        raise RecipeError(
+            f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'."
+        )
+    return ask
+
+
+def started(text: str, head: str, extra: Mapping[str, Chip] | None = None) -> TrainAsk:
+    """The question that `2048 x H800` opens, everything else as usual for the chip."""
     found = re.fullmatch(r"([\d,.]+\s*[km]?)\s*[x×*]\s*(.+)", head, flags=re.IGNORECASE)
     if not found:
         raise RecipeError(
@@ -98,30 +129,44 @@ def parse_train(
     count = quantity(found.group(1))
     if not count or count < 1 or count != int(count):
         raise RecipeError(f"'{found.group(1).strip()}' is not a whole number of chips above 0.")
-    ask = TrainAsk(text=text, chip=chip, chips=int(count), tokens=tokens or 0.0, software=SOFTWARE.get(chip.vendor, "unknown"), price_usd_h=chip.price_usd_h, precision="fp8" if chip.fp8_tflops and chip.vendor in ("NVIDIA", "AMD") and (chip.year or 0) >= 2022 else "bf16")  # fmt: skip
-    for part in rest:
-        ask = _train_part(ask, part)
-    if ask.layout and ask.schedule:
-        ask = replace(ask, layout=_scheduled(ask.layout, ask.schedule))
-    if ask.tokens <= 0:
-        raise RecipeError(
-            f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'."
-        )
-    return ask
+    eight = chip.fp8_tflops and chip.vendor in ("NVIDIA", "AMD") and (chip.year or 0) >= 2022
+    return TrainAsk(
+        text=text,
+        chip=chip,
+        chips=int(count),
+        tokens=0.0,
+        software=SOFTWARE.get(chip.vendor, "unknown"),
+        price_usd_h=chip.price_usd_h,
+        precision="fp8" if eight else "bf16",
+    )
 
 
-def _rejoin_thousands(head: str, rest: list[str]) -> tuple[str, list[str]]:
-    """`6,144 x H800` was split at its comma: put it together again."""
-    while rest and re.fullmatch(r"[\d]{1,3}", head) and re.match(r"\d{3}\b", rest[0]):
-        head, rest = head + rest[0], rest[1:]
-    return head, rest
+def settled(ask: TrainAsk) -> TrainAsk:
+    """The question with what its parts say of each other: schedule and recomputation that are named are those of a given layout."""
+    layout = ask.layout
+    if layout and ask.recompute:
+        layout = replace(layout, recompute=ask.recompute)
+    if layout and ask.schedule:
+        layout = _scheduled(layout, ask.schedule)
+    return replace(ask, layout=layout)
 
 
-def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
+def parts_of(text: str) -> list[str]:
+    """What stands between the commas, at least one part; the comma of `6,144 x H800` or `batch 15,360` groups digits."""
+    whole = re.sub(
+        r"(?<![\w.])\d{1,3}(?:,\d{3})+(?!\d)", lambda found: found[0].replace(",", ""), text
+    )
+    return [part.strip() for part in whole.split(",") if part.strip()] or [""]
+
+
+def train_part(ask: TrainAsk, part: str) -> TrainAsk:
+    """The question with one part more. Raises RecipeError naming what would be understood."""
     word = part.lower()
+    if (speed := speed_of(part)) is not None:
+        return replace(ask, measured=speed)
     if found := re.fullmatch(rf"({NUM}\s*[kmbt]?)\s*tokens?", word):
         return replace(ask, tokens=_above_0(part, quantity(found.group(1))))
-    if found := re.fullmatch(rf"(?:seq|sequence)\s*({NUM}\s*k?)", word):
+    if found := re.fullmatch(rf"(?:seq|sequence)\s*({NUM}\s*[km]?)", word):
         return replace(ask, sequence=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(rf"batch\s*({NUM}\s*k?)", word):
         return replace(ask, batch=int(_above_0(part, quantity(found.group(1)))))
@@ -133,7 +178,9 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
         return replace(ask, pue=_pue(found.group(1)))
     if found := re.fullmatch(rf"({NUM})\s*failures", word):
         return replace(ask, failures=_above_0(part, quantity(found.group(1))))
-    if re.fullmatch(r"(?:(?:tp|pp|cp|ep|vpp|mb|zero-?)\d+\s*)+", word):
+    if found := re.fullmatch(r"recompute\s*(none|selective|full)", word):
+        return replace(ask, recompute=cast(Recompute, found.group(1)))
+    if re.fullmatch(rf"(?:(?:{DEGREES})-?\d+\s*)+", word):
         return replace(ask, layout=parse_layout(word, ask.chips))
     if word in SCHEDULES:
         return replace(ask, schedule=word)
@@ -146,7 +193,7 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
             ),
         )
     if word.startswith("software "):
-        return replace(ask, software=part[9:].strip())
+        return replace(ask, software=software_named(part[9:].strip(), STACKS.values()))
     if re.fullmatch(rf"{NUM}\s*[kmbt]?", word):
         small = f", 'seq {part}', 'batch {part}' or '{part} USD/h'"
         raise RecipeError(
@@ -162,22 +209,30 @@ def _train_part(ask: TrainAsk, part: str) -> TrainAsk:
             "2 USD/h",
             "pue 1.2",
             "6.5 failures (per 1000 node-days)",
-            "TP4 PP8 EP32",
+            "TP4 PP8 EP32 CP1 DP64 VPP2 MB1 ZERO1",
+            "recompute none, selective or full",
             *SCHEDULES,
             "save 30 s",
             "detect 60 s",
             "restart 540 s",
             "software NAME",
+            "measured 410 tokens/s/chip",
         ],
     )
 
 
+def software_named(text: str, known: Iterable[str]) -> str:
+    """A stack as the published runs call it, whatever its case and punctuation; one that is not among them keeps its name."""
+    key = re.sub(r"[^a-z0-9]", "", text.lower())
+    return next((one for one in known if re.sub(r"[^a-z0-9]", "", one) == key), text)
+
+
+DEGREES = "tp|pp|cp|ep|dp|vpp|mb|zero"
+
+
 def parse_layout(text: str, chips: int) -> Layout:
     """`TP4 PP8 EP32 CP1 VPP2 MB1 ZERO1` as a layout; data parallel is what is left. Refuses one that does not divide the chips."""
-    sizes = {
-        name: int(value)
-        for name, value in re.findall(r"(tp|pp|cp|ep|vpp|mb|zero)-?(\d+)", text.lower())
-    }
+    sizes = {name: int(value) for name, value in re.findall(rf"({DEGREES})-?(\d+)", text.lower())}
     tp, pp, cp = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
     if (
         min(sizes.values(), default=1) < 1
@@ -190,6 +245,12 @@ def parse_layout(text: str, chips: int) -> Layout:
             f"'{text}' needs a multiple of TP x PP x CP = {tp * pp * cp} chips; {chips} were given."
         )
     dp = chips // (tp * pp * cp)
+    if sizes.get("dp", dp) != dp:
+        raise RecipeError(
+            f"'{text}' uses {sizes['dp'] * tp * pp * cp} chips and {chips} were given: that is DP{dp}."
+        )
+    if sizes.get("zero", 1) > 3:
+        raise RecipeError(f"'{text}': ZERO0 to ZERO3 are allowed.")
     vpp, ep = sizes.get("vpp", 1), sizes.get("ep", 1)
     if (dp * cp * tp) % ep:
         raise RecipeError(
@@ -236,7 +297,7 @@ def _scheduled(layout: Layout, schedule: str) -> Layout:
 
 def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
     """`CHIP, 4k in, 1k out, 50 ms[, ttft 2 s][, 16 chips][, int8][, 2 USD/h]`; `8 x H20` gives the replica's size."""
-    head, *rest = [part.strip() for part in text.split(",") if part.strip()] or [""]
+    head, *rest = parts_of(text)
     if not head:
         raise RecipeError(
             "--serve names no chip; write for instance --serve 'H20, 4k in, 1k out, 50 ms'."
@@ -252,15 +313,18 @@ def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
         precision=precision,
     )
     for part in rest:
-        ask = _serve_part(ask, part)
+        ask = serve_part(ask, part)
     return ask
 
 
-def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
+def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
+    """The question with one part more, as `train_part`."""
     word = part.lower()
-    if found := re.fullmatch(rf"({NUM}\s*k?)\s*(?:in|prompt)", word):
+    if (speed := speed_of(part, serving=True)) is not None:
+        return replace(ask, measured=(*ask.measured, speed))
+    if found := re.fullmatch(rf"({NUM}\s*[km]?)\s*(?:in|prompt)", word):
         return replace(ask, prompt=int(_above_0(part, length(found.group(1)))))
-    if found := re.fullmatch(rf"({NUM}\s*k?)\s*(?:out|completion)", word):
+    if found := re.fullmatch(rf"({NUM}\s*[km]?)\s*(?:out|completion)", word):
         return replace(ask, completion=int(_above_0(part, length(found.group(1)))))
     if found := re.fullmatch(rf"(ttft|tpot)?\s*({NUM})\s*(ms|s)(?:\s*(ttft|tpot))?", word):
         seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)
@@ -271,6 +335,8 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
             if "ttft" in (found.group(1), found.group(4))
             else replace(ask, tpot_s=seconds)
         )
+    if word.startswith("software "):
+        return replace(ask, software=software_named(part[9:].strip(), SERVERS))
     if found := re.fullmatch(r"(\d+)\s*chips?", word):
         return replace(ask, chips=int(_above_0(part, float(found.group(1)))))
     if word in PRECISIONS:
@@ -285,7 +351,18 @@ def _serve_part(ask: ServeAsk, part: str) -> ServeAsk:
         )
     raise _not_understood(
         part,
-        ["4k in", "1k out", "50 ms", "ttft 2 s", "16 chips", *PRECISIONS, "2 USD/h", "pue 1.2"],
+        [
+            "4k in",
+            "1k out",
+            "50 ms",
+            "ttft 2 s",
+            "16 chips",
+            *PRECISIONS,
+            "2 USD/h",
+            "pue 1.2",
+            "software NAME",
+            "measured decode 1850 tokens/s/chip",
+        ],
     )
 
 

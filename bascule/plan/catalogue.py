@@ -27,7 +27,8 @@ Basis = Literal["datasheet", "measured on this machine", "assumed", "stand-in"]
 @dataclass(frozen=True, kw_only=True)
 class Chip:
     """One kind of chip. TFLOPS are dense peaks; `*_gbs` GB/s in one direction per chip; `power_all_in_w` includes its share of
-    host and network; `price_usd_h` per chip-hour, with `price_note` for date and kind. None: not published."""
+    host and network; `price_usd_h` per chip-hour, with `price_note` for date and kind. None: not published. `like`: the known
+    chip that this one is a kind of; published runs on that one speak for it."""
 
     name: str
     vendor: str = "unknown"
@@ -49,9 +50,15 @@ class Chip:
     price_note: str = ""
     gemm_bf16_tflops: float | None = None
     attention_tflops: float | None = None
+    like: str = ""
     basis: Basis = "datasheet"
     source: str = ""
     note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The name that published runs know it by."""
+        return self.like or self.name
 
     def peak_tflops(self, precision: str) -> float | None:
         """Dense peak at a precision class (`bf16`, `fp8`, `fp4`, `int8`); a chip without it computes at the next wider one."""
@@ -221,10 +228,22 @@ def chips_from_toml(path: Path) -> dict[str, Chip]:
                 raise RecipeError(
                     f"{path}: [{name}] {key}: unknown key; allowed: {', '.join(allowed)}.{nearest(key, allowed)}"
                 )
-            if key in _FLOATS | _INTS and (not isinstance(value, (int, float)) or value <= 0):
-                raise RecipeError(f"{path}: [{name}] {key}={value!r} must be a number above 0.")
-        result[name] = Chip(name=name, **table)
+            least = "0 or more" if key == "price_usd_h" else "above 0"
+            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key in _FLOATS | _INTS and not (numeric and (value > 0 or (value == 0 and "more" in least))):  # fmt: skip
+                raise RecipeError(f"{path}: [{name}] {key}={value!r} must be a number {least}.")
+            if key not in _FLOATS | _INTS and not isinstance(value, str):
+                raise RecipeError(f"{path}: [{name}] {key}={value!r} must be words in quotes.")
+        result[name] = _own_chip(name, table)
     return result
+
+
+def _own_chip(name: str, table: Mapping[str, Any]) -> Chip:
+    """A user's chip: all its figures its own, or those of a known chip that it is `like` with its own in their place."""
+    if "like" not in table:
+        return Chip(name=name, **table)
+    base = find_chip(table["like"])
+    return replace(base, **{"note": "", **table, "name": name, "like": base.name})
 
 
 def with_measured(chip: Chip, measured: Mapping[str, float]) -> Chip:

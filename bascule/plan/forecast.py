@@ -14,7 +14,7 @@ import numpy as np
 
 from bascule.plan.cost import NAMES, Constants, step_components, step_seconds
 from bascule.plan.job import Job
-from bascule.plan.regress import Point, Process
+from bascule.plan.regress import OWN, Point, Process
 from bascule.plan.run_features import NUMBERS, TERMS, constants_vector, point, prior_vector
 
 OWN_NOISE = 0.3  # of a published run's: what is left in a run that its owner measured
@@ -77,11 +77,11 @@ class Model:
         )
 
     def _basis(self, job: Job) -> str:
-        near = self.process.nearest(point(job, self.constants))
-        known = {p.words["chip"] for p in self.process.points}
-        words = f"physics on the chip's {job.chip.basis} figures, corrected by {len(self.process.points)} published runs (nearest: {', '.join(near)})"
-        if job.chip.name not in known:
-            words += f"; no published training run on {job.chip.name}"
+        new = point(job, self.constants)
+        known = {p.words["chip"] for p in self.process.points if p.family != OWN}
+        words = f"physics on the chip's {job.chip.basis} figures, corrected by {self.process.basis(new, 'published runs')}"
+        if job.chip.kind not in known:
+            words += f"; no published training run on {job.chip.kind}"
         return words
 
     def trusting(self, names: Container[str]) -> Model:
@@ -92,21 +92,18 @@ class Model:
         )
         return replace(self, process=replace(self.process, points=points))
 
-    def with_anchor(self, job: Job, measured_s: float) -> Model:
-        """Take one measured run of the user's own as a further point, much trusted."""
-        one = replace(point(job, self.constants, family="own", name="your run"), noise=OWN_NOISE)
+    def with_anchor(
+        self, job: Job, measured_s: float, *, name: str = "your run", noise: float = OWN_NOISE
+    ) -> Model:
+        """Take one measured run of the user's own as a further point; `noise` is that of a published run's."""
+        one = replace(point(job, self.constants, family=OWN, name=name), noise=noise)
         back = constants_vector(Constants()) - constants_vector(self.constants)
         target = (
             math.log(measured_s)
             - math.log(step_seconds(job, self.constants))
             - float(np.array(one.gradient) @ back)
         )
-        grown = replace(
-            self.process,
-            points=(*self.process.points, one),
-            targets=np.append(self.process.targets, target),
-        )
-        return replace(self, process=grown)
+        return replace(self, process=self.process.with_point(one, target))
 
 
 def model_from(raw: dict[str, Any]) -> Model:

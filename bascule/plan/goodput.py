@@ -73,6 +73,18 @@ def causes_per_chip_hour() -> dict[str, float]:
     return named | {"other": (LLAMA3_ALL - sum(LLAMA3_CAUSES.values())) / hours}
 
 
+def by_cause(vendor: str, failures: float) -> dict[str, float]:
+    """Expected failures split by Llama 3's causes, most first; empty for chips of whose causes nobody printed a table."""
+    if vendor != "NVIDIA":
+        return {}
+    rates = causes_per_chip_hour()
+    whole = sum(rates.values())
+    return {
+        cause: failures * rate / whole
+        for cause, rate in sorted(rates.items(), key=lambda one: -one[1])
+    }
+
+
 def rate_of(vendor: str) -> FailureRate:
     return RATES.get(vendor, OTHER)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
+from bascule.plan.ask import TrainAsk, possible
 from bascule.plan.catalogue import Chip
 from bascule.plan.cost import step_seconds
 from bascule.plan.forecast import Forecast, Model
@@ -29,7 +30,7 @@ SHIPPED_SCHEDULES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The layout found, what was considered, and how the runner-up compares."""
+    """The layout found or given, its forecast, and what was considered."""
 
     job: Job
     forecast: Forecast
@@ -38,10 +39,19 @@ class Choice:
     fitting: int
     notes: tuple[str, ...]
 
+    @property
+    def basis(self) -> str:
+        if not self.considered:
+            return "given"
+        which = "fastest" if self.fitting else "least memory"
+        return f"{which} of {self.considered:,} layouts{' that fits' if self.fitting else ''}"
 
-def candidates(job: Job, schedule: str | None = None) -> Iterator[Job]:
+
+def candidates(
+    job: Job, schedule: str | None = None, recompute: Recompute | None = None
+) -> Iterator[Job]:
     """All layouts worth costing for the job's model, chips and batch; the batch is moved by up to 5 % to divide evenly.
-    `schedule`: the only one considered for pipelines (None: what the stack ships)."""
+    `schedule`: the only one considered for pipelines (None: what the stack ships); `recompute` likewise (None: none and full)."""
     s, chip = job.shape, job.chip
     domain = min(chip.scaleup_chips or 8, 64)
     for tp in _powers(min(domain, s.heads, 16)):
@@ -51,13 +61,13 @@ def candidates(job: Job, schedule: str | None = None) -> Iterator[Job]:
                     continue
                 dp = job.chips // (tp * pp * cp)
                 for ep in _expert_splits(s, dp * cp * tp):
-                    yield from _batches(job, tp, pp, cp, dp, ep, schedule)
+                    yield from _batches(job, tp, pp, cp, dp, ep, schedule, recompute)
 
 
 def _batches(
-    job: Job, tp: int, pp: int, cp: int, dp: int, ep: int, schedule: str | None
-) -> Iterator[Job]:
-    recomputes: tuple[Recompute, ...] = ("none", "full")
+    job: Job, tp: int, pp: int, cp: int, dp: int, ep: int, schedule: str | None, only: Recompute | None,
+) -> Iterator[Job]:  # fmt: skip
+    recomputes: tuple[Recompute, ...] = (only,) if only else ("none", "full")
     for micro in (1, 2, 4):
         unit = dp * micro
         batch = max(1, round(job.global_batch / unit)) * unit
@@ -114,9 +124,13 @@ def _expert_splits(s: Shape, room: int) -> list[int]:
     ]
 
 
-def search(job: Job, model: Model, schedule: str | None = None) -> Choice:
+def search(
+    job: Job, model: Model, schedule: str | None = None, recompute: Recompute | None = None
+) -> Choice:
     """The fastest layout that fits. Raises RecipeError when no split of the chips is possible at all."""
-    costed = [(step_seconds(one, model.constants), one) for one in candidates(job, schedule)]
+    costed = [
+        (step_seconds(one, model.constants), one) for one in candidates(job, schedule, recompute)
+    ]
     if not costed:
         experts = (
             f", and a divisor of the {job.shape.experts} experts (4 or more) must divide the chips"
@@ -156,6 +170,25 @@ def search(job: Job, model: Model, schedule: str | None = None) -> Choice:
     if best.global_batch != job.global_batch:
         notes.append(f"global batch {job.global_batch} became {best.global_batch} to divide evenly")
     return Choice(best, model.predict(best), memory, len(costed), fitting, tuple(notes))
+
+
+def default_batch(ask: TrainAsk) -> int:
+    """Sequences of a step when nobody said: about 16 M tokens for runs over a trillion tokens, 4 M below, and enough for the
+    chips; options that are compared share the largest."""
+    usual = round((16e6 if ask.tokens >= 1e12 else 4e6) / ask.sequence / 64) * 64
+    return max(usual, min(ask.chips, 16384))
+
+
+def choose(shape: Shape, ask: TrainAsk, model: Model) -> Choice:
+    """The layout that was given, else the fastest that fits. Raises RecipeError for one that cannot be."""
+    batch = ask.batch or default_batch(ask)
+    job = empty_job(shape, ask.chip, ask.chips, ask.sequence, batch, ask.precision, ask.software)
+    if ask.layout is None:
+        return search(job, model, ask.schedule, ask.recompute)
+    possible(ask.layout, shape)
+    dp = ask.layout.dp
+    given = replace(job, layout=ask.layout, global_batch=max(1, round(batch / dp)) * dp)
+    return Choice(given, model.predict(given), memory_of(given), 0, 0, ())
 
 
 def empty_job(

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bascule.config.load import recipe_from
+from bascule.config.recipe import Recipe
 from bascule.errors import RecipeError
 from bascule.folder import RunFolder
-from bascule.ledger import of_kind, read_ledger
+from bascule.ledger import last, of_kind, read_ledger
+from bascule.plan.architecture import from_config
 from bascule.plan.catalogue import Chip, find_chip, with_measured
 from bascule.plan.goodput import Recovery
-from bascule.records import AnyRecord, Evidence, Incident, Migration, StepStats
+from bascule.plan.job import Job, Layout
+from bascule.records import AnyRecord, Evidence, Incident, Migration, RecipeResolved, StepStats
+
+FEWEST_STEPS = 5  # that a pool's mean step is taken from, its first one aside
+OWN_STACK = "bascule"  # the software of a run's own steps
 
 # What `speed.step` measured, by the name that `options.price_pools` knows, in giga-units.
 FIGURES = {
@@ -67,7 +74,67 @@ def _chip(pool: str, seen: dict[str, float | str]) -> Chip:
         "memory_tbs": tera.get("memory_bytes_per_s"),
     }
     measured = with_measured(base, {key: value for key, value in figures.items() if value})
-    return replace(measured, name=pool)
+    return replace(measured, name=pool, like=base.name if named else "")
+
+
+def recipe_run(records: Sequence[AnyRecord]) -> Recipe | None:
+    """The recipe that a run was of; None where its ledger holds none."""
+    resolved = last(records, RecipeResolved)
+    return recipe_from(resolved.recipe, source="the run's ledger") if resolved else None
+
+
+def step_seconds_of(records: Sequence[AnyRecord]) -> dict[tuple[str, str], float]:
+    """Mean seconds of a step by pool and phase, rollouts included, the pool's first step aside."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    for step in of_kind(records, StepStats):
+        seen.setdefault((step.pool or "", step.phase), []).append(step.seconds)
+    return {
+        key: statistics.mean(seconds[1:])
+        for key, seconds in seen.items()
+        if len(seconds) > FEWEST_STEPS
+    }
+
+
+def measured_pools(
+    records: Sequence[AnyRecord], recipe: Recipe
+) -> dict[str, dict[str, float | str]]:
+    """Per pool what `options.price_pools` takes: what qualify measured, and the time of this recipe's own steps where the run
+    trained the same model with the same batches."""
+    found = pools_of(records)
+    run = recipe_run(records)
+    if run is None or from_config(run.model) != from_config(recipe.model):
+        return found
+    for (pool, phase), seconds in step_seconds_of(records).items():
+        if _sized(run, phase) == _sized(recipe, phase):
+            found.setdefault(pool, {})[f"{phase}_step_s"] = seconds
+    return found
+
+
+def _sized(recipe: Recipe, phase: str) -> tuple[object, ...]:
+    """What makes a step of a phase as large as it is."""
+    grpo = recipe.grpo
+    return {
+        "pretrain": (recipe.pretrain.batch_sequences, recipe.pretrain.sequence_length),
+        "sft": (recipe.sft.batch_sequences, recipe.sft.pack_tokens),
+        "grpo": (grpo.prompts, grpo.group_size, grpo.updates_per_rollout, grpo.max_completion_tokens),
+    }[phase]  # fmt: skip
+
+
+def pretrained(records: Sequence[AnyRecord], chips: Mapping[str, Chip]) -> list[tuple[Job, float]]:
+    """The run's own pretraining on each pool that qualify measured, as a job with its tokens a second and chip."""
+    run = recipe_run(records)
+    found = []
+    for (pool, phase), seconds in step_seconds_of(records).items():
+        if run is None or phase != "pretrain" or pool not in chips or pool not in run.pools:
+            continue
+        count = run.pools[pool].chips
+        job = Job(
+            shape=from_config(run.model), chip=chips[pool], chips=count, sequence=run.pretrain.sequence_length, precision="bf16",
+            global_batch=run.pretrain.batch_sequences, layout=Layout(dp=count, zero=0, micro_batch=max(1, run.pretrain.batch_sequences // count)),
+            software=OWN_STACK,
+        )  # fmt: skip
+        found.append((job, job.tokens_per_step / count / seconds))
+    return found
 
 
 def recovery_of(records: Sequence[AnyRecord]) -> Recovery | None:

@@ -88,6 +88,14 @@ def plain_name(text: str) -> str:
     ).replace("qwen-", "qwen")
 
 
+def model_word(name: str) -> str:
+    """One word for a model however a table or a user spells it, so that runs of the same model know each other."""
+    key = ALIASES.get(name.lower(), name.lower())
+    if key not in named():
+        key = ALIASES.get(plain_name(name), plain_name(name))
+    return "deepseek-v3" if key == "v3" else key
+
+
 def model_named(name: str) -> Shape:
     """A preset, a public model's name, or the path of a `config.json` or a TOML table. Raises RecipeError with the nearest name."""
     if name.endswith(".json"):
@@ -126,11 +134,36 @@ def from_table(path: Path) -> Shape:
     table.setdefault("dense_layers", 0 if table.get("experts") else table.get("layers"))
     try:
         latent = Latent(**table.pop("latent")) if "latent" in table else None
-        return Shape(latent=latent, **table)
+        return sound(Shape(latent=latent, **table), str(path))
     except TypeError as error:
         raise RecipeError(
             f"{path}: {str(error).replace('Shape.__init__() ', '')}. A table needs at least hidden, layers, heads, head_dim, ffn and vocab."
         ) from None
+
+
+WIDEST = 10_000_000  # no size of a model is larger
+
+
+def sound(shape: Shape, where: str) -> Shape:
+    """The shape, if a model can have it. Raises RecipeError naming the size, what it is and what is allowed."""
+    most = {"topk": shape.experts, "dense_layers": shape.layers, "local_layers": shape.layers, "kv_heads": shape.heads}  # fmt: skip
+    needed = {"hidden", "layers", "heads", "kv_heads", "head_dim", "vocab"}
+    needed |= {"topk", "moe_ffn"} if shape.experts else {"ffn"}
+    sizes = {f.name: getattr(shape, f.name) for f in fields(Shape) if f.type == "int"}
+    if shape.latent:
+        needed |= {"kv_lora", "nope", "rope", "v"}
+        sizes |= {
+            f.name: getattr(shape.latent, f.name) or 0
+            for f in fields(Latent)
+            if f.name in needed | {"q_lora"}
+        }
+    for name, value in sizes.items():
+        low, high = int(name in needed), most.get(name, WIDEST)
+        if type(value) is not int or not low <= value <= high:
+            raise RecipeError(
+                f"{where}: {name} = {value!r} is no size of a model; a whole number from {low:,} to {high:,} is allowed."
+            )
+    return shape
 
 
 def _read(path: Path) -> Shape:
@@ -138,7 +171,11 @@ def _read(path: Path) -> Shape:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise RecipeError(f"The model configuration '{path}' cannot be read ({error}).") from None
-    return from_hugging_face(raw, name=path.parent.name or path.stem)
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"The model configuration '{path}' holds no object; give a decoder's Hugging Face config.json."
+        )
+    return sound(from_hugging_face(raw, name=path.parent.name or path.stem), str(path))
 
 
 def shape_like(name: str, total_b: float | None, active_b: float | None) -> Shape | None:

@@ -77,11 +77,12 @@ def _price(
     seconds = training_seconds(recipe, shape, rate, seen)
     components = memory_components(recipe, shape)
     needed = float(seen.get("train_peak_bytes", sum(components.values())))
-    if recipe.guard.enabled and not {"sft_step_s", "grpo_step_s"} & set(seen):
+    timed = timed_phases(recipe, seen)
+    if recipe.guard.enabled and not any(timed.values()):
         seconds["guard"] = GUARD_SHARE * sum(seconds.values())
     total = sum(seconds.values())
     hours = total * pool.chips / 3600
-    spread = 1.25 if {"sft_step_s", "grpo_step_s"} <= set(seen) else rate.spread
+    spread = 1.25 if all(timed.values()) else rate.spread
     return OptionPriced(
         pool=name,
         accelerator=pool.accelerator,
@@ -95,7 +96,7 @@ def _price(
         energy_j=float(seen["power_w"]) * total if "power_w" in seen else None,
         cost=hours * pool.price_per_hour if pool.price_per_hour is not None else None,
         cost_unit=pool.price_unit if pool.price_per_hour is not None else None,
-        basis=_basis(rate, seen, pool),
+        basis=_basis(rate, timed, seen, pool),
         memory_components_bytes=components,
         train_components_s=seconds,
     )
@@ -255,11 +256,21 @@ def _datasheet_rate(chip: str, launch: float) -> Rate:
     )
 
 
-def _basis(rate: Rate, seen: Mapping[str, float | str], pool: PoolConfig) -> str:
-    steps = [key for key in ("sft_step_s", "grpo_step_s") if key in seen]
-    words = [
-        "time: measured on this machine (step times)" if len(steps) == 2 else f"time: {rate.basis}"
-    ]
+def timed_phases(recipe: Recipe, seen: Mapping[str, float | str]) -> dict[str, bool]:
+    """Of each phase that the recipe trains, whether its step was measured."""
+    return {
+        phase: f"{phase}_step_s" in seen for phase, steps in recipe.phase_steps().items() if steps
+    }
+
+
+def _basis(
+    rate: Rate, timed: Mapping[str, bool], seen: Mapping[str, float | str], pool: PoolConfig
+) -> str:
+    known = [phase for phase, measured in timed.items() if measured]
+    steps = f"measured on this machine (step times of {' and '.join(known)})"
+    words = [f"time: {steps}" if known else f"time: {rate.basis}"]
+    if known and len(known) < len(timed):
+        words.append(f"the other phases: {rate.basis}")
     words.append(
         "memory: measured on this machine"
         if "train_peak_bytes" in seen

@@ -14,9 +14,10 @@ from string import Template
 
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer
 from bascule.plan.cost import gemm_peak, memory_bytes_s
+from bascule.plan.figures import Triple, moved, number
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
-from bascule.plan.render import number, service_text
+from bascule.plan.render import LONGEST_DAYS, finish_dates, service_text
 from bascule.plan.service_price import Service
 
 PALETTE = (
@@ -39,45 +40,84 @@ WIDTH, LEFT, RIGHT, ROW = 940, 230, 30, 34
 def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     """The page as text. `start`: first day of the calendar (default: today)."""
     first = start or datetime.date.today()
-    sections = []
-    sections += [
-        _section(f"Price of preferring {p.second} to {p.first}", _price(p))
+    sections = [
+        section(f"Price of preferring {p.second} to {p.first}", _price(p))
         for p in answer.preferences
     ]
+    if answer.anchors or answer.notes:
+        sections.append(section("Your own runs", _own(answer)))
     if answer.trainings:
-        sections.append(_section("Options side by side", _table(answer.trainings)))
-        sections += [_section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
+        sections.append(section("Options side by side", _table(answer.trainings)))
+        sections += [section(title, _bars(answer.trainings, pick)) for title, pick in (("Days to finish", lambda t: t.days), ("Chip-hours", lambda t: t.chip_hours), ("Energy", lambda t: t.energy))]  # fmt: skip
         if any(t.money for t in answer.trainings):
-            sections.append(_section("Money", _bars(answer.trainings, _money)))
+            sections.append(section("Money", _bars(answer.trainings, _money)))
         sections.append(
-            _section(
+            section(
                 "What a step is made of",
-                _stacks([(t.name, t.step.parts) for t in answer.trainings], "s", 1.0),
+                stacks([(t.name, t.step.parts) for t in answer.trainings], "s", 1.0),
             )
         )
         sections += [
-            _section(f"Memory by pipeline stage, {t.name}", _memory(t)) for t in answer.trainings
+            section(f"Memory by pipeline stage, {t.name}", _memory(t)) for t in answer.trainings
         ]
-        sections.append(_section("Calendar", _calendar(answer.trainings, first)))
-        sections += [_section(f"Roofline, {t.name}", _roofline(t)) for t in answer.trainings]
+        sections.append(section("Calendar", _calendar(answer.trainings, first)))
+        sections += [section(f"Roofline, {t.name}", _roofline(t)) for t in answer.trainings]
     sections += [
-        _section(f"What could turn the answer: {p.second} over {p.first}", _tornado(p))
+        section(f"What could turn the answer: {p.second} over {p.first}", _tornado(p))
         for p in answer.preferences
     ]
-    sections += [_section(f"Serving on {s.ask.chip.name}", _service(s)) for s in answer.services]
-    sections += [_section("What it rests on", _basis(answer))]
+    sections += [section(f"Serving on {s.ask.chip.name}", _service(s)) for s in answer.services]
+    sections += [section("What it rests on", _basis(answer))]
+    shape = answer.model
+    return framed(
+        f"What would {shape.name} cost?",
+        f"{shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used by a token",
+        _lead(answer),
+        sections,
+    )
+
+
+def framed(title: str, model: str, lead: str, sections: Sequence[str]) -> str:
+    """The page around its sections."""
     template = Template(
         resources.files("bascule.plan").joinpath("page.html").read_text(encoding="utf-8")
     )
-    shape = answer.model
     return template.substitute(
-        title=html.escape(f"What would {shape.name} cost?"),
-        model=html.escape(
-            f"{shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used by a token"
-        ),
-        lead=html.escape(_lead(answer)),
+        title=html.escape(title),
+        model=html.escape(model),
+        lead=html.escape(lead),
         sections="\n".join(sections),
     )
+
+
+def _own(answer: Answer) -> str:
+    """The user's own runs: a table of them beside what was forecast, then what they changed, as bars."""
+    lines = "".join(
+        f"<tr><td class='words'>{html.escape(one.words)}</td><td>{number(one.value)}</td>"
+        f"<td>{number(one.forecast[0])} <span class='soft'>{number(one.forecast[1])} to {number(one.forecast[2])}</span></td><td>{one.ratio:.2f}x</td></tr>"
+        for one in answer.anchors
+    )
+    head = "<tr><th>run</th><th>measured, tokens/s per chip</th><th>forecast without it</th><th>ratio</th></tr>"
+    table = f"<table class='own'>{head}{lines}</table>" if answer.anchors else ""
+    bars = [
+        _changed(t.name, (b.value, b.low, b.high), (n.value, n.low, n.high), "tokens/s per chip")
+        for t in answer.trainings
+        if (b := t.without_own) and (n := t.tokens_per_s_chip)
+    ]
+    for s in answer.services:
+        if s.without_own:
+            names = (f"{s.ask.chip.name}, decode", f"{s.ask.chip.name}, prefill")
+            pairs = zip(names, s.without_own, (s.decode, s.prefill), strict=True)
+            bars += [_changed(*pair, "tokens/s per chip") for pair in pairs]
+    notes = "".join(f'<p class="soft">Note: {html.escape(note)}.</p>' for note in answer.notes)
+    return table + "".join(bars) + notes
+
+
+def _changed(name: str, before: Triple, now: Triple, unit: str) -> str:
+    """A forecast without and with the user's own runs."""
+    pair = [("published runs alone", before), ("with your own", now)]
+    bars = interval_bars([(words, Estimate(*triple, unit, "")) for words, triple in pair])
+    return f"<p>{html.escape(name)}: {html.escape(moved(before, now))}</p>{bars}"
 
 
 def _money(t: TrainingAnswer) -> Estimate:
@@ -92,7 +132,7 @@ def _service(s: Service) -> str:
         (f"{s.tpot_s[0] * 1e3:.1f} ms", f"a token at {number(s.batch_per_chip)} sequences a chip"),
         (f"{s.ttft_s:.2f} s", f"to the first token, {'kept' if s.ttft_kept else 'NOT kept'}"),
     ]  # fmt: skip
-    bar = _stacks([("a decoding step", s.parts)], "ms", 1e-3)
+    bar = stacks([("a decoding step", s.parts)], "ms", 1e-3)
     return f"{_cards(facts)}{bar}<pre>{html.escape(service_text(s))}</pre>"
 
 
@@ -134,7 +174,7 @@ def _lead(answer: Answer) -> str:
     return "What serving it would cost."
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f'<section><h2>{html.escape(title)}</h2><div class="wide">{body}</div></section>'
 
 
@@ -182,25 +222,28 @@ def _rect(x: float, y: float, width: float, height: float, color: str, title: st
 
 def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], Estimate]) -> str:
     """One bar an option, a whisker for its 80 % interval."""
-    estimates = [pick(t) for t in trainings]
-    scale = (WIDTH - LEFT - RIGHT - 160) / max(e.high for e in estimates)
-    body = ""
-    for i, (t, e) in enumerate(zip(trainings, estimates, strict=True)):
-        y = i * ROW + 6
-        middle = y + 11
-        body += _text(0, y + 15, t.name) + _rect(
-            LEFT, y, e.value * scale, 22, PALETTE[i % len(PALETTE)], e.basis
-        )
-        body += f'<path d="M{LEFT + e.low * scale:.1f} {middle}H{LEFT + e.high * scale:.1f}M{LEFT + e.low * scale:.1f} {middle - 6}v12M{LEFT + e.high * scale:.1f} {middle - 6}v12" stroke="currentColor" fill="none"/>'
-        body += _text(
-            LEFT + e.high * scale + 8,
-            y + 15,
-            f"{number(e.value)} {e.unit}" if e.value else "no public price",
-        )
-    return _svg(len(estimates) * ROW + 8, body, "bars with 80 % intervals")
+    return interval_bars([(t.name, pick(t)) for t in trainings])
 
 
-def _stacks(
+def interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
+    """Name, bar with its whisker, value: in a line on a desk, the name above the bar on a phone, always readable."""
+    most = max(e.high for _, e in rows) or 1.0
+    lines = []
+    for i, (name, e) in enumerate(rows):
+        bar, low, high = (
+            f"{100 * value / most:.2f}%" for value in (e.value, e.low, e.high - e.low)
+        )
+        value = f"{number(e.value)} {e.unit}" if e.value or e.basis else "no public price"
+        span = f"80 %: {number(e.low)} to {number(e.high)}" if e.value else ""
+        lines.append(
+            f"<div class='bar'><span>{html.escape(name)}</span><div class='track' title='{html.escape(e.basis, quote=True)}'>"
+            f"<i style='width:{bar};background:{PALETTE[i % len(PALETTE)]}'></i><u style='left:{low};width:{high}'></u></div>"
+            f"<span>{html.escape(value)} <span class='soft'>{span}</span></span></div>"
+        )
+    return f"<div role='img' aria-label='bars with 80 % intervals'>{''.join(lines)}</div>"
+
+
+def stacks(
     rows: Sequence[tuple[str, Mapping[str, float]]],
     unit: str,
     divide: float,
@@ -254,13 +297,12 @@ def _memory(t: TrainingAnswer) -> str:
         for i in stages
     ]
     return (
-        _stacks(rows, "GiB", GIB, t.memory.available / GIB if t.memory.available else None)
+        stacks(rows, "GiB", GIB, t.memory.available / GIB if t.memory.available else None)
         + f'<p class="soft">Verdict: {t.memory.verdict}.</p>'
     )
 
 
 LABELS = 5  # dates that fit under the calendar without touching
-LONGEST_DAYS = 365_000.0  # a thousand years: what lies beyond is drawn there
 
 
 def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
@@ -279,10 +321,7 @@ def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
         )
     for i, t in enumerate(trainings):
         y = i * ROW + 6
-        finish = [
-            start + datetime.timedelta(days=min(value, LONGEST_DAYS))
-            for value in (t.days.low, t.days.value, t.days.high)
-        ]
+        finish, early, late = finish_dates(t, start)
         body += _text(0, y + 15, t.name) + _rect(LEFT, y, t.days.low * scale, 22, PALETTE[i])
         spread = _rect(
             LEFT + t.days.low * scale,
@@ -290,10 +329,10 @@ def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
             (t.days.high - t.days.low) * scale,
             22,
             PALETTE[i],
-            f"finish between {finish[0]} and {finish[2]}",
+            f"finish between {early} and {late}",
         )
         body += spread.replace(" rx=", ' fill-opacity="0.35" rx=')
-        body += _text(LEFT + t.days.value * scale, y + 15, f"{finish[1]:%d %b %Y}", anchor="middle")
+        body += _text(LEFT + t.days.value * scale, y + 15, f"{finish:%d %b %Y}", anchor="middle")
     return _svg(len(trainings) * ROW + 30, body, "calendar with finish dates")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+OWN = "own"  # the family of runs that the user measured
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,27 @@ class Process:
                 return one
         return None
 
-    def nearest(self, new: Point, count: int = 3) -> list[str]:
-        """Names of the published runs that are most alike in what makes a run miss the physics."""
+    def with_point(self, one: Point, target: float) -> Process:
+        """The process that also knows this point."""
+        return replace(
+            self, points=(*self.points, one), targets=np.append(self.targets, float(target))
+        )
+
+    def nearest(self, new: Point, count: int = 3) -> list[Point]:
+        """The published runs that are most alike in what makes a run miss the physics."""
         own = self.parts.covariance(self.sizes, self.lengths).diagonal()
         cross = self.cross([new])[0] / np.sqrt(own)
-        return [self.points[int(i)].name for i in np.argsort(-cross)[:count]]
+        published = [i for i in np.argsort(-cross) if self.points[int(i)].family != OWN]
+        return [self.points[int(i)] for i in published[:count]]
+
+    def basis(self, new: Point, what: str) -> str:
+        """What a forecast at this point was corrected by, in words: the published runs, and the user's own."""
+        own = [one.name for one in self.points if one.family == OWN]
+        near = ", ".join(
+            f"{one.words['model']} on {one.words['chip']} ({one.name})" for one in self.nearest(new)
+        )
+        words = f"{len(self.points) - len(own)} {what} (nearest: {near})"
+        return words + (f" and by your own: {'; '.join(own)}" if own else "")
 
 
 TAIL = 4.0  # degrees of freedom of the Student distribution that runs are taken to miss by

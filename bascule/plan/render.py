@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import datetime
 from dataclasses import asdict
 from typing import Any
 
+from bascule.plan.anchor import Anchor
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer, expected_bubble
+from bascule.plan.figures import moved, number
+from bascule.plan.goodput import by_cause
 from bascule.plan.memory import GIB, Memory
 from bascule.plan.service_price import Service
 
@@ -17,23 +20,34 @@ def cli_text(answer: Answer) -> str:
     head = f"{shape.name}: {shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used a token, cache {shape.cache_bytes() / 1e3:,.1f} kB a token (2-byte)"
     blocks = [head]
     blocks += [preference_text(one) for one in answer.preferences]
+    blocks += [anchors_text(answer)] if answer.anchors or answer.notes else []
     blocks += [side_by_side(answer.trainings)] if answer.trainings else []
     blocks += [training_text(one) for one in answer.trainings]
     blocks += [service_text(one) for one in answer.services]
     return "\n\n".join(blocks)
 
 
+def anchors_text(answer: Answer) -> str:
+    """The user's own runs: what each did, beside what published runs alone say of it."""
+    lines = ["your own runs, taken beside the published ones and trusted more:"] * bool(
+        answer.anchors
+    )
+    for one in answer.anchors:
+        middle, low, high = (number(value) for value in one.forecast)
+        guess = " (its layout was not given: trusted as a published run)" if one.guessed else ""
+        lines.append(
+            f"  {one.words}: {one.ratio:.2f}x its forecast of {middle} (80 %: {low} to {high}){guess}"
+        )
+    return "\n".join([*lines, *(f"  note     {note}" for note in answer.notes)])
+
+
+def _own_line(before: Estimate, now: Estimate) -> str:
+    moves = moved((before.value, before.low, before.high), (now.value, now.low, now.high))
+    return f"  your own published runs alone say {figure(before)}; with your own {number(now.value)} ({moves})"
+
+
 def figure(e: Estimate, digits: int = 3) -> str:
     return f"{number(e.value, digits)} {e.unit} (80 %: {number(e.low, digits)} to {number(e.high, digits)})"
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Rounded to three significant digits, thousands separated, no exponent from a thousandth up."""
-    if value == 0:
-        return "0"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
-    return f"{rounded:,.0f}" if places <= 0 else f"{rounded:.{places}f}"
 
 
 def preference_text(p: Preference) -> str:
@@ -91,8 +105,23 @@ def _short(e: Estimate) -> str:
     return f"{number(e.value)} [{number(e.low)}, {number(e.high)}]"
 
 
+LONGEST_DAYS = 365_000.0  # a thousand years: what lies beyond is told as that
+
+
+def finish_dates(
+    t: TrainingAnswer, start: datetime.date
+) -> tuple[datetime.date, datetime.date, datetime.date]:
+    """The day a training ends that begins on `start`: middle, and the ends of the 80 % interval."""
+    middle, low, high = (
+        start + datetime.timedelta(days=min(days, LONGEST_DAYS))
+        for days in (t.days.value, t.days.low, t.days.high)
+    )
+    return middle, low, high
+
+
 def training_text(t: TrainingAnswer) -> str:
     lay, f = t.job.layout, t.failures
+    finish = finish_dates(t, datetime.date.today())
     lines = [
         f"{t.name}, {number(t.ask.tokens / 1e12, 4)} T tokens, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
         f"  layout   {lay.words()} ({t.layout_basis})",
@@ -105,13 +134,15 @@ def training_text(t: TrainingAnswer) -> str:
         ),
         f"  memory   {memory_text(t.memory)}",
     ]
+    if t.without_own:
+        lines.insert(3, _own_line(t.without_own, t.tokens_per_s_chip))
     if t.played:
         lines.append(
             f"  pipeline bubble {100 * t.played.bubble:.1f} % of the busiest stage, played event by event ({100 * expected_bubble(t.job):.1f} % if all stages were equal)"
         )
     lines += [
         f"  failures {f.failures:,.0f} expected, one every {f.mean_time_to_failure_s / 3600:.1f} h; checkpoint every {f.interval_s / 60:.0f} min (Young/Daly {f.young_daly_s / 60:.0f} min), {f.save_s:.0f} s a save; effective {100 * f.effective:.1f} % (80 %: {100 * f.effective_low:.1f} to {100 * f.effective_high:.1f} %)",
-        f"  finish   {figure(t.days)}",
+        f"  finish   {figure(t.days)}; begun today: {finish[0]:%d %b %Y} (80 %: {finish[1]:%d %b %Y} to {finish[2]:%d %b %Y})",
         f"  cost     {figure(t.chip_hours)}; energy {figure(t.energy)}; "
         + (
             f"money {figure(t.money)}"
@@ -120,9 +151,16 @@ def training_text(t: TrainingAnswer) -> str:
         ),
         f"  rests on {t.step.basis}",
         f"           failures: {f.source}",
+        *_causes(t),
         f"           energy: {t.energy.basis}" + (f"; price: {t.money.basis}" if t.money else ""),
     ]
     return "\n".join(lines + [f"  note     {note}" for note in t.notes])
+
+
+def _causes(t: TrainingAnswer) -> list[str]:
+    causes = by_cause(t.ask.chip.vendor, t.failures.failures)
+    told = ", ".join(f"{cause} {number(count, 2)}" for cause, count in causes.items())
+    return [f"           of these, by Llama 3's shares: {told}"] if causes else []
 
 
 def memory_text(m: Memory) -> str:
@@ -157,10 +195,24 @@ def service_text(s: Service) -> str:
             else "money unknown: no public price, give one such as ', 2 USD/h'"
         )
         + f"; {number(s.kwh_per_m_out)} kWh per million completion tokens",
+        *_own_service_lines(s),
         f"  RL       rollouts would take {100 * s.rollout_share:.0f} % of the chip time of a rollout-and-train loop on this chip",
         f"  rests on {s.basis}",
     ]
     return "\n".join(lines + [f"  note     {note}" for note in s.notes])
+
+
+def _own_service_lines(s: Service) -> list[str]:
+    if s.without_own is None:
+        return []
+    pairs = (
+        ("decode", s.without_own[0], s.decode),
+        ("prefill", s.without_own[1], s.prefill),
+    )
+    return [
+        f"  your own {what}: published points alone say {_triple(before)} tokens/s per chip; with your own {number(now[0])} ({moved(before, now)})"
+        for what, before, now in pairs
+    ]
 
 
 def _triple(values: tuple[float, float, float]) -> str:
@@ -181,9 +233,22 @@ def to_json(answer: Answer) -> dict[str, Any]:
             asdict(p) | {"turns": [swing.assumption for swing in p.swings if swing.turns]}
             for p in answer.preferences
         ],
+        "anchors": [_anchor_json(one) for one in answer.anchors],
+        "notes": list(answer.notes),
         "options": [_training_json(t) for t in answer.trainings],
         "services": [_service_json(one) for one in answer.services],
     }
+
+
+def _anchor_json(one: Anchor) -> dict[str, Any]:
+    """One of the user's own runs; `forecast` is what was said of it without it."""
+    middle, low, high = one.forecast
+    return {
+        "words": one.words, "source": one.source, "of": one.of, "unit": "tokens/s per chip", "measured": one.value,
+        "forecast": {"value": middle, "low": low, "high": high, "unit": "tokens/s per chip", "basis": "published runs alone"},
+        "measured_over_forecast": one.ratio, "odd": one.odd, "layout_guessed": one.guessed,
+        "layout": asdict(one.job.layout) if one.job else None,
+    }  # fmt: skip
 
 
 def _training_json(t: TrainingAnswer) -> dict[str, Any]:
@@ -194,7 +259,9 @@ def _training_json(t: TrainingAnswer) -> dict[str, Any]:
         "step_s": {"value": t.step.seconds, "low": t.step.low, "high": t.step.high, "unit": "s", "basis": t.step.basis, "parts": t.step.parts},
         "memory": {"verdict": m.verdict, "worst_stage": m.stage, "stages": m.stages, "total_bytes": m.total, "low_bytes": m.low, "high_bytes": m.high, "available_bytes": m.available, "margin_bytes": m.margin_bytes, "parts_bytes": m.parts},
         "tokens_per_s_chip": asdict(t.tokens_per_s_chip), "days": asdict(t.days), "chip_hours": asdict(t.chip_hours), "energy": asdict(t.energy),
-        "money": asdict(t.money) if t.money else None, "failures": asdict(t.failures), "bubble": t.played.bubble if t.played else 0.0, "notes": list(t.notes),
+        "money": asdict(t.money) if t.money else None, "failures": asdict(t.failures), "failures_by_cause": by_cause(t.ask.chip.vendor, t.failures.failures), "bubble": t.played.bubble if t.played else 0.0, "notes": list(t.notes),
+        "finish_if_begun_today": dict(zip(("value", "low", "high"), [day.isoformat() for day in finish_dates(t, datetime.date.today())], strict=True)),
+        "without_own": asdict(t.without_own) if t.without_own else None,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from bascule.plan.cost import NAMES, PRIOR_SD, Constants, step_components, step_seconds
 from bascule.plan.job import Job
+from bascule.plan.models import model_word
 from bascule.plan.regress import Point, Term
 
 # The terms of the covariance; sizes are fitted. `stack kind` = stack and whether the model is a mixture of experts.
@@ -98,11 +99,11 @@ def point(job: Job, c: Constants, *, family: str = "", name: str = "", noise: fl
     )
     words = {
         "vendor": job.chip.vendor,
-        "chip": job.chip.name,
+        "chip": job.chip.kind,
         "precision": job.precision,
         "stack": job.software,
         "kind": "moe" if s.moe else "dense",
-        "model": s.name,
+        "model": model_word(s.name),
     }
     return Point(
         words=words,

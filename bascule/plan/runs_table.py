@@ -52,7 +52,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     a family by its chip and model, and a table without tiers holds runs of tier A. Raises RecipeError when it cannot be read."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle)
+            head = handle.readline()
+            handle.seek(0)
+            apart = max(",;\t", key=head.count)  # what spreadsheets write where a comma is decimal
+            reader = csv.DictReader(handle, delimiter=apart)
             reader.fieldnames = [column_name(name) for name in reader.fieldnames or ()]
             raw, header = list(reader), list(reader.fieldnames)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

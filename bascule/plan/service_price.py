@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Shape
-from bascule.plan.ask import ServeAsk
+from bascule.plan.ask import SERVERS, ServeAsk, unheard_of
 from bascule.plan.catalogue import Chip, power_w
 from bascule.plan.serving import (
     LEAST_BATCH,
@@ -26,7 +26,8 @@ MOST_CHIPS = 4096  # of one replica
 
 @dataclass(frozen=True)
 class Service:
-    """One service priced. Rates in tokens a second and chip as (value, low, high); `parts` seconds of a decoding step."""
+    """One service priced. Rates in tokens a second and chip as (value, low, high); `parts` seconds of a decoding step;
+    `without_own`: decode and prefill by published points alone, where the user's own were taken in."""
 
     ask: ServeAsk
     chips: int
@@ -45,6 +46,7 @@ class Service:
     rollout_share: float
     basis: str
     notes: tuple[str, ...]
+    without_own: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
 
 
 def replica_chips(shape: Shape, chip: Chip, precision: str) -> int:
@@ -86,13 +88,12 @@ def _roomy(p: Serving, *, fixed: bool) -> Serving:
     )
 
 
-def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
-    """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit."""
-    model = shipped_serving()
+def operating_point(shape: Shape, ask: ServeAsk) -> Serving:
+    """The decoding side of a service as asked for, on a replica with room for a cache; its batch is still to be found."""
     n = ask.chips or max(
         replica_chips(shape, ask.chip, ask.precision), 32 if shape.experts >= 64 else 1
     )
-    both = Serving(
+    wanted = Serving(
         shape=shape,
         chip=ask.chip,
         chips=n,
@@ -101,8 +102,24 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         prompt=ask.prompt,
         completion=ask.completion,
         tpot_s=ask.tpot_s,
+        software=ask.software,
     )
-    both = _roomy(both, fixed=ask.chips is not None)
+    return _roomy(wanted, fixed=ask.chips is not None)
+
+
+def price_service(
+    shape: Shape, ask: ServeAsk, *, pue: float, model: ServeModel | None = None
+) -> Service:
+    """Prefill and decode on separate chips of one kind, the decode batch filled up to the time-per-token limit. `model`: published
+    points with the user's own; then what published ones alone say is in the answer too."""
+    if model is not None:
+        before = price_service(shape, ask, pue=pue)
+        return replace(_priced(shape, ask, pue, model), without_own=(before.decode, before.prefill))
+    return _priced(shape, ask, pue, shipped_serving())
+
+
+def _priced(shape: Shape, ask: ServeAsk, pue: float, model: ServeModel) -> Service:
+    both = operating_point(shape, ask)
     n = both.chips
     both = within_limit(both, model)
     decode = model.predict(both)
@@ -134,6 +151,6 @@ def price_service(shape: Shape, ask: ServeAsk, *, pue: float) -> Service:
         prefill_chips_per_decode_chip=(ask.prompt / ask.completion) * decode[0] / prefill[0],
         usd_per_m_out=(usd[0], usd[1], usd[2]) if usd else None, kwh_per_m_out=seconds * 1e6 / 3600 * watts / 1000 * pue,
         rollout_share=(1 / decode[0]) / (1 / decode[0] + 3 / prefill[0]),
-        basis=f"physics on the chip's {ask.chip.basis} figures, corrected by {len(model.process.points)} published points (nearest: {', '.join(model.nearest(both))})",
-        notes=tuple(notes),
+        basis=model.basis(both),
+        notes=(*notes, *filter(None, [unheard_of(ask.software, SERVERS)])),
     )  # fmt: skip

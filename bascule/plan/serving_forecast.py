@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bascule.plan.regress import Point, Process, Term
+from bascule.plan.models import model_word
+from bascule.plan.regress import OWN, Point, Process, Term
 from bascule.plan.serving import (
     SERVE_NAMES,
     SERVE_PRIOR_SD,
@@ -50,6 +51,7 @@ SERVE_NUMBERS = (
 )
 
 
+OWN_NOISE = 0.3  # of a published point's: what is left in a service that its owner measured
 STEP = 0.2  # a secant: near a latency limit the tangent of a rate is steeper than any change that is meant
 STEEPEST = 1.0  # a rate moves with a constant by its own share at most; what a limit adds to that is no property of the chip
 
@@ -66,8 +68,8 @@ def serve_point(
     numbers, slopes = _measures(p, c, target)
     words = {
         "vendor": p.chip.vendor,
-        "chip": p.chip.name,
-        "model": p.shape.name,
+        "chip": p.chip.kind,
+        "model": model_word(p.shape.name),
         "software": p.software,
         "kind": p.phase,
         "style": "split" if p.split else "tensor",
@@ -158,8 +160,22 @@ class ServeModel:
             result.append((value, value / width, value * width))
         return result
 
-    def nearest(self, p: Serving) -> list[str]:
-        return self.process.nearest(serve_point(p, self.constants))
+    def basis(self, p: Serving) -> str:
+        """What a forecast rests on, in words."""
+        by = self.process.basis(serve_point(p, self.constants), "published points")
+        return f"physics on the chip's {p.chip.basis} figures, corrected by {by}"
+
+    def with_anchor(
+        self, p: Serving, measured: float, *, name: str = "your service", noise: float = OWN_NOISE
+    ) -> ServeModel:
+        """Take one measured service of the user's own as a further point (`measured`: its rate, as `serve_value` counts it)."""
+        one = replace(serve_point(p, self.constants, family=OWN, name=name), noise=noise)
+        back = np.array(
+            [getattr(ServeConstants(), n) - getattr(self.constants, n) for n in SERVE_NAMES]
+        )
+        missed = math.log(measured / serve_value(p, self.constants, "rate"))
+        target = missed - float(np.array(one.gradient) @ back)
+        return replace(self, process=self.process.with_point(one, target))
 
 
 def serving_from(raw: Mapping[str, Any]) -> ServeModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from bascule.config.load import load_recipe
@@ -12,9 +13,10 @@ from bascule.folder import write_atomic
 from bascule.ledger import Ledger, of_kind
 from bascule.plan import score
 from bascule.plan.answer import answer
-from bascule.plan.measured import pools_of
+from bascule.plan.measured import measured_pools, pools_of, read_run
 from bascule.plan.options import price_pools
 from bascule.plan.page import render_page
+from bascule.plan.pools_page import render_pools
 from bascule.plan.render import cli_text, to_json
 from bascule.records import OptionPriced
 from bascule.stages import origin
@@ -24,25 +26,77 @@ from bascule.stages.answer import Answer, duration, say
 def main(arguments: Namespace) -> Answer:
     words = arguments.words
     if words and words[0] == "score":
-        if len(words) != 2:
-            raise UsageError(
-                "bascule plan score takes one table: bascule plan score FILE.csv [--kind train|inference]."
-            )
-        result = score.score_file(Path(words[1]), arguments.kind)
-        return Answer(text=score.as_text(result), data=result)
+        return _score(arguments)
+    _one_question(arguments)
     if arguments.train or arguments.serve:
         return _ask(arguments)
-    if len(words) != 1:
-        raise UsageError(
-            "bascule plan needs a recipe, or --model with --train or --serve. Example: bascule plan runs/demo.toml"
-        )
     recipe = origin.resolve(load_recipe(Path(words[0]), arguments.overrides))
-    options = price_pools(recipe, {})
+    options = price_pools(recipe, {}, _measured(arguments.chips, recipe))
     plain = [one.model_dump(exclude={"schema_version", "kind"}) for one in options]
+    text = "\n".join(f"{_line(one)}; rests on {one.basis}" for one in options)
     return Answer(
-        text="\n".join(f"{_line(one)}; rests on {one.basis}" for one in options),
+        text=text + _page(arguments.html, lambda: render_pools(recipe.name, options)),
         data={"pools": plain},
     )
+
+
+def _score(arguments: Namespace) -> Answer:
+    if len(arguments.words) != 2 or arguments.html or arguments.chips or arguments.anchor:
+        raise UsageError(
+            "bascule plan score takes one table and nothing else: bascule plan score FILE.csv [--kind train|inference] [--json]."
+        )
+    result = score.score_file(Path(arguments.words[1]), arguments.kind)
+    return Answer(text=score.as_text(result), data=result)
+
+
+def _one_question(arguments: Namespace) -> None:
+    """A recipe's pools, or a model on chips by the thousand: words that would go unheard are refused."""
+    words, asked = arguments.words, arguments.train or arguments.serve
+    about_models = {
+        "--model": arguments.model,
+        "--train": arguments.train,
+        "--serve": arguments.serve,
+        "--versus": arguments.versus,
+        "--anchor": arguments.anchor,
+    }
+    unheard = [name for name, value in about_models.items() if value]
+    if arguments.kind:
+        raise UsageError("--kind says what a scored table holds: bascule plan score FILE.csv --kind train.")  # fmt: skip
+    if words and unheard:
+        raise UsageError(
+            f"'{words[0]}' is priced on its own pools, and {unheard[0]} is about a model on chips by the thousand; ask one of the two."
+        )
+    if len(words) > 1:
+        raise UsageError(f"bascule plan takes one recipe; {len(words)} words were given.")
+    if not words and not asked:
+        missing = f"{unheard[0]} alone asks nothing: add" if unheard else "bascule plan needs a recipe, or --model with"  # fmt: skip
+        raise UsageError(
+            f"{missing} --train or --serve. Example: bascule plan --model deepseek-v3 --train '2048 x H800, 14.8T tokens'; bascule plan runs/demo.toml"
+        )
+    if arguments.versus and not arguments.train:
+        raise UsageError(
+            "--versus is compared with --train; say the first option with --train '2048 x H800, 14.8T tokens'."
+        )
+
+
+def _measured(folder: str | None, recipe: Recipe) -> dict[str, dict[str, float | str]] | None:
+    """What the pools did in a run of this recipe, or of another on the same pools."""
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise UsageError(
+            f"--chips '{folder}': a recipe's pools take what qualify measured, from a run's folder such as out/demo; chip files in TOML are for --train and --serve."
+        )
+    return measured_pools(read_run(Path(folder)), recipe)
+
+
+def _page(path: str | None, render: Callable[[], str]) -> str:
+    """Write the page where one was asked for; what to say of it."""
+    if not path:
+        return ""
+    page = render()
+    write_atomic(Path(path), lambda place: _write_text(place, page))
+    return f"\n\nPage: {path}"
 
 
 def _ask(arguments: Namespace) -> Answer:
@@ -53,12 +107,9 @@ def _ask(arguments: Namespace) -> Answer:
         versus=arguments.versus,
         serve=arguments.serve,
         chip_file=Path(arguments.chips) if arguments.chips else None,
+        anchors=arguments.anchor,
     )
-    text = cli_text(found)
-    if arguments.html:
-        page = render_page(found)
-        write_atomic(Path(arguments.html), lambda path: _write_text(path, page))
-        text += f"\n\nPage: {arguments.html}"
+    text = cli_text(found) + _page(arguments.html, lambda: render_page(found))
     return Answer(text=text, data=to_json(found))
 
 

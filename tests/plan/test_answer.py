@@ -68,6 +68,23 @@ def test_the_chosen_layout_uses_all_chips_and_fits(asked: Answer) -> None:
         assert training.memory.verdict == "fits"
 
 
+def test_failures_are_told_by_cause_where_somebody_counted_them(asked: Answer) -> None:
+    nvidia, ascend = to_json(asked)["options"]
+    assert sum(nvidia["failures_by_cause"].values()) == pytest.approx(
+        nvidia["failures"]["failures"]
+    )
+    assert ascend["failures_by_cause"] == {}
+    assert cli_text(asked).count("by Llama 3's shares: GPU and NVLink") == 1
+
+
+def test_the_finish_is_a_date_with_its_spread(asked: Answer) -> None:
+    one = to_json(asked)["options"][0]["finish_if_begun_today"]
+    assert one["low"] < one["value"] < one["high"]
+    days = datetime.date.fromisoformat(one["value"]) - datetime.date.today()
+    assert abs(days.days - asked.trainings[0].days.value) <= 1.5
+    assert "begun today: " in cli_text(asked)
+
+
 def test_json_holds_plain_values(asked: Answer) -> None:
     plain = json.loads(json.dumps(to_json(asked)))
     assert plain["options"][0]["memory"]["verdict"] == "fits"
@@ -77,7 +94,8 @@ def test_json_holds_plain_values(asked: Answer) -> None:
 
 def test_the_page_is_self_contained_and_shows_every_chart(asked: Answer) -> None:
     page = render_page(asked, start=datetime.date(2026, 1, 1))
-    assert page.count("<svg") >= 9
+    assert page.count("<svg") >= 8 and page.count("class='track'") == 2 * 4
+    assert page.count("<u style=") == page.count("class='track'")  # a whisker for each bar
     assert "http://" not in page and "https://" not in page and "$" not in page.replace("USD", "")
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from bascule.errors import RecipeError
+from bascule.plan.answer import answer
 from bascule.plan.ask import parse_serve, parse_train
 from bascule.plan.catalogue import chips, chips_from_toml, find_chip, with_measured
+from bascule.plan.models import model_named
 
 
 def test_a_training_is_read() -> None:
@@ -126,11 +128,106 @@ def test_recovery_times_of_the_owners_drills_are_taken() -> None:
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [("0 failures", "above 0"), ("save 0 s", "above 0"), ("seq 0", "above 0"), ("batch 0", "above 0"), ("TP512", "1 to 128"),
+    [("TP4 PP8 DP16", "that is DP64"), ("ZERO4", "ZERO0 to ZERO3"), ("recompute half", "recompute none, selective or full"),
+     ("measured 410", "needs its unit"), ("410 tokens/s", "410 tokens/s in all"), ("0 failures", "above 0"), ("save 0 s", "above 0"), ("seq 0", "above 0"), ("batch 0", "above 0"), ("TP512", "1 to 128"),
      ("PP128", "1 to 61"), ("PP3 dualpipe", "not understood"), ("PP2 VPP2, zb", "VPP1"), ("dualpip", "Did you mean 'dualpipe'")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_allowed_range(part: str, said: str) -> None:
-    from bascule.plan.answer import answer
-
     with pytest.raises(RecipeError, match=said):
         answer("deepseek-v3", train=[f"2048 x H800, 1T tokens, {part}"])
+
+
+def test_a_comma_between_digits_groups_them_in_every_part() -> None:
+    ask = parse_train("2,048 x H800, batch 15,360, 1T tokens, measured 1,250 tokens/s/chip")
+    assert (ask.chips, ask.batch, ask.measured.value) == (2048, 15360, 1250.0)
+    assert parse_serve("H20,512 in, 1,024 out").prompt == 512
+
+
+def test_recomputation_and_data_parallelism_are_given_like_the_rest_of_a_layout() -> None:
+    words = "64 x H100, 1T tokens, TP4 PP4 DP4 MB1, batch 256"
+    ask = parse_train(words + ", recompute full")
+    assert ask.layout.recompute == "full" and ask.layout.dp == 4
+    found = [
+        answer("llama-3.1-70b", train=[f"{words}, recompute {one}"]).trainings[0]
+        for one in ("none", "selective", "full")
+    ]
+    assert found[2].step.seconds > found[0].step.seconds
+    assert found[2].memory.total < found[0].memory.total
+    searched = answer("llama-3.1-70b", train=["64 x H100, 1T tokens, recompute full"]).trainings[0]
+    assert searched.job.layout.recompute == "full"
+
+
+def test_software_that_no_published_run_tells_of_is_said_with_the_nearest_name() -> None:
+    ask = parse_train("64 x B200, 1T tokens, software Megatron-Core no overlap")
+    assert ask.software == "megatron-core, no overlap"
+    typo = answer("llama-3.1-8b", train=["64 x H100, 1T tokens, software megatron-brige"])
+    assert "Did you mean 'megatron-bridge'" in typo.trainings[0].notes[-1]
+    service = answer("llama-3.1-8b", serve=["H100, software sglan"]).services[0]
+    assert "Did you mean 'sglang'" in service.notes[-1]
+    assert not answer("llama-3.1-8b", serve=["H100, software vLLM"]).services[0].notes
+
+
+def test_an_own_chip_may_be_like_a_known_one_and_its_runs_speak_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "chips.toml"
+    path.write_text('["ours"]\nlike = "h100"\nprice_usd_h = 0\nmemory_gb = 94\n')
+    chip = chips_from_toml(path)["ours"]
+    assert (chip.like, chip.memory_gb, chip.price_usd_h) == ("H100 SXM", 94, 0)
+    assert chip.bf16_tflops == find_chip("H100").bf16_tflops
+    ours, theirs = (
+        answer("llama-3.1-8b", train=[f"64 x {name}, 1T tokens, TP2 MB1"], chip_file=path).trainings[0].step
+        for name in ("ours", "H100")
+    )  # fmt: skip
+    assert ours.seconds == pytest.approx(theirs.seconds) and ours.high == pytest.approx(theirs.high)
+    assert "no published training run" not in ours.basis
+    path.write_text('["ours"]\nlike = "h1000"\n')
+    with pytest.raises(RecipeError, match="Did you mean 'h100'"):
+        chips_from_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("price_usd_h = -1", "0 or more"), ("vendor = 5", "words in quotes"), ("memory_gb = true", "above 0")],
+)  # fmt: skip
+def test_a_chips_wrong_value_is_named(line: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "chips.toml"
+    path.write_text(f'["ours"]\n{line}\n')
+    with pytest.raises(RecipeError, match=says):
+        chips_from_toml(path)
+
+
+TABLE = "hidden = 4096\nlayers = 32\nheads = 32\nhead_dim = 128\nffn = 14336\nvocab = 32000\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("layers = 32", "layers = -3", "layers = -3 .* from 1 to"),
+        ("layers = 32", 'layers = "x"', "layers = 'x'"),
+        ("layers = 32", "layers = 3.5", "layers = 3.5"),
+        ("layers = 32", "layers = 32\nexperts = 8", "topk = 0 .* from 1 to 8"),
+        ("layers = 32", "layers = 32\ndense_layers = 40", "from 0 to 32"),
+        ("ffn = 14336", "ffn = 0", "ffn = 0"),
+        ("vocab = 32000\n", "vocab = 32000\n[latent]\nq_lora = 8\nkv_lora = -1\nnope = 8\nrope = 8\nv = 8", "kv_lora = -1"),
+    ],
+)  # fmt: skip
+def test_a_models_impossible_size_is_named_with_the_allowed_range(
+    old: str, new: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.toml"
+    path.write_text(TABLE)
+    assert model_named(str(path)).layers == 32
+    path.write_text(TABLE.replace(old, new))
+    with pytest.raises(RecipeError, match=says):
+        model_named(str(path))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"x"', '{"hidden_size": -4096, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}'])  # fmt: skip
+def test_a_config_json_that_no_model_has_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="holds no object|hidden = -4096"):
+        model_named(str(path))
+
+
+def test_a_million_tokens_may_be_asked_for() -> None:
+    assert parse_serve("H200, 1M in, 2k out").prompt == 1024**2

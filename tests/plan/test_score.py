@@ -146,6 +146,16 @@ def test_a_row_that_cannot_be_read_is_a_miss_not_absent(tmp_path: Path) -> None:
     assert "Abacus" in found["refused"]["new-1"]
 
 
+@pytest.mark.parametrize("apart", [";", "\t"])
+def test_a_spreadsheets_own_separators_are_read(apart: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, ROWS[0], delimiter=apart)
+        writer.writeheader()
+        writer.writerows(ROWS[:3])
+    assert read_rows(path) == ROWS[:3]
+
+
 def test_a_new_row_is_predicted_with_everything_known() -> None:
     row = {**next(row for row in ROWS if row["id"] == "nv-mb-034"), "id": "fresh"}
     (one,) = score_training([row])
