@@ -66,6 +66,10 @@ def _one_question(arguments: Namespace) -> None:
         raise UsageError(
             f"'{words[0]}' is priced on its own pools, and {unheard[0]} is about a model on chips by the thousand; ask one of the two."
         )
+    if words and arguments.chips and not Path(arguments.chips).is_dir():
+        raise UsageError(
+            f"--chips '{arguments.chips}': a recipe's pools take what qualify measured, from a run's folder such as out/demo; chip files in TOML are for --train and --serve."
+        )
     if len(words) > 1:
         raise UsageError(f"bascule plan takes one recipe; {len(words)} words were given.")
     if not words and not asked:
@@ -83,10 +87,6 @@ def _measured(folder: str | None, recipe: Recipe) -> dict[str, dict[str, float |
     """What the pools did in a run of this recipe, or of another on the same pools."""
     if folder is None:
         return None
-    if not Path(folder).is_dir():
-        raise UsageError(
-            f"--chips '{folder}': a recipe's pools take what qualify measured, from a run's folder such as out/demo; chip files in TOML are for --train and --serve."
-        )
     return measured_pools(read_run(Path(folder)), recipe)
 
 

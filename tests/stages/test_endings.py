@@ -43,6 +43,7 @@ def only(accelerator: str) -> list[str]:
     return [f"pools.ascend.accelerator={accelerator}", f"pools.nvidia.accelerator={accelerator}"]
 
 
+@pytest.mark.slow
 def test_a_dead_chip_is_left_for_the_next_pool(tmp_path: Path) -> None:
     code, data, _ = run(
         tmp_path,

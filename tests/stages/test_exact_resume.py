@@ -40,7 +40,7 @@ def finish(out: Path) -> dict:  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )
 def test_sigkill_at_random_moments_changes_no_bit(
     tmp_path: Path, undisturbed: tuple[str, float], seed: int
@@ -90,7 +90,10 @@ def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
     assert [one["sentinel"] for one in data["incidents"]] == ["watchdog: death"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_stop_request_finishes_the_step_snapshots_and_resumes(
     tmp_path: Path, undisturbed: tuple[str, float], number: int, code: int
 ) -> None:
