@@ -73,6 +73,7 @@ def test_the_example_is_a_task_and_short(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len((ROOT / "examples" / "own_task.py").read_text().splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_both(gsm8k: str, tmp_path: Path) -> None:
     recipe = tmp_path / "own.toml"
     recipe.write_text(f"""

@@ -183,6 +183,7 @@ def test_a_battery_that_was_cut_off_is_resumed_and_keeps_its_answers(tmp_path: P
     assert nothing_left.examined == again.examined == first.examined
 
 
+@pytest.mark.slow
 def test_findings_are_asked_first_and_one_that_is_gone_says_so(tmp_path: Path) -> None:
     run_battery("p", "cpu", TICK, tmp_path, time_limit_s=120, only=["exact"])
     answers = tmp_path / "answers-1.jsonl"

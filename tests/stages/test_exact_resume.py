@@ -70,6 +70,7 @@ def _trainers(out: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
     tmp_path: Path, undisturbed: tuple[str, float]
 ) -> None:

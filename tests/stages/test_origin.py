@@ -73,6 +73,7 @@ def test_the_run_starts_from_it_and_its_own_model_opens_again(recipe: Path, tmp_
     assert main(["chat", str(folder), "1+2=?"]) == 0
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_is_refused_on_resume(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bascule.cli", "run", str(recipe), "--out", str(tmp_path)]
     command += ["--set", 'train.phases=["sft"]', "--set", "sft.steps=1"]
