@@ -69,6 +69,8 @@ def prove(
             if not found[-1].agrees or len(found) == MOST_REPLAYED:
                 break
             try:
+                if not _is_certified(earlier):
+                    continue
                 _stand_at(earlier, stepper, objectives)
                 found.append(_replay(earlier, stepper, referee, objectives))
             except SnapshotError as error:
@@ -84,16 +86,12 @@ def prove(
 
 
 def _earlier(snapshot: Path) -> list[Path]:
-    """Certified snapshots before this one, newest first."""
-    older = [path for path in checkpoint.all_snapshots(snapshot.parent) if path < snapshot]
-    return [path for path in reversed(older) if _is_certified(path)]
+    """Snapshots before this one, newest first."""
+    return [path for path in reversed(checkpoint.all_snapshots(snapshot.parent)) if path < snapshot]
 
 
 def _is_certified(path: Path) -> bool:
-    try:
-        trust = checkpoint.trust(path)
-    except SnapshotError:
-        return False
+    trust = checkpoint.trust(path)
     return trust.state == "certified" and trust.witness is not None
 
 

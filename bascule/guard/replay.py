@@ -211,7 +211,7 @@ def _name_operator(
         return
     found = first_wrong_operator(stepper, proposal.batch, FIRST_REPLAY + 2 + REPEATS, floor.referee)
     finding.operator = "" if found is None else str(found)
-    told = f"first operator that differs: {found}" if found else "no single operator is wrong for the inputs it had"  # fmt: skip
+    told = f"first operator that differs: {found}" if found else "no operator that the referee could be asked is wrong for the inputs it had"  # fmt: skip
     finding.evidence += f"; {told}"
 
 

@@ -59,11 +59,12 @@ def test_a_good_chip_continues_and_the_proof_is_recorded(left: Path, guarded: Mo
     torch.testing.assert_close(standing(rig.stepper), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("damaged", ["witness.safetensors", "trust.json"])
 def test_the_replays_beat_and_an_earlier_damaged_witness_is_said_and_passed_over(
-    left: Path, guarded: ModuleType
+    left: Path, guarded: ModuleType, damaged: str
 ) -> None:
     rig, path = resumed(left, guarded, "cpu")
-    (left / "snapshots" / "step-00000000" / "witness.safetensors").write_bytes(b"x")
+    (left / "snapshots" / "step-00000000" / damaged).write_bytes(b"x")
     beats: list[int] = []
     found = prove(rig, path, on_replay=lambda: beats.append(1))
     assert found is not None and found.verified and found.steps == (6,) and beats
