@@ -169,7 +169,8 @@ class RolloutDecoder(Record):
 
 
 class StepStats(Record):
-    """One optimizer step that was committed. Losses are nats per token; `seconds` is the whole step."""
+    """One optimizer step that was committed. Losses are nats per token; `seconds` is the whole step. `layer_grad_norms`: 2-norm of
+    each layer's gradient in the order of the model, four digits; empty in ledgers of before December 2026."""
 
     kind: Literal["step_stats"] = "step_stats"
     step: int
@@ -181,6 +182,7 @@ class StepStats(Record):
     seconds: float
     reward: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    layer_grad_norms: tuple[float, ...] = ()
 
 
 class Judgement(Record):

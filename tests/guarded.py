@@ -14,6 +14,7 @@ from bascule.config.model import ModelConfig
 from bascule.config.training import SftConfig
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
+from bascule.guard.backwards import Older
 from bascule.guard.guard import Guard
 from bascule.ledger import Ledger, of_kind
 from bascule.model import weights
@@ -113,6 +114,10 @@ def rig(
         referee=open_accelerator("cpu"),
         snapshots=checkpoint,
         experts_per_token=model.config.num_experts_per_tok,
+        older=lambda step, phase: [
+            Older(checkpoint.step_of(path), lambda path=path: checkpoint.load(path).model)
+            for path in checkpoint.since_certified(folder.snapshots, step, phase)
+        ],
     )
     stepper = Stepper(chip.move(model), chip, judge=guard, router_bias_speed=1e-3)
     return Rig(stepper, guard, Sft(sft, rows(), seed=seed, pad_id=0), folder, ledger)

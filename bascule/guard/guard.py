@@ -26,6 +26,7 @@ from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard import audit, drift, host, sentinels, update
+from bascule.guard.backwards import Older
 from bascule.guard.budget import Intervals, Schedule
 from bascule.guard.candidates import Candidate, products_needed, recalled
 from bascule.guard.casebook import Casebook
@@ -79,7 +80,8 @@ class Guard:
     """One per launch of a trainer. Implements train's Judge.
 
     `accelerator`: the chip under watch, for its memory figures and to know whether the referee is of the same kind.
-    `referee`: another kind of chip wherever there is one. `sibling` opens another chip of the pool, if it has one, for replays.
+    `referee`: another kind of chip wherever there is one. `sibling` opens another chip of the pool, if it has one, for replays; `older`
+    gives the snapshots before a step of a phase, from the newest certified one on.
     """
 
     def __init__(
@@ -94,9 +96,11 @@ class Guard:
         snapshots: Snapshots,
         experts_per_token: int = 1,
         sibling: Callable[[], Accelerator | None] = lambda: None,
+        older: Callable[[int, str], Sequence[Older]] = lambda *_: (),
     ) -> None:
         self.config = config
         self.sibling = sibling
+        self.older = older
         self.pool = pool
         self.accelerator = accelerator
         self.referee = referee
@@ -134,6 +138,7 @@ class Guard:
             if one.tokens:  # an empty step is committed unjudged
                 seen = Seen(
                     step=one.step, phase=one.phase, loss=one.loss, grad_norm=one.grad_norm, seconds=0.0, tokens=one.tokens,
+                    layers=one.layer_grad_norms,
                 )  # fmt: skip
                 self._watch = self._watch.accept(seen)
         self._recent.extend(batches)
@@ -310,6 +315,8 @@ class Guard:
             memory_bytes=None if memory is None else float(memory),
             own_seconds=self._own_seconds(proposal),
             watched=self._observer.watched,
+            layers=tuple(proposal.layer_grad_norms.values()),
+            layer_names=tuple(proposal.layer_grad_norms),
         )
 
     def _audit(self, proposal: StepProposal) -> list[Cry]:
@@ -458,6 +465,7 @@ class Guard:
             looks_normal=self._looks_normal,
             same_kind=self._same_kind(),
             sibling=self.sibling,
+            older=functools.partial(self.older, proposal.step, proposal.phase),
         )
         case = Case(
             proposal=proposal,

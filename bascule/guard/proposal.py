@@ -48,10 +48,13 @@ class StepProposal(Protocol):
     def metrics(self) -> dict[str, float]: ...
     @property
     def attempt(self) -> int: ...
+    @property
+    def layer_grad_norms(self) -> Mapping[str, float]: ...
 
 
 class Recomputer(Protocol):
-    """What the guard asks of train's Stepper: the same weights, any batch, any chip, nothing changed. `rehearse` gives the
+    """What the guard asks of train's Stepper: the same weights (or older ones, given by name, on another chip), any batch, any chip,
+    nothing changed. `rehearse` gives the
     weights by name that committing a proposal would leave, worked out on the given chip; `reach` how far it can move each at most
     (2-norm, share of the parameter's own length); `kept` the live tensors beside the parameters that only a commit changes."""
 
@@ -64,6 +67,7 @@ class Recomputer(Protocol):
         accelerator: Accelerator | None = None,
         attempt: int = 0,
         watch: Callable[[int, str, Any], AbstractContextManager[None]] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Any: ...
 
     def rehearse(self, proposal: Any, accelerator: Accelerator) -> Mapping[str, Tensor]: ...

@@ -7,6 +7,8 @@ the hardware's (Gemini 2.5: 94 %), so a sentinel's cry is never believed without
                                                                              referee is the same kind of chip)
     agrees with the referee      -                another batch is normal    data
     agrees with the referee      -                another batch is not       optimisation
+    agrees, and the certified weights take this batch well                   optimisation: the weights went wrong since (backwards.py)
+    agrees, and no sentinel finds it abnormal                                unknown
     a product broke its checksum, though all gradients agree                 transient or persistent, as it repeats
     a product breaks its checksum on the referee too                         no chip's fault: the bound does not hold at these
                                                                              weights (software, where the kinds are the same)
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.errors import DeviceFault
+from bascule.guard.backwards import Older, Since, since_when
 from bascule.guard.checksum import Checksums, Product, Violation, parameter_names
 from bascule.guard.culprit import first_wrong_operator
 from bascule.guard.noise import Difference, NoiseFloor
@@ -111,12 +114,14 @@ def investigate(
     looks_normal: Callable[[StepProposal], bool] = lambda _: True,
     same_kind: bool = False,
     sibling: Callable[[], Accelerator | None] = lambda: None,
+    older: Callable[[], Sequence[Older]] = tuple,
 ) -> Finding:
     """Replay a suspicious step and say whose fault it was.
 
     `violations`: what checksums saw while it was first computed. `other_batches`: recent batches that trained well, to part
     data from optimisation. `looks_normal`: do the sentinels accept this? `same_kind`: the referee is the same kind of chip. `sibling`
-    opens another chip of the pool, if there is one; asked only when the fault repeats.
+    opens another chip of the pool, if there is one; asked only when the fault repeats. `older`: snapshots of this phase from the newest
+    certified one on, oldest first; asked only when the chip is cleared.
     """
     there = again(stepper, proposal.batch, FIRST_REPLAY, floor.referee)
     right = there.proposal
@@ -177,7 +182,14 @@ def investigate(
             None,
         )
     else:
-        _blame_run(finding, stepper, other_batches, looks_normal)
+        _blame_run(finding, proposal, stepper, other_batches, looks_normal)
+        if finding.attribution in ("data", "optimisation"):
+            control = other_batches[-1]
+            found = since_when(
+                proposal.batch, control, stepper, floor.referee, older(), looks_normal
+            )
+            if found is not None:
+                _ask_older(finding, found, proposal.step)
         finding.clean = proposal
     return finding
 
@@ -246,13 +258,28 @@ def _ask_sibling(
         finding.evidence += f"; right on {sibling.name}, another chip of the kind"
 
 
+def _ask_older(finding: Finding, found: Since, step: int) -> None:
+    """What older weights make of the batch. It outweighs what the present ones make of other batches: a spoilt row of the embedding
+    is seen only by a batch that holds its token."""
+    finding.replays += found.replays
+    finding.evidence += f"; {found.told(step)}"
+    if finding.attribution == "data" and found.normal is not None:
+        finding.attribution = "optimisation"
+        finding.evidence += ": it is the weights, not the batch"
+
+
 def _blame_run(
     finding: Finding,
+    proposal: StepProposal,
     stepper: Recomputer,
     others: Sequence[StepBatch],
     looks_normal: Callable[[StepProposal], bool],
 ) -> None:
     """The chip is cleared: every computation of this step agrees. Is it the batch or the weights?"""
+    if looks_normal(proposal):
+        finding.attribution = "unknown"
+        finding.evidence = "this chip and the referee agree on the step, and its loss and gradients look normal: what raised the alarm does not show in them"
+        return
     if not others:
         finding.attribution = "unknown"
         finding.evidence = "this chip and the referee agree on the step; no earlier batch is at hand to tell data from optimisation"

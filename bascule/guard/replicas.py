@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from bascule import numerics
 from bascule.guard.bits import bit_sums
 from bascule.guard.sentinels import median
+from bascule.model.names import layer_of
 from bascule.records import Attribution
 
 OUTLIER = 20.0
@@ -171,13 +172,6 @@ def _outlier(norms: Sequence[float]) -> Split | None:
                 "local gradients", named, f"norm {norm:.3g}, the others' median {usual:.3g}"
             )
     return None
-
-
-def layer_of(name: str) -> str:
-    """`module.layers.3.attn.weight` belongs to `module.layers.3`, `lm_head.weight` to `lm_head`."""
-    parts = name.split(".")
-    numbered = next((at for at, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
-    return ".".join(parts[: numbered + 1]) or name
 
 
 def _outlying_layer(

@@ -21,7 +21,7 @@ WARM_UP = 16
 class Seen:
     """What a step shows. `loads`: tokens per expert, one row per MoE layer. `seconds` is the time of forward and backward;
     `own_seconds` the same without what the host's scheduler gave to others, and `watched` says what the guard did meanwhile: only
-    steps that were watched alike are compared by time."""
+    steps that were watched alike are compared by time. `layers`: gradient norm of each layer, in the order of the model."""
 
     step: int
     phase: str
@@ -34,6 +34,8 @@ class Seen:
     memory_bytes: float | None = None
     own_seconds: float = 0.0
     watched: str = ""
+    layers: Sequence[float] = ()
+    layer_names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,91 @@ class Spike:
             value: float = getattr(seen, self.read)
             return value
         return seen.metrics.get(self.read)
+
+
+@dataclass(frozen=True)
+class LayerHistory:
+    """The last gradient norms of one phase, one row a step with a number for each layer, oldest first; `shares`: the same over the
+    norm of the whole gradient."""
+
+    phase: str = ""
+    norms: tuple[tuple[float, ...], ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    def then(self, seen: Seen) -> LayerHistory:
+        row = tuple(seen.layers)
+        share = tuple(norm / seen.grad_norm for norm in row)
+        if not self.speaks_of(seen):
+            return LayerHistory(seen.phase, (row,), (share,))
+        return LayerHistory(
+            seen.phase, (*self.norms, row)[-WINDOW:], (*self.shares, share)[-WINDOW:]
+        )
+
+    def speaks_of(self, seen: Seen) -> bool:
+        return self.phase == seen.phase and all(
+            len(row) == len(seen.layers) for row in self.norms[-1:]
+        )
+
+
+class LayerGradient:
+    """One layer's gradient far above its own recent past, or its share of the whole far below: what the norm of the whole hides. A layer
+    with a hundredth of the gradient may grow fifty times before the whole grows by half, and may vanish unseen.
+
+    Up is judged by its size, down by its share: late in reinforcement learning all layers fall together. A jump of the whole is
+    the gradient spike's and not told twice; a whole of 0 is `Finite`'s. Layers and not parameters: an expert may get no token in a step.
+    """
+
+    name = "layer gradient"
+
+    def __init__(self, sigma: float, *, factor: float = 20.0, least_spread: float = 0.1) -> None:
+        self.sigma = sigma
+        self.factor = factor
+        self.least_spread = least_spread
+
+    def start(self) -> LayerHistory:
+        return LayerHistory()
+
+    def fold(self, state: LayerHistory, seen: Seen) -> tuple[LayerHistory, Cry | None]:
+        if not seen.layers or seen.grad_norm <= 0.0 or not math.isfinite(seen.grad_norm):
+            return state, None
+        if state.speaks_of(seen) and len(state.norms) >= WARM_UP:
+            largest = [max(past) for past in zip(*state.norms, strict=True)]
+            whole = seen.grad_norm > self.factor * math.hypot(*largest)
+            found = (
+                None if whole else self._shrunk(state, seen) or self._grown(state, seen, largest)
+            )
+            if found:
+                at, ratio, told = found
+                layer = seen.layer_names[at] if seen.layer_names else f"layer {at}"
+                detail = f"the gradient of {layer} {told} of the last {len(state.norms)} steps"
+                return state, Cry(self.name, ratio, self.factor, detail)
+        return state.then(seen), None
+
+    def accept(self, state: LayerHistory, seen: Seen) -> LayerHistory:
+        return state.then(seen) if seen.layers and 0.0 < seen.grad_norm < math.inf else state
+
+    def _grown(
+        self, state: LayerHistory, seen: Seen, largest: Sequence[float]
+    ) -> tuple[int, float, str] | None:
+        for at, (norm, most) in enumerate(zip(seen.layers, largest, strict=True)):
+            if 0.0 < self.factor * most < norm and self._far(
+                norm, [row[at] for row in state.norms]
+            ):
+                return at, norm / most, f"is {norm:.4g}, {norm / most:.3g} times the largest"
+        return None
+
+    def _far(self, norm: float, past: Sequence[float]) -> bool:
+        centre = median(past)
+        spread = 1.4826 * median([abs(value - centre) for value in past])
+        return norm - centre > self.sigma * max(spread, self.least_spread * centre)
+
+    def _shrunk(self, state: LayerHistory, seen: Seen) -> tuple[int, float | None, str] | None:
+        for at, past in enumerate(zip(*state.shares, strict=True)):
+            share, least = seen.layers[at] / seen.grad_norm, min(past)
+            if self.factor * share < least:
+                ratio = least / share if share else None
+                return at, ratio, f"is {share:.3g} of the whole, the least {least:.3g}"
+        return None
 
 
 class StepTime:
@@ -286,6 +373,7 @@ def standard(spike_sigma: float, *, experts_per_token: int = 1) -> tuple[Sentine
         Finite(),
         Spike("loss spike", "loss", spike_sigma, least_spread=0.05, least_factor=2.0),
         Spike("gradient spike", "grad_norm", spike_sigma, least_spread=0.1, least_factor=20.0),
+        LayerGradient(spike_sigma),
         StepTime(),
         Stall(),
         ExpertCollapse(experts_per_token=experts_per_token),
@@ -316,7 +404,7 @@ class Watch:
     def accept(self, seen: Seen) -> Watch:
         """The step was cleared by replays: spikes learn its values."""
         states = [
-            sentinel.accept(state, seen) if isinstance(sentinel, Spike) else state
+            sentinel.accept(state, seen) if isinstance(sentinel, Spike | LayerGradient) else state
             for sentinel, state in zip(self.sentinels, self.states, strict=True)
         ]
         return replace(self, states=tuple(states))

@@ -36,6 +36,7 @@ from bascule.fallback import verify
 from bascule.fallback.policy import condemned
 from bascule.folder import RunFolder
 from bascule.guard import bits, watchdog
+from bascule.guard.backwards import Older
 from bascule.guard.guard import REMEMBERED_BATCHES, Guard
 from bascule.guard.hindsight import led_to
 from bascule.ledger import Ledger, last, of_kind
@@ -368,6 +369,7 @@ class Trainer:
         return Guard(
             self.recipe.guard, self.ledger, self.folder, self.pool, accelerator=self.accelerator, referee=referee,
             snapshots=self.writer, experts_per_token=self.course.model.num_experts_per_tok, sibling=self._open_sibling,
+            older=self._older,
         )  # fmt: skip
 
     def _open_sibling(self) -> Accelerator | None:
@@ -386,6 +388,13 @@ class Trainer:
             if not chip.fallback_note:
                 return chip
         return None
+
+    def _older(self, step: int, phase: str) -> list[Older]:
+        """Snapshots to ask about a batch of `step`. One that is still being written is not among them."""
+        return [
+            Older(checkpoint.step_of(path), lambda path=path: checkpoint.load(path).model)  # type: ignore[misc]
+            for path in checkpoint.since_certified(self.folder.snapshots, step, phase)
+        ]
 
     def _certify_last(self, step: int) -> None:
         """No step follows the last snapshot, so one is computed for the referee and thrown away: the model that is exported

@@ -210,6 +210,25 @@ def verify(path: Path) -> None:
         )
 
 
+def since_certified(snapshots: Path, step: int, phase: str) -> list[Path]:
+    """The snapshots of `phase` before `step`, from the newest certified one on, oldest first; none where none of them is certified.
+    One whose trust or phase cannot be read is left out: what it holds is not known."""
+    found: list[Path] = []
+    for path in sorted(snapshots.glob("step-*"), key=step_of, reverse=True):
+        try:
+            state = trust(path).state
+            if step_of(path) >= step or state == "rejected":
+                continue
+            if read_json(path / "state.json").get("phase") != phase:
+                continue
+        except SnapshotError:
+            continue
+        found.append(path)
+        if state == "certified":
+            return found[::-1]
+    return []
+
+
 def load(path: Path) -> Snapshot:
     """Verify and read a snapshot; tensors on the CPU. Raises SnapshotError."""
     verify(path)

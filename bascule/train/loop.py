@@ -205,4 +205,5 @@ def _stats(proposal: Proposal, seconds: float) -> StepStats:
             for name, value in {**proposal.metrics, **load_metrics(proposal.expert_loads)}.items()
             if name != "reward" and math.isfinite(value)
         },
+        layer_grad_norms=tuple(proposal.layer_grad_norms.values()),
     )

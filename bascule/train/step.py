@@ -7,9 +7,10 @@ applies the optimizer and balances the router. The judge is handed in; this room
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from bascule.accelerators.base import Accelerator, Role, Work
 from bascule.errors import SnapshotError
 from bascule.model import seats
+from bascule.model.names import layer_of
 from bascule.model.routing import replaying
 from bascule.model.transformer import Output, Transformer
 from bascule.train import extra
@@ -30,7 +32,8 @@ Watch = Callable[[int, str, Transformer], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a step would do. `grads` are the chip's own, unclipped, by parameter name; empty when the batch is empty."""
+    """What a step would do. `grads` are the chip's own, unclipped, by parameter name; empty when the batch is empty.
+    `layer_grad_norms`: their 2-norm by layer, in the order of the model."""
 
     step: int
     phase: str
@@ -44,6 +47,7 @@ class Proposal:
     metrics: dict[str, float]
     learning_rate: float
     attempt: int = 0
+    layer_grad_norms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Judge(Protocol):
@@ -113,14 +117,21 @@ class Stepper:
         accelerator: Accelerator | None = None,
         attempt: int = 0,
         watch: Watch | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Proposal:
-        """The same step again: here, or on a copy of the present weights on another chip. Changes nothing.
+        """The same step again: here, or on a copy of the present weights on another chip; with `weights` (by name, as `model_state`
+        gives them) on a copy of those instead. Changes nothing. Raises ValueError for `weights` on this chip, which has no copy.
 
         The judge does not watch unless `watch` is given (it is usually the judge who asks).
         """
         if accelerator is None or accelerator is self.accelerator:
+            if weights is not None:
+                raise ValueError(
+                    "Other weights were asked on the chip that trains; only another chip holds a copy."
+                )
             return self._compute(batch, self.model, self.accelerator, attempt, watch)
-        return self._compute(batch, self._replica(accelerator), accelerator, attempt, watch)
+        replica = self._replica(accelerator, weights)
+        return self._compute(batch, replica, accelerator, attempt, watch)
 
     @torch.no_grad()
     def commit(self, proposal: Proposal) -> None:
@@ -272,13 +283,23 @@ class Stepper:
             raise ValueError(f"A step of phase '{phase}' came before begin() of that phase.")
         return self.objective, self.optimizer
 
-    def _replica(self, accelerator: Accelerator) -> Transformer:
-        """This model's weights on `accelerator`; the copy is kept, its weights are refreshed at every call."""
+    def _replica(
+        self, accelerator: Accelerator, weights: Mapping[str, Tensor] | None = None
+    ) -> Transformer:
+        """This model on `accelerator` with the present weights or those given; the copy is kept, its weights are refreshed at every
+        call."""
         replica = self._replicas.get(accelerator.name)
         if replica is None:
             replica = accelerator.move(copy.deepcopy(self.model))
             self._replicas[accelerator.name] = replica
         replica.load_state_dict(self.model.state_dict())
+        if weights is not None:
+            # A snapshot names tied weights once, which load_state_dict would call incomplete.
+            odd = replica.load_state_dict(dict(weights), strict=False).unexpected_keys
+            if odd:
+                raise SnapshotError(
+                    f"The weights given hold '{odd[0]}', which this model lacks. Use those of a snapshot of this run."
+                )
         return replica
 
     def _compute(
@@ -310,7 +331,7 @@ class Stepper:
         with accelerator.session(Work("train", batch.step, attempt)), watching:
             tensors = accelerator.to_device(batch.tensors)
             found, seconds = accelerator.timed(lambda: _forward_backward(model, objective, tensors))
-        loss, grads, output, metrics = found
+        loss, grads, output, metrics, norms = found
         return Proposal(
             step=batch.step,
             phase=batch.phase,
@@ -324,6 +345,7 @@ class Stepper:
             metrics={**batch.notes, **metrics},
             learning_rate=rate,
             attempt=attempt,
+            layer_grad_norms=by_layer(grads, norms),
         )
 
 
@@ -355,8 +377,9 @@ def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
 
 def _forward_backward(
     model: Transformer, objective: Objective, tensors: dict[str, Tensor]
-) -> tuple[float, dict[str, Tensor], Output, dict[str, float]]:
-    """(loss, gradients by name, output, metrics with `grad_norm`). `.grad` fields are left alone: nothing to reset, nothing to leak."""
+) -> tuple[float, dict[str, Tensor], Output, dict[str, float], list[float]]:
+    """(loss, gradients by name, output, metrics with `grad_norm`, norm of each gradient). `.grad` fields are left alone: nothing to
+    reset, nothing to leak."""
     parameters = dict(model.named_parameters())
     with extra.listening(model, tensors) as heard:
         output = _forward(model, tensors)
@@ -366,10 +389,22 @@ def _forward_backward(
         name: torch.zeros_like(p) if g is None else g
         for (name, p), g in zip(parameters.items(), found, strict=True)
     }
-    metrics["grad_norm"] = torch.nn.utils.get_total_norm(list(grads.values()))
+    norms_P = torch.stack(torch._foreach_norm(list(grads.values())))
+    metrics["grad_norm"] = torch.linalg.vector_norm(norms_P)
     return (
         float(loss.detach()),
         grads,
         output,
         {name: float(value) for name, value in metrics.items()},
+        norms_P.tolist(),
     )
+
+
+def by_layer(names: Iterable[str], norms: Iterable[float]) -> dict[str, float]:
+    """2-norm of each layer's gradient from those of its parameters. Four digits: the ledger keeps them of every step, and a guard that
+    was interrupted must read the very values that it would have remembered."""
+    squares: dict[str, float] = {}
+    for name, norm in zip(names, norms, strict=True):
+        layer = layer_of(name)
+        squares[layer] = squares.get(layer, 0.0) + norm * norm
+    return {layer: float(f"{math.sqrt(square):.4g}") for layer, square in squares.items()}

@@ -60,7 +60,7 @@ def test_a_resumed_guard_refuses_the_batch_that_an_uninterrupted_one_refuses(
     expected = _judge_a_bad_batch(whole)
     assert expected[0] is False and expected[2] == ["data"]
     resumed = _resumed(guarded, tmp_path / "resumed", remember=True)
-    assert resumed.guard._watch.states[1:3] == whole_states_before(whole)
+    assert resumed.guard._watch.states[1:4] == whole_states_before(whole)
     assert _judge_a_bad_batch(resumed) == expected
     forgetful = _resumed(guarded, tmp_path / "forgetful", remember=False)
     assert _judge_a_bad_batch(forgetful)[0] is True, "this batch does not need a memory"
@@ -68,7 +68,7 @@ def test_a_resumed_guard_refuses_the_batch_that_an_uninterrupted_one_refuses(
 
 def whole_states_before(rig) -> tuple[object, ...]:  # type: ignore[no-untyped-def]
     """The refused step was undone, so the states are still those before it."""
-    states: tuple[object, ...] = rig.guard._watch.states[1:3]
+    states: tuple[object, ...] = rig.guard._watch.states[1:4]
     assert len(of_kind(rig.ledger.read(), StepStats)) == 24
     return states
 

@@ -109,9 +109,13 @@ def test_what_every_chip_computes_alike_is_data_or_optimisation(trained) -> None
             rig.stepper,
             NoiseFloor(REFEREE),
             other_batches=others,
-            looks_normal=lambda _, normal=normal: normal,
+            looks_normal=lambda one, normal=normal: one.step != 3 and normal,
         )
         assert found.attribution == expected
+    unheard = investigate(
+        proposal, rig.stepper, NoiseFloor(REFEREE), looks_normal=lambda one: one.step != 3
+    )
+    assert unheard.attribution == "unknown" and "no earlier batch" in unheard.evidence
     assert investigate(proposal, rig.stepper, NoiseFloor(REFEREE)).attribution == "unknown"
 
 

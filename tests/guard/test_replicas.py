@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bascule.guard import replicas
 from bascule.guard.replicas import Replicas
+from bascule.model.names import layer_of
 
 RANKS = 4
 
@@ -102,7 +103,7 @@ def test_a_layer_is_looked_at_alone_and_one_with_next_to_nothing_is_not() -> Non
 
 
 def test_layers_are_named_by_their_place_in_the_stack() -> None:
-    assert [replicas.layer_of(name) for name in ("module.layers.3.attn.q.weight", "lm_head.weight", "scale")] == [
+    assert [layer_of(name) for name in ("module.layers.3.attn.q.weight", "lm_head.weight", "scale")] == [
         "module.layers.3", "lm_head", "scale",
     ]  # fmt: skip
 

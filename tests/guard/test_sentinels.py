@@ -169,3 +169,59 @@ def test_short_delays_first_steps_and_an_unquiet_past_are_no_stall() -> None:
     assert cries([timed(n, 3.0 if n == 0 else 0.1) for n in range(40)]) == []
     restless = [timed(n, (0.1, 0.4, 0.9)[n % 3]) for n in range(40)]
     assert cries([*restless, timed(40, 2.0)]) == []
+
+
+def layered(step: int, *layers: float, phase: str = "sft") -> Seen:
+    names = tuple(f"layer.{number}" for number in range(len(layers)))
+    return seen(step, grad_norm=math.hypot(*layers), layers=layers, layer_names=names, phase=phase)
+
+
+def breathing(seed: int, steps: int = 200) -> list[Seen]:
+    """Four layers whose gradients fall together and each by itself, as in clean runs; the last has a hundredth of the whole."""
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_t(5, (steps, 4)) * 0.2
+    sizes = np.array([1.0, 0.5, 0.3, 0.01])
+    return [layered(i + 1, *(sizes * np.exp(noise[i] - i / 80))) for i in range(steps)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_layers_that_breathe_are_silent(seed: int) -> None:
+    assert cries(breathing(seed)) == []
+
+
+def test_one_layer_that_grows_or_vanishes_behind_the_whole_is_told_by_its_name() -> None:
+    before = breathing(0, 60)
+    now = list(before[-1].layers)
+    for at, factor in ((3, 200.0), (3, 0.005), (1, 0.0), (0, 0.0)):
+        spoilt = [norm * factor if layer == at else norm for layer, norm in enumerate(now)]
+        assert cries([*before, layered(61, *spoilt)]) == [(61, "layer gradient")]
+        watch = Watch.begin(standard(8.0))
+        for one in before:
+            watch, _ = watch.fold(one)
+        assert f"layer.{at} is" in watch.fold(layered(61, *spoilt))[1][0].detail
+
+
+def test_a_jump_of_the_whole_gradient_is_told_once() -> None:
+    before = breathing(1, 60)
+    now = before[-1].layers
+    assert cries([*before, layered(61, *(1000 * norm for norm in now))]) == [(61, "gradient spike")]
+    assert cries([*before, layered(61, 1000 * now[0], *now[1:])]) == [(61, "gradient spike")]
+
+
+def test_layers_of_another_phase_or_another_number_begin_anew_and_frozen_ones_are_silent() -> None:
+    before = breathing(2, 60)
+    now = before[-1].layers
+    assert cries([*before, layered(61, *now[::-1], phase="grpo")]) == []
+    assert cries([*before, layered(61, *now, 1.0), layered(62, *now, 1.0)]) == []
+    assert cries([layered(i + 1, 1.0, 0.0) for i in range(60)]) == []
+
+
+def test_a_layer_that_was_cleared_is_learnt() -> None:
+    watch = Watch.begin(standard(8.0))
+    for one in breathing(3, 60):
+        watch, _ = watch.fold(one)
+    now = breathing(3, 60)[-1].layers
+    higher = layered(61, *now[:3], 200 * now[3])
+    assert [cry.sentinel for cry in watch.fold(higher)[1]] == ["layer gradient"]
+    watch = watch.accept(higher)
+    assert watch.fold(higher)[1] == []
