@@ -87,6 +87,11 @@ class GuardConfig(Section):
     transient_strikes: int = Field(
         2, ge=1, description="confirmed transient faults before a chip is condemned anyway"
     )
+    incidents_gib: float = Field(
+        20.0,
+        gt=0,
+        description="what all incidents of a run may take on the disk: beyond it the oldest ones lose their weights and gradients, never their story, batch and product",
+    )
 
 
 def one_pool_a_chip(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,13 +36,21 @@ class Casebook:
     """One pool's entries in the run's ledger. `accelerator` and `referee` are names, for the incident files."""
 
     def __init__(
-        self, ledger: Ledger, folder: RunFolder, pool: str, *, accelerator: str, referee: str
+        self,
+        ledger: Ledger,
+        folder: RunFolder,
+        pool: str,
+        *,
+        accelerator: str,
+        referee: str,
+        incidents_gib: float = math.inf,
     ) -> None:
         self.ledger = ledger
         self.folder = folder
         self.pool = pool
         self.accelerator = accelerator
         self.referee = referee
+        self.incidents_gib = incidents_gib
 
     def alarm(self, step: int, cry: Cry) -> None:
         self.ledger.append(
@@ -109,7 +117,14 @@ class Casebook:
         if finding.attribution in REFUSED:
             reason = f"{finding.attribution}: {action}"
             self.ledger.append(Judgement(step=proposal.step, commit=False, reason=reason))
+        self._make_room()
         return number
+
+    def _make_room(self) -> None:
+        dropped = incident.make_room(self.folder.incidents, self.incidents_gib * 2**30)
+        if dropped:
+            names = ", ".join(folder.name for folder in dropped)
+            self.ledger.warn("incidents over their budget", f"weights and gradients of {names} were deleted: guard.incidents_gib allows {self.incidents_gib:g}. Their story, batch and product stay")  # fmt: skip
 
     def _told(
         self, number: str, proposal: StepProposal, cry: Cry, finding: Finding, action: str

@@ -115,7 +115,12 @@ class Guard:
         )
         self._recent: deque[Any] = deque(maxlen=REMEMBERED_BATCHES)
         self.book = Casebook(
-            ledger, folder, pool, accelerator=accelerator.name, referee=referee.name
+            ledger,
+            folder,
+            pool,
+            accelerator=accelerator.name,
+            referee=referee.name,
+            incidents_gib=config.incidents_gib,
         )
         self.court = Court(config, self.book)
         self._parts: list[audit.Part] = []

@@ -7,6 +7,9 @@
       gradients.safetensors `first/...` as the chip first computed them, `<where>/...` one set for each replay
       product.safetensors   the first wrong matrix product: left, right, output (only where one was caught)
 
+Weights and gradients are many bytes: `make_room` drops those of the oldest incidents where all take more than the recipe allows, and
+`incident.json` says so (`dropped`). The story, the batch and the product stay.
+
 `replay_product` needs no model: it multiplies the recorded matrices again on any accelerator. That is the reproducer to send
 to a vendor. `bascule replay` does both through `replay_incident`.
 """
@@ -31,6 +34,8 @@ from bascule.folder import write_atomic, write_json_atomic
 from bascule.guard import spot
 from bascule.guard.checksum import Product, product_ratio
 from bascule.tensors import save_tensors
+
+HEAVY = ("model.safetensors", "gradients.safetensors")
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,42 @@ def write(
     return folder
 
 
+def make_room(incidents: Path, most_bytes: float) -> list[Path]:
+    """Drop weights and gradients of the oldest incidents until all incidents fit into `most_bytes`; the newest is never touched.
+    Returns the folders that lost theirs."""
+    folders = sorted(path.parent for path in incidents.glob("*/incident.json"))
+    taken = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+    dropped: list[Path] = []
+    for folder in folders[:-1]:
+        if sum(taken.values()) <= most_bytes:
+            break
+        heavy = [folder / name for name in HEAVY if (folder / name).exists()]
+        if not heavy:
+            continue
+        told = json.loads((folder / "incident.json").read_text(encoding="utf-8"))
+        write_json_atomic(
+            folder / "incident.json", {**told, "dropped": [file.name for file in heavy]}
+        )
+        for file in heavy:
+            taken[folder] -= file.stat().st_size
+            file.unlink()
+        dropped.append(folder)
+    return dropped
+
+
 def read(folder: Path) -> Case:
-    """Raises SnapshotError when the folder is no incident or is damaged."""
+    """Raises SnapshotError when the folder is no incident, is damaged, or lost its weights to make room."""
     try:
         told = json.loads((folder / "incident.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise SnapshotError(
             f"'{folder}' is not an incident ({error}). Give a folder under out/NAME/incidents/."
         ) from None
+    if told.get("dropped"):
+        raise SnapshotError(
+            f"'{folder}' has no weights and gradients any more: guard.incidents_gib left room for newer incidents only. Its batch, its "
+            "story and, where one was caught, its wrong product are still there."
+        )
     gradients: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _load(folder / "gradients.safetensors").items():
         where, _, parameter = name.partition("/")
@@ -154,9 +187,9 @@ def replay_incident(
 
     `recompute` (from a stage, which may build the model) returns the step's gradients; without it only the product is replayed.
     """
-    case = read(folder)
     errors: dict[str, tuple[float, str]] = {}
     if recompute is not None:
+        case = read(folder)
         here = recompute(case, accelerator)
         errors = {where: largest_error(grads, here) for where, grads in case.gradients.items()}
     product = replay_product(folder, accelerator)

@@ -36,11 +36,13 @@ def main(arguments: Namespace) -> Answer:
     recipe, tokenizer = read_resolved(run.recipe), open_or_own(run.tokenizer)
     accelerator = open_accelerator(arguments.on, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
-    report = replay_incident(
-        folder, accelerator, lambda case, chip: _gradients(recipe, tokenizer, case, chip)
-    )
+    whole = lambda case, chip: _gradients(recipe, tokenizer, case, chip)  # noqa: E731
+    kept = (folder / "model.safetensors").exists() or not (folder / "product.safetensors").exists()
+    report = replay_incident(folder, accelerator, whole if kept else None)
     lines = [
         f"replayed on {report.accelerator}; largest scale-free difference of any gradient from:"
+        if kept
+        else f"replayed on {report.accelerator}: the product alone, since this incident's weights and gradients were dropped to make room (guard.incidents_gib)"
     ]
     lines += [
         f"  {where:<10} {error:.3e}  {f'({tensor})' if tensor else '(equal bit for bit)'}"

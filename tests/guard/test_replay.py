@@ -13,9 +13,13 @@ import torch
 from bascule import numerics
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.accelerators.registry import open_accelerator
+from bascule.config.trust import GuardConfig
+from bascule.errors import SnapshotError
 from bascule.guard import incident
 from bascule.guard.noise import NoiseFloor, moved_weights
 from bascule.guard.replay import again, investigate
+from bascule.ledger import of_kind
+from bascule.records import Warned
 
 REFEREE = CpuAccelerator("referee")
 
@@ -172,8 +176,6 @@ def test_an_incident_replays_from_its_folder_alone(trained, tmp_path: Path) -> N
 
 
 def test_a_folder_that_is_no_incident_is_refused(tmp_path: Path) -> None:
-    from bascule.errors import SnapshotError
-
     with pytest.raises(SnapshotError, match="is not an incident"):
         incident.read(tmp_path)
 
@@ -212,3 +214,28 @@ def test_another_chip_is_not_asked_about_what_did_not_repeat_and_its_own_failure
     crashing = lambda: open_accelerator("sim:device-error?onset_step=1@cpu")  # noqa: E731
     found = investigate(proposal, bad.stepper, NoiseFloor(REFEREE), sibling=crashing)
     assert found.attribution == "persistent chip fault" and "it failed" in found.replays[-1].detail
+
+
+def test_the_oldest_incidents_lose_their_weights_to_the_budget_and_say_so(
+    tmp_path: Path, guarded: ModuleType
+) -> None:
+    """Three transient faults on a run that may keep next to nothing: the newest stays whole, the others keep story, batch and product."""
+    rig = guarded.rig(
+        tmp_path,
+        config=GuardConfig(checksum_every_steps=1, transient_strikes=9, incidents_gib=1e-6),
+    )
+    rig.stepper.begin(rig.objective)
+    for step in (1, 2, 3):
+        proposal = spoilt(rig.stepper.propose(rig.objective.next_batch(step)))
+        finding = investigate(proposal, rig.stepper, NoiseFloor(REFEREE))
+        cry = rig.guard.book.suspect(step, "audit", 9.0, "planted")
+        rig.guard.book.incident(proposal, rig.stepper.model, cry, finding, "tried again")
+    folders = sorted(rig.folder.incidents.iterdir())
+    assert [(one / "model.safetensors").exists() for one in folders] == [False, False, True]
+    assert all((one / "batch.safetensors").exists() for one in folders)
+    assert incident.read(folders[2]).step == 3
+    with pytest.raises(SnapshotError, match="guard.incidents_gib left room for newer"):
+        incident.read(folders[0])
+    told = [one.detail for one in of_kind(rig.ledger.read(), Warned)]
+    assert len(told) == 2 and "0001-step-1" in told[0] and "0002-step-2" in told[1]
+    assert incident.make_room(rig.folder.incidents, 1.0) == []
