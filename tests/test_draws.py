@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bascule import draws
 
@@ -39,3 +41,8 @@ def test_the_numbers_of_today_stay_the_numbers_of_tomorrow() -> None:
         0.8938814162346627,
     ]
     assert draws.permutation(draws.key(0, "p"), 8).tolist() == [0, 7, 1, 5, 4, 3, 2, 6]
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_one_number_is_the_first_of_many(key: int) -> None:
+    assert draws.number(key) == draws.uniform(key, (1,))[0] == draws.uniform(key, (7,))[0]

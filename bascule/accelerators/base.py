@@ -103,7 +103,8 @@ class Accelerator(ABC):
         Uninitialised memory is left alone (torch would fill every `empty` with NaN): nothing here reads it.
         """
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(True)
+        # As use_deterministic_algorithms(True), without its import of the compiler, which takes a worker's start two seconds.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision("highest")
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule.accelerators.base import Accelerator, ChipInfo, MemoryUse, Role, Work
+from bascule.dispatch import OperatorMode
 from bascule.faults.build import build
 from bascule.faults.catalogue import Profile, kinds
 from bascule.faults.fault import Call, Fault, Touched
@@ -165,7 +165,7 @@ class _Session:
         )
 
 
-class _FaultMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _FaultMode(OperatorMode):
     """Strikes the calls that a fault matches; all others pass after one dictionary look-up."""
 
     def __init__(self, session: _Session) -> None:

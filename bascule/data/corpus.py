@@ -81,8 +81,9 @@ def sft_examples(
     the solver and is dropped too, unless `verified` is False.
     """
     examples = []
+    tasks = {name: registry.get(name) for name in {problem.task for problem in problems}}
     for index, problem in enumerate(problems):
-        task = registry.get(problem.task)
+        task = tasks[problem.task]
         trace = task.trace(problem, draws.key(seed, "data.trace", index))
         if trace is not None and (not verified or task.verify(problem, trace) == 1.0):
             examples.append((prompt(problem.question), trace))

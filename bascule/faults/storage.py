@@ -14,7 +14,7 @@ def damage(spec: FaultSpec, path: Path, *, step: int, seed: int = 0) -> Touched 
     if step < spec.onset_step or (spec.until_step is not None and step > spec.until_step):
         return None
     key = draws.key(seed, f"fault.{spec.kind}", spec.seed, step)
-    if draws.uniform(key, (1,))[0] >= spec.rate:
+    if draws.number(key) >= spec.rate:
         return None
     return _DAMAGE[spec.kind](spec, path, key)
 

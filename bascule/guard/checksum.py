@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bascule import draws, numerics
+from bascule.dispatch import OperatorMode
 from bascule.guard import spot
 from bascule.guard.attention import FUSED, attention_ratio
 from bascule.guard.invariants import LAWS, rms_norm_ratio
@@ -95,7 +95,7 @@ class _Check:
 
 
 @dataclass
-class Checksums(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
+class Checksums(OperatorMode):
     """Enter inside the accelerator's session, around forward and backward; call `violations()` after leaving.
 
     `only`: check a product only when `only(op_index)` says so (budgeted sampling). `keep`: keep the tensors of the first

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bascule import draws, numerics
 from bascule.accelerators.base import Accelerator, Work
+from bascule.dispatch import OperatorMode
 from bascule.guard.checksum import parameter_names
 from bascule.guard.proposal import Recomputer, StepBatch
 
@@ -58,7 +59,7 @@ def first_wrong_operator(
     return next((mode.found for mode in modes if mode.found is not None), None)
 
 
-class _Asking(TorchDispatchMode):  # type: ignore[misc,no-untyped-call]
+class _Asking(OperatorMode):
     def __init__(self, referee: Accelerator, names: Mapping[int, str], step: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.referee, self.names, self.step = referee, names, step

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from bascule.dispatch import OperatorMode
 from bascule.model import kernels
 from bascule.qualify import reproduce
 from bascule.qualify.context import CheckContext, ChipFailed
@@ -42,7 +43,7 @@ class _Record:
     nbytes: int = 0
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(OperatorMode):
     """Keeps every call with copies of what went in and came out. The copies are made past all modes: a simulated chip does not
     compute them."""
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from bascule.dispatch import OperatorMode
 
 # Fused attention is chosen per device below autograd. Its CPU form would be "missing" everywhere else, so the call is kept as
 # the device-neutral operator, which lets every chip choose its own kernel. The backward form goes: autograd finds it again.
@@ -146,7 +147,7 @@ class Trace:
             yield
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(OperatorMode):
     def __init__(self, trace: Trace, phase: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace

@@ -47,14 +47,13 @@ class ChainSum:
 def _work_through(problem: Problem, key: int) -> tuple[list[str], int]:
     """("9-8+0" -> ["9-8=1", "1+0=1"], 1), with the signs lost that the trace drawn with `key` loses."""
     (_, first), *rest = _TERM.findall(problem.metadata["expression"])
-    lost_N = (
-        draws.uniform(draws.key(key, "task.sign"), (len(rest),))
-        < problem.metadata["lost_sign_ratio"]
-    )
+    lost, ratio = [False] * len(rest), problem.metadata["lost_sign_ratio"]
+    if ratio > 0.0:
+        lost = (draws.uniform(draws.key(key, "task.sign"), (len(rest),)) < ratio).tolist()
     total, steps = int(first), []
-    for (operator, number), lost in zip(rest, lost_N.tolist(), strict=True):
+    for (operator, number), loses in zip(rest, lost, strict=True):
         new = total + int(number) if operator == "+" else total - int(number)
-        new = abs(new) if lost else new
+        new = abs(new) if loses else new
         steps.append(f"{total}{operator}{number}={new}")
         total = new
     return steps, total

@@ -15,4 +15,4 @@ OPTION: dict[str, float] = {"direct_ratio": 0.0}
 def answers_directly(problem: Problem, key: int) -> bool:
     """Whether the trace drawn with `key` leaves its thought empty."""
     ratio = float(problem.metadata["direct_ratio"])
-    return ratio > 0.0 and float(draws.uniform(draws.key(key, "task.direct"), (1,))[0]) < ratio
+    return ratio > 0.0 and draws.number(draws.key(key, "task.direct")) < ratio
