@@ -204,7 +204,7 @@ class _FaultMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._session.record(fault, call, index, touched)
         result = call.run()
         first = first_tensor(result)
-        if first is None and call.func._schema.is_mutable:  # it wrote into what it was given
+        if first is None and call.func._schema.is_mutable:  # type: ignore[attr-defined]  # it wrote into what it was given
             first = first_tensor(call.args)
         if first is None:
             return result
