@@ -76,6 +76,25 @@ class RecipeResolved(Record):
     recipe: dict[str, Any]
 
 
+class Derivation(BaseModel):
+    """One setting by the dial's rule, and where the rule comes from. `stated`: what the recipe says itself, which stays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    setting: str
+    value: int | float
+    rule: str
+    stated: int | float | None = None
+
+
+class DialTurned(Record):
+    """What the recipe left out beside `model.depth` or `model.preset`, derived by published rules (stages/dial.py)."""
+
+    kind: Literal["dial_turned"] = "dial_turned"
+    dial: str
+    shape: str
+    derived: tuple[Derivation, ...]
+
+
 class ModelOrigin(Record):
     """The existing model that a run starts from. `sha256` covers the bytes of `files`, in the order of their names."""
 
@@ -403,7 +422,7 @@ class Telemetry(Record):
 
 
 AnyRecord = Annotated[
-    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder
+    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder
     | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
     | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),

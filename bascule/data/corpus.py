@@ -80,14 +80,20 @@ def sft_examples(
     appends it. Another seed gives other searches for the same problems. A trace that its own verifier does not pay in full is a defect of
     the solver and is dropped too, unless `verified` is False.
     """
-    examples = []
     tasks = {name: registry.get(name) for name in {problem.task for problem in problems}}
-    for index, problem in enumerate(problems):
-        task = tasks[problem.task]
-        trace = task.trace(problem, draws.key(seed, "data.trace", index))
-        if trace is not None and (not verified or task.verify(problem, trace) == 1.0):
-            examples.append((prompt(problem.question), trace))
-    return examples
+    found = [
+        (problem, trace)
+        for index, problem in enumerate(problems)
+        if (trace := tasks[problem.task].trace(problem, draws.key(seed, "data.trace", index)))
+        is not None
+    ]
+    asked, traces = [problem for problem, _ in found], [trace for _, trace in found]
+    paid = registry.verify_many(asked, traces) if verified else [1.0] * len(found)
+    return [
+        (prompt(problem.question), trace)
+        for (problem, trace), reward in zip(found, paid, strict=True)
+        if reward == 1.0
+    ]
 
 
 def _draw(task: TaskConfig, seed: int, count: int) -> list[Problem]:

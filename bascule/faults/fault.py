@@ -50,7 +50,7 @@ PIECES: dict[str, frozenset[str]] = {
     **dict.fromkeys(("swiglu_backward", "swiglu_halves_backward"), frozenset({"silu_backward"})),
     "token_logprobs": frozenset({"_log_softmax"}),
     "token_logprobs_backward": frozenset({"_log_softmax_backward_data"}),
-    "adamw_": frozenset({"addcdiv_"}),
+    **dict.fromkeys(("adamw_", "_fused_adamw_"), frozenset({"addcdiv_"})),
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bascule.ledger import last, of_kind
 from bascule.records import (
     AnyRecord,
+    DialTurned,
     Evaluation,
     Incident,
     Migration,
@@ -18,7 +19,7 @@ from bascule.records import (
     Telemetry,
     TextEvaluation,
 )
-from bascule.report.story import after, latest_verdicts, sentence, summary
+from bascule.report.story import after, derived, latest_verdicts, sentence, summary
 
 _FRONT = """---
 library_name: transformers
@@ -75,6 +76,8 @@ def _origin(records: Sequence[AnyRecord]) -> list[str]:
         )
     if recipe := last(records, RecipeResolved):
         lines.append(f"Recipe SHA-256 `{recipe.recipe_sha256}`.")
+    if (turned := last(records, DialTurned)) and (words := derived(turned)):
+        lines.append(sentence(words))
     if finished := last(records, RunFinished):
         lines.append(
             f"Weights SHA-256 (names, shapes and bytes) `{finished.final_weights_sha256}`."

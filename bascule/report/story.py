@@ -12,6 +12,7 @@ from bascule.records import (
     AnyRecord,
     Continuation,
     Coverage,
+    DialTurned,
     Evaluation,
     Evidence,
     Incident,
@@ -228,6 +229,8 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
                     f"Attempt {record.attempt}: resumed after step {record.from_step} ({record.reason}).",
                 )
             ]
+        case DialTurned():
+            return [("plain", sentence(derived(record)))] if derived(record) else []
         case Verdict():
             tone: Tone = (
                 "good"
@@ -324,6 +327,19 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             ]
         case _:
             return []
+
+
+def derived(record: DialTurned) -> str:
+    """What the dial gave and the recipe had left out, each with its rule; the sizes of the model as one. Empty when nothing was."""
+    taken = [one for one in record.derived if one.stated is None]
+    told = [
+        f"{one.setting} = {one.value:g} ({one.rule})"
+        for one in taken
+        if not one.setting.startswith("model.")
+    ]
+    if any(one.setting.startswith("model.") for one in taken):
+        told.insert(0, f"the model's sizes ({record.shape})")
+    return f"{record.dial} gave {'; '.join(told)}" if told else ""
 
 
 def after(phase: str) -> str:

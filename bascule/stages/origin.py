@@ -15,7 +15,7 @@ from bascule.errors import RecipeError, UsageError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, last
 from bascule.model import origin
-from bascule.records import ModelOrigin, TextOpened
+from bascule.records import DialTurned, ModelOrigin, TextOpened
 from bascule.stages import dial
 from bascule.stages.answer import say
 
@@ -23,7 +23,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with the sizes of the model found at `model.from`, so that plan, qualify and train all see the real one.
+    """`resolve_and_derive` for who asks for the recipe alone."""
+    return resolve_and_derive(recipe)[0]
+
+
+def resolve_and_derive(recipe: Recipe) -> tuple[Recipe, DialTurned | None]:
+    """The recipe with the sizes of the model found at `model.from`, so that plan, qualify and train all see the real one; or with
+    what its dial gives, which is told to people, and what that was.
 
     Raises RecipeError for a size written in the recipe that the model does not have; only `max_position_embeddings` may be
     lowered. Raises ModelFolderError for what cannot be read.
@@ -33,12 +39,13 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.sft.data:  # a resume may be typed in another folder
         absolute = {"data": str(Path(recipe.sft.data).absolute())}
         recipe = recipe.model_copy(update={"sft": recipe.sft.model_copy(update=absolute)})
-    if recipe.model.from_ is None and (recipe.model.depth or recipe.model.preset != "custom"):
-        recipe, lines = dial.turn(recipe)
-        for line in lines:
-            say(line)
     if recipe.model.from_ is None:
-        return recipe
+        if recipe.model.depth is None and recipe.model.preset == "custom":
+            return recipe, None
+        recipe, turned = dial.turn(recipe)
+        for line in dial.lines(turned):
+            say(line)
+        return recipe, turned
     path = Path(recipe.model.from_).absolute()
     found = origin.shape(path)
     _refuse_other_sizes(recipe.model, found)
@@ -46,7 +53,7 @@ def resolve(recipe: Recipe) -> Recipe:
     positions = recipe.model.max_position_embeddings
     if "max_position_embeddings" in recipe.model.model_fields_set:
         kept["max_position_embeddings"] = positions  # type: ignore[assignment]
-    return recipe.model_copy(update={"model": found.model_copy(update=kept)})
+    return recipe.model_copy(update={"model": found.model_copy(update=kept)}), None
 
 
 def _with_text(recipe: Recipe) -> Recipe:
@@ -80,10 +87,11 @@ def prepare(recipe: Recipe, folder: RunFolder, ledger: Ledger) -> None:
     if recipe.model.from_ and not last(ledger.read(), ModelOrigin):
         _prepare_model(Path(recipe.model.from_), folder, ledger)
     if "pretrain" in recipe.train.phases:
-        _prepare_text(Path(str(recipe.pretrain.data)), folder, ledger)
+        _prepare_text(recipe, folder, ledger)
 
 
-def _prepare_text(path: Path, folder: RunFolder, ledger: Ledger) -> None:
+def _prepare_text(recipe: Recipe, folder: RunFolder, ledger: Ledger) -> None:
+    path = Path(str(recipe.pretrain.data))
     shards = Shards.open(path)
     began = last(ledger.read(), TextOpened)
     if began and began.sha256 != shards.digest():
@@ -111,6 +119,15 @@ def _prepare_text(path: Path, folder: RunFolder, ledger: Ledger) -> None:
         say(
             f"text: {parts['train']:,} tokens to train on, {parts['heldout']:,} held out, all hashes agree"
         )
+        say(_rounds(recipe, parts["train"]))
+
+
+def _rounds(recipe: Recipe, tokens: int) -> str:
+    pretrain = recipe.pretrain
+    read = recipe.phase_steps()["pretrain"] * pretrain.batch_sequences * pretrain.sequence_length
+    rounds = read / max(1, tokens)
+    much = "; past four times, text teaches less and less (arXiv 2305.16264)" if rounds > 4 else ""
+    return f"text: {read:,} tokens will be read, all of it {rounds:.1f} times{much}"
 
 
 def _prepare_model(path: Path, folder: RunFolder, ledger: Ledger) -> None:

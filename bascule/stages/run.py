@@ -32,6 +32,7 @@ from bascule.folder import RunFolder, write_json_atomic
 from bascule.ledger import Ledger, last, read_ledger
 from bascule.records import (
     AnyRecord,
+    DialTurned,
     Evaluation,
     RecipeResolved,
     RunFinished,
@@ -60,7 +61,7 @@ def run(
 ) -> Answer:
     """Carry the run as far as it goes. Raises the error that ended it, after recording it. `stop_when` asks training to stop, as
     SIGTERM does: a drill looks at the folder half-way."""
-    recipe = origin.resolve(recipe)
+    recipe, turned = origin.resolve_and_derive(recipe)
     with sole_supervisor(folder) as hold, _signals() as stop:
         records = read_ledger(folder.ledger)
         refuse_changed_recipe(recipe, folder)
@@ -74,7 +75,7 @@ def run(
             check_url(recipe.train.snapshots)
         attempt = 1 + max((record.attempt for record in records), default=0)
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
-        _open_run(recipe, folder, ledger, records)
+        _open_run(recipe, turned, folder, ledger, records)
         try:
             origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
@@ -122,7 +123,13 @@ def _differences(old: object, new: object, path: str) -> Iterator[str]:
         yield f"{path.rstrip('.')} was {json.dumps(old)}, now {json.dumps(new)}"
 
 
-def _open_run(recipe: Recipe, folder: RunFolder, ledger: Ledger, records: list[AnyRecord]) -> None:
+def _open_run(
+    recipe: Recipe,
+    turned: DialTurned | None,
+    folder: RunFolder,
+    ledger: Ledger,
+    records: list[AnyRecord],
+) -> None:
     folder.create()
     resolved = json.loads(recipe.model_dump_json())
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
@@ -134,6 +141,8 @@ def _open_run(recipe: Recipe, folder: RunFolder, ledger: Ledger, records: list[A
         )
         ledger.append(RunStarted(name=recipe.name, version=version("bascule"), machine=machine))
         ledger.append(RecipeResolved(recipe_sha256=digest, recipe=resolved))
+        if turned and turned.derived:
+            ledger.append(turned)
         say(f"run {recipe.name} begins in {folder.root}")
         return
     steps = last(records, StepStats)

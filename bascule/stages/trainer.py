@@ -57,7 +57,7 @@ from bascule.stages.material import refuse_too_long
 from bascule.stages.measure import Measure
 from bascule.stages.phases import objectives
 from bascule.stages.rollouts import Rollouts
-from bascule.train import checkpoint, loop
+from bascule.train import checkpoint, fused_adamw, loop
 from bascule.train.advice import signs
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
@@ -140,6 +140,10 @@ class Trainer:
             self.ledger.warn("accelerator fallback", self.accelerator.fallback_note)
         if self.accelerator.device.type == "cpu" and (why := kernels.why_not() or bits.why_not()):
             self.ledger.warn("kernels fallback", f"PyTorch's operators are used where our own are faster: {why}")  # fmt: skip
+        if self.accelerator.device.type != "cpu" and (
+            why := fused_adamw.why_not(self.accelerator.device)
+        ):
+            self.ledger.warn("optimizer fallback", f"AdamW runs in single operators, one parameter after another: {why}")  # fmt: skip
         self.course: Course = course(self.recipe, open_or_own(folder.tokenizer))
         self.stepper = Stepper(
             self._new_model(),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bascule.errors import SnapshotError
 from bascule.model import kernels
+from bascule.train import fused_adamw
 from bascule.train.state import StateDict
 
 # Quintic with the steepest slope at zero that keeps singular values within about [0.7, 1.2] (Jordan 2024).
@@ -95,7 +96,9 @@ class SplitOptimizer:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        fused: bool | None = None,
     ) -> None:
+        """`fused`: AdamW through torch's fused kernel; None: where there is one and the device is not the CPU."""
         self.parameters = dict(parameters)
         self.learning_rate = learning_rate
         self.muon_learning_rate = muon_learning_rate
@@ -113,6 +116,25 @@ class SplitOptimizer:
         rest = [name for name in self.parameters if name not in set(matrices)]
         self._first = {name: torch.zeros_like(self.parameters[name]) for name in rest}
         self._second = {name: torch.zeros_like(self.parameters[name]) for name in rest}
+        self._bundles = self._bundle([name for name in rest if self._fits_fused(name, fused)])
+        bundled = {name for names, _ in self._bundles for name in names}
+        self._single = [name for name in rest if name not in bundled]
+
+    def _fits_fused(self, name: str, asked: bool | None) -> bool:
+        p = self.parameters[name]
+        if not p.is_contiguous() or asked is False:
+            return False
+        return bool(asked) or (
+            p.device.type != "cpu" and not fused_adamw.why_not(p.device, p.dtype)
+        )
+
+    def _bundle(self, names: list[str]) -> list[tuple[list[str], bool]]:
+        """(names of one call, does weight decay act on them)."""
+        found = []
+        for decays in (True, False):
+            alike = [n for n in names if is_matrix(n, self.parameters[n]) == decays]
+            found += [(cut, decays) for cut in fused_adamw.bundles(self.parameters, alike)]
+        return found
 
     def _make_stacks(self, names: Iterable[str]) -> list[_Stack]:
         by_shape: dict[tuple[int, ...], list[str]] = {}
@@ -132,8 +154,15 @@ class SplitOptimizer:
         self.steps_taken += 1
         for stack in self._stacks:
             self._muon(stack, grads, factor * self.muon_learning_rate, grad_scale)
-        for name in self._first:
-            self._adamw(name, grads[name], factor * self.learning_rate, grad_scale)
+        rate = factor * self.learning_rate
+        for name in self._single:
+            self._adamw(name, grads[name], rate, grad_scale)
+        for names, decays in self._bundles:
+            tensors = (self.parameters, grads, self._first, self._second)
+            fused_adamw.update(
+                *([of[name] for name in names] for of in tensors), step=self.steps_taken, rate=rate, betas=self.betas, eps=self.eps,
+                decay=self.weight_decay if decays else 0.0, grad_scale=grad_scale,
+            )  # fmt: skip
 
     def _muon(
         self, stack: _Stack, grads: Mapping[str, Tensor], rate: float, grad_scale: float

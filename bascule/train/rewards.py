@@ -15,23 +15,15 @@ def verifier(
     """A reward function for Grpo: (problem index, completion ids) of each sample to 0..1.
 
     A completion without its end token was cut off and earns nothing, whatever it says so far. Equal answers to one problem
-    are verified once: late in training most of a group agrees.
+    are verified once: late in training most of a group agrees. The rest of a rollout goes to its tasks in one call.
     """
 
     def reward(owners: Sequence[int], completions: Sequence[list[int]]) -> list[float]:
-        known: dict[tuple[int, tuple[int, ...]], float] = {}
-        rewards = []
-        for owner, tokens in zip(owners, completions, strict=True):
-            at = owner, tuple(tokens)
-            if at not in known:
-                known[at] = _one(problems[owner], tokens, tokenizer)
-            rewards.append(known[at])
-        return rewards
+        samples = [(at, tuple(ids)) for at, ids in zip(owners, completions, strict=True)]
+        ended = [one for one in dict.fromkeys(samples) if one[1][-1:] == (tokenizer.eos_id,)]
+        asked = [problems[at] for at, _ in ended]
+        said = [tokenizer.completion(list(ids[:-1])) for _, ids in ended]
+        paid = dict(zip(ended, registry.verify_many(asked, said), strict=True))
+        return [paid.get(sample, 0.0) for sample in samples]
 
     return reward
-
-
-def _one(problem: Problem, tokens: list[int], tokenizer: Tokenizer) -> float:
-    if not tokens or tokens[-1] != tokenizer.eos_id:
-        return 0.0
-    return registry.verify(problem, tokenizer.completion(tokens[:-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from bascule.config.training import DataConfig, TaskConfig
 from bascule.data import corpus
 from bascule.data.tasks import registry
+from bascule.data.tasks.base import Problem
 from bascule.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,46 @@ def test_the_example_is_a_task_and_short(monkeypatch: pytest.MonkeyPatch) -> Non
     assert problems == task.problems(3, 50, {}) and len({p.key for p in problems}) == 50
     assert all(task.verify(p, task.trace(p, 0)) == 1.0 for p in problems)
     assert len((ROOT / "examples" / "own_task.py").read_text().splitlines()) <= 40
+
+
+BATCHED = """
+import numpy as np
+from examples.own_task import Largest
+
+class Batched(Largest):
+    name = "batched"
+    calls = 0
+
+    def verify_many(self, problems, completion_texts):
+        Batched.calls += 1
+        said = np.char.rpartition(np.array(completion_texts), "</think>")[:, 2]
+        return (said == np.array([one.answer for one in problems])).astype(float)
+
+class Forgetful(Batched):
+    def verify_many(self, problems, completion_texts):
+        return super().verify_many(problems, completion_texts)[1:]
+
+task, forgetful = Batched(), Forgetful()
+"""
+
+
+def test_a_task_that_verifies_many_is_asked_once_a_batch_and_must_answer_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_batched_task.py").write_text(BATCHED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
+
+    def problems_of(name: str) -> list[Problem]:
+        made = registry.get(name).problems(0, 6, {})
+        return [dataclasses.replace(one, task=name) for one in made]
+
+    mixed = problems_of("my_batched_task:task") + problems_of("examples.own_task:task")
+    texts = [f"<think></think>{one.answer if i % 3 else 'no'}" for i, one in enumerate(mixed)]
+    assert registry.verify_many(mixed, texts) == [float(i % 3 > 0) for i in range(len(mixed))]
+    assert registry.get("my_batched_task:task").calls == 1
+    with pytest.raises(RecipeError, match="given 6 completions and answered with 5"):
+        registry.verify_many(problems_of("my_batched_task:forgetful"), texts[:6])
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bascule.data import chat
-from bascule.data.tasks import countdown, registry
+from bascule.data.tasks import countdown, registry, scorer
 from bascule.data.tasks.base import Problem, Task
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
@@ -18,6 +20,9 @@ FAMILIES = [pytest.param(name, id=name) for name in registry.BUILT_IN]
 
 def some(name: str, count: int = 60, **options: object) -> list[Problem]:
     return registry.get(name).problems(7, count, options)
+
+
+SOME = {name: some(name, 8) for name in registry.BUILT_IN}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -55,6 +60,45 @@ def test_a_wrong_answer_or_a_broken_format_is_paid_nothing(name):
         "",
     ]
     assert [task.verify(problem, text) for text in broken] == [0.0] * len(broken)
+
+
+ODD = [
+    "+7",
+    "007",
+    "7.0",
+    "7e0",
+    "1,000",
+    "-0",
+    "0",
+    " 7",
+    "7 ",
+    "\u0667",
+    "nan",
+    "no",
+    "7\x00",
+    "",
+]
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_batch_is_paid_as_its_completions_one_by_one(data):
+    problems, texts = [], []
+    for name in data.draw(st.lists(st.sampled_from(registry.BUILT_IN), min_size=1, max_size=12)):
+        problem = data.draw(st.sampled_from(SOME[name]))
+        said = data.draw(st.sampled_from([problem.answer, f"+{problem.answer}", f"0{problem.answer}", *ODD]) | st.text(max_size=4))  # fmt: skip
+        form = data.draw(st.sampled_from(["<think>{}</think>", "<think></think>", "", "<think>"]))
+        problems.append(problem)
+        texts.append(form + said)
+    one_by_one = [registry.verify(p, text) for p, text in zip(problems, texts, strict=True)]
+    assert registry.verify_many(problems, texts) == one_by_one
+
+
+def test_a_batch_of_plain_numbers_never_asks_the_scorer(monkeypatch):
+    problems = SOME["chain_sum"]
+    texts = [chat.completion("so", p.answer if i % 2 else "4321") for i, p in enumerate(problems)]
+    monkeypatch.setattr(scorer, "right", None)
+    assert registry.verify_many(problems, texts) == [float(i % 2) for i in range(len(problems))]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,12 +8,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from bascule import errors
 from bascule.config.trust import GuardConfig
 from bascule.ledger import of_kind
 from bascule.records import Incident, Judgement, PoolReadmitted
 from bascule.train import checkpoint
+from bascule.train.optimizer import SplitOptimizer
 from bascule.train.step import NoJudge
 
 EVERYTHING = GuardConfig(checksum_every_steps=1, audit_every_steps=1)
@@ -154,6 +156,31 @@ def test_a_wrong_update_is_seen_by_the_next_step_and_rolls_back(
     with pytest.raises(errors.RollbackNeeded, match="the update of step 3 changed"):
         rig.guard.judge(rig.stepper.propose(rig.objective.next_batch(4)), rig.stepper)
     assert rig.alarms[-1].sentinel == "update audit"
+
+
+@pytest.mark.parametrize("amount", [1.0, 1.5])
+def test_updates_of_the_fused_kernel_pass_and_a_wrong_one_is_seen(
+    tmp_path: Path, guarded: ModuleType, amount: float
+) -> None:
+    """The chip updates through the fused kernel, the referee by the formula; from step 4 to 4 the chip's kernel goes too far."""
+    profile = f'sim:gain-0.2-percent?ops=["addcdiv_"]&amount={amount}&onset_step=4&until_step=4@cpu'
+    config = GuardConfig(checksum_every_steps=50, audit_every_steps=2)
+    rig = guarded.rig(tmp_path, profile, config=config, muon=0.0)
+
+    def new_optimizer(model: nn.Module) -> SplitOptimizer:
+        on_chip = model is rig.stepper.model
+        named = dict(model.named_parameters())
+        return SplitOptimizer(named, learning_rate=3e-3, fused=on_chip)
+
+    rig.objective.new_optimizer = new_optimizer
+    if amount == 1.0:
+        rig.run(8)
+        assert rig.alarms == [] and rig.steps == list(range(1, 9))
+        return
+    with pytest.raises(errors.RollbackNeeded):
+        rig.run(8)
+    assert rig.alarms[0].sentinel in ("update size", "update audit")
+    assert guarded.truth(tmp_path) == [4]
 
 
 def test_a_flipped_bit_in_a_weight_is_seen_before_the_step_commits(

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bascule.cli import main
+from bascule.config.load import load_recipe
 from bascule.records import RunFinished, RunStarted
 from bascule.verbs import VERBS
 
@@ -24,6 +26,21 @@ def bascule(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+Here = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Here:
+    """`bascule` in this process, where torch is imported already: for refusals that need no process of their own."""
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = main(list(arguments))
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+    return ask
 
 
 def test_help_answers_in_under_half_a_second_without_torch() -> None:
@@ -67,8 +84,10 @@ def test_an_unknown_verb_is_a_usage_error_with_the_nearest_name() -> None:
         ["chat", "r", "--temperature", "nan"],
     ],
 )
-def test_wrong_words_are_refused_in_one_line_and_with_json_in_one_object(words: list[str]) -> None:
-    done = bascule(*words, "--json")
+def test_wrong_words_are_refused_in_one_line_and_with_json_in_one_object(
+    here: Here, words: list[str]
+) -> None:
+    done = here(*words, "--json")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert json.loads(done.stdout)["error"]["type"] == "UsageError"
 
@@ -89,12 +108,11 @@ def test_no_words_at_all_show_where_to_begin() -> None:
     ],
 )
 def test_a_bad_recipe_ends_with_2_and_says_the_right_name(
-    tmp_path: Path, text: str, words: str
+    here: Here, tmp_path: Path, text: str, words: str
 ) -> None:
     (tmp_path / "r.toml").write_text(text)
-    done = bascule("run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "out"))
+    done = here("run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and words in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_refusal_with_json_is_one_object_on_stdout(tmp_path: Path) -> None:
@@ -103,23 +121,18 @@ def test_a_refusal_with_json_is_one_object_on_stdout(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
 
 
-def test_a_changed_recipe_under_a_half_finished_run_is_refused(tmp_path: Path) -> None:
+def test_a_changed_recipe_under_a_half_finished_run_is_refused(here: Here, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE)
     folder = tmp_path / "out" / "r"
     folder.mkdir(parents=True)
-    code = f"from bascule.config.load import load_recipe; from pathlib import Path; print(load_recipe(Path({str(recipe)!r})).model_dump_json())"
-    (folder / "recipe.json").write_text(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
-    done = bascule("run", str(recipe), "--out", str(tmp_path / "out"), "--set", "sft.steps=3")
+    (folder / "recipe.json").write_text(load_recipe(recipe).model_dump_json())
+    done = here("run", str(recipe), "--out", str(tmp_path / "out"), "--set", "sft.steps=3")
     assert done.returncode == 2
     assert "sft.steps was 800, now 3" in done.stderr and "--name" in done.stderr
 
 
-def test_a_finished_run_says_so_and_exits_0(tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_exits_0(here: Here, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE)
     folder = tmp_path / "out" / "r"
@@ -129,7 +142,7 @@ def test_a_finished_run_says_so_and_exits_0(tmp_path: Path) -> None:
         RunFinished(final_weights_sha256="0", steps=1, wall_s=1.0),
     ]
     (folder / "ledger.jsonl").write_text("".join(line.model_dump_json() + "\n" for line in lines))
-    done = bascule("run", str(recipe), "--out", str(tmp_path / "out"))
+    done = here("run", str(recipe), "--out", str(tmp_path / "out"))
     assert done.returncode == 0 and "already finished" in done.stdout
 
 
@@ -148,9 +161,9 @@ def test_two_supervisors_cannot_share_a_run_folder(tmp_path: Path) -> None:
     assert done.returncode == 2 and "in use" in done.stderr
 
 
-def test_a_run_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_run_folder_that_is_none_is_refused(here: Here, tmp_path: Path) -> None:
     for verb in ("report", "evaluate", "serve", "chat", "export"):
-        done = bascule(verb, str(tmp_path))
+        done = here(verb, str(tmp_path))
         assert done.returncode == 2 and "not a run folder" in done.stderr, verb
 
 

@@ -1,4 +1,7 @@
-"""Kill a run at any moment, give the same command again: the final weights are those of an undisturbed run, bit for bit."""
+"""Kill a run at any moment, give the same command again: the final weights are those of an undisturbed run, bit for bit.
+
+A launch costs seconds of importing torch, so the default run deals a run three blows one after another; the slow tests deal them apart.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,21 +43,63 @@ def finish(out: Path) -> dict:  # type: ignore[type-arg]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
-)
+def begin(out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(out), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def steps_written(out: Path) -> int:
+    ledger = out / "tiny" / "ledger.jsonl"
+    return ledger.read_text().count('"step_stats"') if ledger.exists() else 0
+
+
+def wait_for(met: Callable[[], bool]) -> None:
+    """Or for 60 s: a blow that comes late is a blow all the same."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not met():
+        time.sleep(0.02)
+
+
+def spoil_newest(out: Path) -> None:
+    newest = sorted((out / "tiny" / "snapshots").glob("step-*"))[-1] / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    newest.write_bytes(data)
+
+
+def test_stopped_then_killed_then_its_newest_snapshot_spoilt_and_no_bit_changes(
+    tmp_path: Path, undisturbed: tuple[str, float]
+) -> None:
+    stopped = begin(tmp_path)
+    wait_for(lambda: steps_written(tmp_path) > 0)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=60)
+    assert stopped.returncode == 75
+    before = steps_written(tmp_path)
+    assert before > 0
+    killed = begin(tmp_path)
+    wait_for(lambda: steps_written(tmp_path) >= before + 5)
+    killed.kill()
+    killed.communicate()
+    spoil_newest(tmp_path)
+    answer = finish(tmp_path)
+    assert answer["final_weights_sha256"] == undisturbed[0]
+    assert any(one["what"] == "snapshot passed over" for one in answer["warnings"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_sigkill_at_random_moments_changes_no_bit(
     tmp_path: Path, undisturbed: tuple[str, float], seed: int
 ) -> None:
     whole, seconds = undisturbed
     moments = np.random.default_rng(seed).uniform(0.25, 0.95, size=2) * seconds
     for moment in moments:
-        process = subprocess.Popen(
-            command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = begin(tmp_path)
         time.sleep(float(moment))
         process.kill()
-        process.wait()
+        process.communicate()
     assert finish(tmp_path)["final_weights_sha256"] == whole
 
 
@@ -74,15 +120,8 @@ def _trainers(out: Path) -> list[int]:
 def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
     tmp_path: Path, undisturbed: tuple[str, float]
 ) -> None:
-    process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    ledger = tmp_path / "tiny" / "ledger.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (
-        ledger.exists() and '"step_stats"' in ledger.read_text()
-    ):
-        time.sleep(0.05)
+    process = begin(tmp_path)
+    wait_for(lambda: steps_written(tmp_path) > 0)
     for pid in _trainers(tmp_path):
         os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=90)
@@ -91,43 +130,28 @@ def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
     assert [one["sentinel"] for one in data["incidents"]] == ["watchdog: death"]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stop_request_finishes_the_step_snapshots_and_resumes(
     tmp_path: Path, undisturbed: tuple[str, float], number: int, code: int
 ) -> None:
-    process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    ledger = tmp_path / "tiny" / "ledger.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (
-        ledger.exists() and '"step_stats"' in ledger.read_text()
-    ):
-        time.sleep(0.05)
+    process = begin(tmp_path)
+    wait_for(lambda: steps_written(tmp_path) > 0)
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    process.communicate(timeout=60)
+    assert process.returncode == code
     assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_a_corrupt_newest_snapshot_falls_back_to_the_one_before_and_says_so(
     tmp_path: Path, undisturbed: tuple[str, float]
 ) -> None:
-    process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    snapshots = tmp_path / "tiny" / "snapshots"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(list(snapshots.glob("step-*"))) < 3:
-        time.sleep(0.02)
+    process = begin(tmp_path)
+    wait_for(lambda: len(list((tmp_path / "tiny" / "snapshots").glob("step-*"))) >= 3)
     process.kill()
-    process.wait()
-    newest = sorted(snapshots.glob("step-*"))[-1] / "model.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    newest.write_bytes(data)
+    process.communicate()
+    spoil_newest(tmp_path)
     answer = finish(tmp_path)
     assert answer["final_weights_sha256"] == undisturbed[0]
     assert any(one["what"] == "snapshot passed over" for one in answer["warnings"])

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from bascule.ledger import Ledger, of_kind, read_ledger
@@ -126,7 +126,7 @@ blows = st.lists(
 @example(chip=("zeroed", 5), spare=(None, 1), blows=[("killed before", 30), ("disk full", 4)])
 @example(chip=("nan", 2), spare=("device-error", 4), blows=[("killed after", 20)])
 @given(chip=chips, spare=spares, blows=blows)
-@settings(max_examples=2, derandomize=True, deadline=None, database=None)
+@settings(phases=[Phase.explicit], deadline=None)
 def test_a_run_ends_with_the_right_bits_or_says_why_not(
     chip: tuple[str | None, int], spare: tuple[str | None, int], blows: list[tuple[str, int]]
 ) -> None:

@@ -19,6 +19,7 @@ from bascule.config.model import ModelConfig
 from bascule.errors import AcceleratorUnavailable
 from bascule.model import weights
 from bascule.model.transformer import Transformer
+from bascule.train.optimizer import SplitOptimizer
 
 STANDIN = getattr(torch.get_device_module("npu"), "extension", None)
 
@@ -59,6 +60,18 @@ def test_npu_adamw_in_every_form_ends_with_the_cpus_bits(how: str) -> None:
             weight.pow(3).sum().backward()
             optimizer.step()
         ended.append(weight.detach().cpu())
+    assert torch.equal(*ended)
+
+
+def test_npu_our_optimizer_takes_the_fused_kernel_and_ends_with_the_cpus_bits() -> None:
+    ended = []
+    for device, fused in (("cpu", True), ("npu", None)):
+        weight = {"bias": torch.cos(torch.arange(64.0)).to(device)}
+        optimizer = SplitOptimizer(weight, learning_rate=1e-2, fused=fused)
+        assert optimizer._bundles == [(["bias"], False)]
+        for _ in range(3):
+            optimizer.step({"bias": weight["bias"].square()}, factor=1.0, grad_scale=0.5)
+        ended.append(weight["bias"].cpu())
     assert torch.equal(*ended)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,4 +45,15 @@ class Task(Protocol):
 
     def trace(self, problem: Problem, key: int) -> str | None:
         """A worked solution `<think>steps</think>answer`, a pure function of `key`; None when the solver found nothing."""
+        ...
+
+
+@runtime_checkable
+class VerifiesMany(Protocol):
+    """What a task may offer beside: all answers of a batch at once. A task without it is asked one by one (registry.verify_many)."""
+
+    def verify_many(
+        self, problems: Sequence[Problem], completion_texts: Sequence[str]
+    ) -> Sequence[float]:
+        """The rewards that `verify` gives, in the same order: not another rule, only another way to it."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from bascule import draws
 from bascule.data import chat
@@ -36,6 +37,11 @@ class ChainSum:
 
     def verify(self, problem: Problem, completion_text: str) -> float:
         return gym.verify(self.name, problem, completion_text)
+
+    def verify_many(
+        self, problems: Sequence[Problem], completion_texts: Sequence[str]
+    ) -> list[float]:
+        return gym.verify_many(self.name, problems, completion_texts)
 
     def trace(self, problem: Problem, key: int) -> str | None:
         steps, total = _work_through(problem, key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bascule.data import chat
 from bascule.data.tasks import gym
 from bascule.data.tasks.base import Options, Problem
@@ -29,6 +31,11 @@ class Gcd:
 
     def verify(self, problem: Problem, completion_text: str) -> float:
         return gym.verify(self.name, problem, completion_text)
+
+    def verify_many(
+        self, problems: Sequence[Problem], completion_texts: Sequence[str]
+    ) -> list[float]:
+        return gym.verify_many(self.name, problems, completion_texts)
 
     def trace(self, problem: Problem, key: int) -> str | None:
         first, *rest = problem.metadata["numbers"]

@@ -6,7 +6,8 @@ them, so each task asks the same problem in a short form of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +21,9 @@ Entry = dict[str, Any]
 
 # A family can be smaller than what was asked for. Give up on finding new problems after this many draws per problem wanted.
 _DRAWS_PER_PROBLEM = 3
+
+_PLAIN = re.compile(r"0|-?[1-9][0-9]*")
+"""A whole number in the one way that Python writes it."""
 
 _SMALL_SEEDS = ("pool_matrix",)
 """Draws with numpy's old generator, which takes no seed from 2^32 on."""
@@ -60,6 +64,19 @@ def verify(name: str, problem: Problem, completion_text: str) -> float:
     """Exact reward: one thought, then an answer that reasoning-gym gives its full score."""
     parsed = _parsed(problem, completion_text)
     return 1.0 if parsed is not None and scorer.right(name, parsed, problem) else 0.0
+
+
+def verify_many(name: str, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    """`verify` for a batch of a family whose answers are whole numbers. Two of them written plainly are the same number exactly when
+    they are the same text; only what is written otherwise (`+01,000.00`) needs the scorer, which costs twenty times that."""
+    rewards = []
+    for problem, text in zip(problems, texts, strict=True):
+        parsed = chat.parse_strict(text)
+        if parsed and _PLAIN.fullmatch(parsed[1]) and _PLAIN.fullmatch(problem.answer):
+            rewards.append(1.0 if parsed[1] == problem.answer else 0.0)
+        else:
+            rewards.append(verify(name, problem, text))
+    return rewards
 
 
 def _parsed(problem: Problem, text: str) -> str | None:

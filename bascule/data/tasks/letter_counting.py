@@ -5,6 +5,8 @@ e in the green sea  ->  <think>the1 gre2e3n se4a</think>4
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bascule.data import chat
 from bascule.data.tasks import gym
 from bascule.data.tasks.base import Options, Problem
@@ -35,6 +37,11 @@ class LetterCounting:
 
     def verify(self, problem: Problem, completion_text: str) -> float:
         return gym.verify(self.name, problem, completion_text)
+
+    def verify_many(
+        self, problems: Sequence[Problem], completion_texts: Sequence[str]
+    ) -> list[float]:
+        return gym.verify_many(self.name, problems, completion_texts)
 
     def trace(self, problem: Problem, key: int) -> str | None:
         spelled, count = "", 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bascule.data.tasks import family, jsonl
-from bascule.data.tasks.base import Problem, Task
+from bascule.data.tasks.base import Problem, Task, VerifiesMany
 from bascule.errors import RecipeError, nearest
 
 BUILT_IN = ("chain_sum", "countdown", "gcd", "letter_counting")
@@ -52,3 +53,28 @@ def get(name: str) -> Task:
 def verify(problem: Problem, completion_text: str) -> float:
     """Reward of one completion, by the problem's own task."""
     return get(problem.task).verify(problem, completion_text)
+
+
+def verify_many(problems: Sequence[Problem], completion_texts: Sequence[str]) -> list[float]:
+    """Reward of each completion, by its problem's own task; a task that VerifiesMany gets all of its own in one call."""
+    places_of: dict[str, list[int]] = {}
+    for place, problem in enumerate(problems):
+        places_of.setdefault(problem.task, []).append(place)
+    rewards = [0.0] * len(problems)
+    for name, places in places_of.items():
+        mine = [problems[place] for place in places], [completion_texts[place] for place in places]
+        for place, paid in zip(places, _of_one_task(get(name), *mine), strict=True):
+            rewards[place] = float(paid)
+    return rewards
+
+
+def _of_one_task(task: Task, problems: list[Problem], texts: list[str]) -> Sequence[float]:
+    if not isinstance(task, VerifiesMany):
+        return [task.verify(one, text) for one, text in zip(problems, texts, strict=True)]
+    paid = task.verify_many(problems, texts)
+    if len(paid) != len(texts):
+        raise RecipeError(
+            f"Task '{task.name}': verify_many was given {len(texts)} completions and answered with {len(paid)} rewards. It must "
+            "give one for each, in the same order; or leave verify_many out, and verify is asked one by one."
+        )
+    return paid
