@@ -250,6 +250,9 @@ def _serve(parser: Parser) -> None:
         "--api-key-file", metavar="FILE", help="require this key (or set BASCULE_API_KEY)"
     )
     parser.add_argument(
+        "--allow-origin", action="append", metavar="ORIGIN", help="let scripts of web pages from there use the server (https://chat.example); may be repeated"
+    )  # fmt: skip
+    parser.add_argument(
         "--precision", choices=("fp32", "bf16", "int8"), help="of a larger model's matrices on a CPU (default: the recipe's)"
     )  # fmt: skip
     parser.add_argument(

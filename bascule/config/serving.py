@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from bascule.config.section import Section
+
+# Named one by one: `*` would open a server on this machine to every page that its user visits.
+Origin = Annotated[str, Field(pattern=r"^https?://[^/\s*]+$")]
 
 
 class EvaluateConfig(Section):
@@ -21,13 +24,17 @@ class EvaluateConfig(Section):
 class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    allow_origins: tuple[Origin, ...] = Field(
+        (),
+        description="web pages of other origins (https://chat.example) whose scripts may use the server; none by default",
+    )
     max_queue: int = Field(
         64, ge=1, description="sequences that may wait beyond the 256 that run; then 429"
     )
     timeout_s: float = Field(600, gt=0, description="an answer that takes longer ends with 504")
     reproducible: bool = Field(
         False,
-        description="equal bits whatever else is in the batch; free on a CPU, elsewhere free on a CPU, elsewhere a step costs 1.1 to 3.5 times as much",
+        description="equal bits whatever else is in the batch; free on a CPU, elsewhere a step costs 1.1 to 3.5 times as much",
     )
     precision: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",

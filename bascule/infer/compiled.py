@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bascule import native
+from bascule.infer import large_pages
 
 SOURCE = Path(__file__).parent / "cpp" / "decode.cpp"
 
@@ -59,13 +60,14 @@ class Panels:
 
 
 def laid(weight_NK: Tensor) -> Tensor:
-    """[N / width, K, width], with zeros behind the last row."""
+    """[N / width, K, width], with zeros behind the last row. Several matrices of one shape, (H, N, K), come to lie one after the other."""
     library = compiled()
     if library is None:
         raise RuntimeError("Panels were asked for without a C++ compiler.")
     width = library.panel_width(weight_NK.element_size())
-    padded = F.pad(weight_NK.detach(), (0, 0, 0, -weight_NK.shape[0] % width))
-    return torch.unflatten(padded, 0, (-1, width)).transpose(1, 2).contiguous()
+    padded = F.pad(weight_NK.detach(), (0, 0, 0, -weight_NK.shape[-2] % width))
+    panels = torch.unflatten(padded, -2, (-1, width)).transpose(-2, -1)
+    return large_pages.take(panels.shape, panels.dtype).copy_(panels)
 
 
 def compiled() -> ctypes.CDLL | None:

@@ -183,7 +183,7 @@ class Decoder:
 
     def _stack(self, weights_HNK: Tensor) -> Matrix:
         """The first of several matrices whose panels follow each other."""
-        panels = torch.stack([laid(weight_NK) for weight_NK in weights_HNK])
+        panels = laid(weights_HNK)
         self._kept.append(panels)
         return Matrix(panels.data_ptr(), None, None, *weights_HNK.shape[1:])
 

@@ -301,7 +301,7 @@ class _Run:
             self._lost(f"death: the process ended with {_ending(code)}")
 
     def _lost(self, detail: str, *, weight: int = 1) -> None:
-        log = f"{self.folder.name}/child-{self.launches}.log"
+        log = self.folder / f"child-{self.launches}.log"
         if self.at is None:
             roles = tuple(dict.fromkeys(ask.role for ask in self.left))
             stage = "between two checks" if self.opened else "while the chip was opened"

@@ -82,8 +82,8 @@ class Broker:
 
     @property
     def running(self) -> int:
-        """Sequences in flight, waiting ones included."""
-        return sum(len(ticket.open) for ticket in self.tickets.values())
+        """Sequences in flight, waiting ones and prompts to be scored included."""
+        return sum(len(ticket.open) for ticket in self.tickets.values()) + len(self.scorings)
 
     @property
     def limit(self) -> int:
@@ -106,7 +106,8 @@ class Broker:
 
     async def worst_difference(self, answer: Answer) -> float:
         """This broker as another one's referee."""
-        scores = await self.score([*answer.prompt, *answer.said], 0, answer.temperature)
+        text = [*answer.prompt, *answer.said]
+        scores = await self._read_again(Scoring(next(self._ids), text, 0, answer.temperature))
         ours = [tops[0][1] for tops in scores[-len(answer.said) :]]
         return max(abs(a - b) for a, b in zip(ours, answer.logprobs, strict=True))
 
@@ -134,12 +135,7 @@ class Broker:
         """`form`: the keywords of the worker's Grammars.constraint. Raises Refused with 429 when the queue is full, 503 when no chip answers."""
         if self.state in ("down", "closed"):
             raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
-        if self.running + choices > self.limit:
-            raise Refused(
-                429,
-                f"{self.running} sequences are in flight, {self.limit} are the limit of this server. Try again in a moment.",
-                retry_after_s=1,
-            )
+        self.check_queue(choices)
         ticket = Ticket(
             next(self._ids),
             prompt,
@@ -154,9 +150,18 @@ class Broker:
         self._suspects.take(ticket)
         return ticket
 
-    async def score(self, prompt: list[int], top: int, temperature: float = 1.0) -> Marks:
+    def check_queue(self, more: int) -> None:
+        """Raises Refused with 429 when `more` sequences do not fit."""
+        if self.running + more > self.limit:
+            raise Refused(
+                429,
+                f"{self.running} sequences are in flight, {self.limit} are the limit of this server. Try again in a moment.",
+                retry_after_s=1,
+            )
+
+    async def score(self, prompt: list[int], top: int) -> Marks:
         """What the model thinks of a prompt's tokens. Raises Refused when no chip answers."""
-        return await self._read_again(Scoring(next(self._ids), prompt, top, temperature))
+        return await self._read_again(Scoring(next(self._ids), prompt, top, 1.0))
 
     async def marks(self, prompt: list[int], said: list[int]) -> Marks:
         """The marks of an answer, for its stamp. Raises Refused when no chip answers."""

@@ -69,6 +69,7 @@ class CompletionRoute:
 
     async def _only_echo(self, body: CompletionBody) -> dict[str, Any]:
         """No token is asked for: the prompt comes back, scored if its log-probabilities are wanted."""
+        self.service.check_queue()
         prompts = [self.service.tokens(prompt) for prompt in body.prompts]
         choices: list[dict[str, Any]] = []
         for tokens in prompts:

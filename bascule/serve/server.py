@@ -8,13 +8,17 @@ import hashlib
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata, resources
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from bascule.config.load import read_resolved
 from bascule.config.recipe import Recipe
@@ -56,6 +60,7 @@ def run(
     slots: int = 256,
     hang_timeout_s: float = 30.0,
     precision: str | None = None,
+    allow_origins: Sequence[str] = (),
 ) -> None:
     """Serve a finished run's model until SIGTERM or Ctrl-C. Other pools whose verdict says `infer` stand by.
 
@@ -65,7 +70,17 @@ def run(
     recipe = read_resolved(folder.recipe)
     with bind(host, port) as listener:
         asyncio.run(
-            _serve(folder, recipe, accelerator, listener, api_key, slots, hang_timeout_s, precision)
+            _serve(
+                folder,
+                recipe,
+                accelerator,
+                listener,
+                api_key,
+                slots,
+                hang_timeout_s,
+                precision,
+                allow_origins,
+            )  # fmt: skip
         )
 
 
@@ -95,6 +110,7 @@ async def _serve(
     slots: int,
     hang_timeout_s: float,
     precision: str | None,
+    allow_origins: Sequence[str],
 ) -> None:
     ledger = Ledger(folder.ledger)
     records = read_ledger(folder.ledger)
@@ -156,8 +172,16 @@ async def _serve(
             "open server",
             f"whoever reaches {_url(listener)} can use this server: it asks for no key. Give one with --api-key-file, or leave --host out.",
         )
-    door = Door(app, api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES)
-    server = uvicorn.Server(
+    door: ASGIApp = Door(app, api_key=api_key, local_only=local, body_limit_bytes=BODY_LIMIT_BYTES)
+    if (
+        allow_origins
+    ):  # outside the door: a page may read refusals too, and asks before it has shown a key
+        door = CORSMiddleware(
+            door, allow_origins=allow_origins, allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )  # fmt: skip
+    server = DrainingServer(
+        service,
         uvicorn.Config(
             door,
             log_level="warning",
@@ -165,7 +189,7 @@ async def _serve(
             server_header=False,
             access_log=False,
             lifespan="off",
-        )
+        ),
     )
     hush()
     await service.broker.start()
@@ -187,7 +211,7 @@ async def _serve(
             asyncio.create_task(
                 _appoint(service.broker, open_referee(folder.model, str(chip["precision"])), ledger)
             ),
-            asyncio.create_task(_note_draining(server, service)),
+            asyncio.create_task(server.drain()),
         ]
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGHUP, lambda: beside.append(asyncio.create_task(_renew_and_say(renew)))
@@ -198,6 +222,31 @@ async def _serve(
             task.cancel()
     finally:
         await renewal.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn closes its port on the first signal. Here new requests are told 503 and when to come back, and `/ready` says so, until the
+    answers under way have ended or DRAIN_S are over; a second signal does not wait for them."""
+
+    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._service = service
+        self._asked: tuple[int, FrameType | None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining:
+            super().handle_exit(sig, frame)
+        self._service.draining, self._asked = True, (sig, frame)
+
+    async def drain(self) -> None:
+        while self._asked is None:
+            await asyncio.sleep(0.1)
+        end = time.monotonic() + DRAIN_S
+        while self._service.broker.running and time.monotonic() < end and not self.should_exit:
+            await asyncio.sleep(0.1)
+        self.config.timeout_graceful_shutdown = max(1, int(end - time.monotonic()))
+        if not self.should_exit:
+            super().handle_exit(*self._asked)
 
 
 def candidates(recipe: Recipe, records: Sequence[AnyRecord], accelerator: str) -> list[Candidate]:
@@ -340,13 +389,6 @@ def _note(ledger: Ledger, what: str, candidate: Candidate, text: str) -> None:
                 reason=f"failed while serving: {text}",
             )
         )
-
-
-async def _note_draining(server: uvicorn.Server, service: Service) -> None:
-    """`/ready` turns to 503 the moment a stop was asked for; running answers may finish."""
-    while not server.should_exit:
-        await asyncio.sleep(0.1)
-    service.draining = True
 
 
 def _url(listener: socket.socket) -> str:

@@ -72,13 +72,7 @@ class Service:
         first_choice: int = 0,
     ) -> Ask:
         """Check the room, hand the prompt to the engine. Raises ApiError; a prompt that does not fit is never cut."""
-        if self.draining:
-            raise ApiError(
-                503,
-                "The server is shutting down and takes no new requests.",
-                code="draining",
-                retry_after_s=5,
-            )
+        self._check_open()
         room = self.check_room(prompt, max(limit or 1, 1), "messages" if split else "prompt")
         try:
             sampling = body.sampling(
@@ -92,12 +86,7 @@ class Service:
                 bound = {"grammar": compile_form(form), "may_think": split, "thinking": opened}
             ticket = self.broker.submit(prompt, sampling, choices=body.choices, top=top, form=bound)
         except Refused as error:
-            raise ApiError(
-                error.status,
-                str(error),
-                code="overloaded" if error.status == 429 else "no_chip",
-                retry_after_s=error.retry_after_s,
-            ) from None
+            raise _refused(error) from None
         except (ValueError, UsageError) as error:
             raise ApiError(400, str(error), code="invalid_value") from None
         self.metrics.count("prompt_tokens_total", len(prompt))
@@ -134,6 +123,23 @@ class Service:
                 param="prompt",
             )
 
+    def check_queue(self) -> None:
+        """For a request that hands the engine no prompt to continue. Raises ApiError when it cannot be taken now."""
+        self._check_open()
+        try:
+            self.broker.check_queue(1)
+        except Refused as error:
+            raise _refused(error) from None
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise ApiError(
+                503,
+                "The server is shutting down and takes no new requests.",
+                code="draining",
+                retry_after_s=5,
+            )
+
     def _late(self) -> ApiError:
         return ApiError(
             504, f"The answer was not finished within {self.timeout_s:g} s.", code="timeout"
@@ -148,7 +154,7 @@ class Service:
         except TimeoutError:
             raise self._late() from None
         except Refused as error:
-            raise ApiError(error.status, str(error), code="no_chip") from None
+            raise _refused(error) from None
 
     async def stamp(self, ask: Ask, choice: int, *, drawn: bool) -> dict[str, Any] | None:
         """What `bascule verify-answer` needs to check one choice elsewhere (infer/stamp.py). One more reading of the answer. None for
@@ -160,7 +166,7 @@ class Service:
         try:
             marks = await ask.broker.marks(ticket.prompt, said)
         except Refused as error:
-            raise ApiError(error.status, str(error), code="no_chip") from None
+            raise _refused(error) from None
         return {
             "version": STAMP_VERSION,
             "weights_sha256": about["weights_sha256"],
@@ -193,8 +199,7 @@ class Service:
                         else await merged.get()
                     )
                     if isinstance(arrival, Refused):
-                        code = REFUSALS.get(arrival.status, "no_chip")
-                        raise ApiError(arrival.status, str(arrival), code=code)
+                        raise _refused(arrival)
                     if (id(ask), arrival.choice) not in left:
                         continue
                     now = time.monotonic()
@@ -293,6 +298,11 @@ class Service:
             return encode()
         except UsageError as error:
             raise ApiError(400, str(error), code="unreadable_text", param="messages") from None
+
+
+def _refused(error: Refused) -> ApiError:
+    code = {429: "overloaded", **REFUSALS}.get(error.status, "no_chip")
+    return ApiError(error.status, str(error), code=code, retry_after_s=error.retry_after_s)
 
 
 async def _relay(ask: Ask, merged: asyncio.Queue[tuple[Ask, Said | Refused]]) -> None:

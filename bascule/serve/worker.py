@@ -126,7 +126,11 @@ class Desk:
         alike: dict[tuple[int, ...], list[Seat]] = {}
         for seat in seats:
             alike.setdefault(tuple(seat.said), []).append(seat)
-        self.waiting.extend(alike.values())
+        most = (
+            self.batch.slots
+        )  # a larger group would never fit, and those behind it would wait for ever
+        for group in alike.values():
+            self.waiting.extend(group[at : at + most] for at in range(0, len(group), most))
 
     def cancel(self, job: int, choice: int | None) -> None:
         def meant(seat: Row) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from bascule.config.environment import environment
 from bascule.config.load import read_resolved
+from bascule.config.serving import ServeConfig
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.serve.server import run as run_server
@@ -25,6 +29,11 @@ def main(arguments: Namespace) -> Answer:
         raise UsageError(
             "--python and --engine-args are for an engine of your own; name it with --engine, or leave them out."
         )
+    if arguments.engine and arguments.allow_origin:
+        raise UsageError(
+            "--allow-origin is for bascule's own server; an engine of yours has options of its own for it, which --engine-args takes."
+        )
+    serving = _with_origins(recipe.serve, arguments.allow_origin)
     host = arguments.host or recipe.serve.host
     port = recipe.serve.port if arguments.port is None else arguments.port
     api_key = _api_key(arguments.api_key_file)
@@ -41,8 +50,22 @@ def main(arguments: Namespace) -> Answer:
             port=port,
             api_key=api_key,
             precision=arguments.precision,
+            allow_origins=serving.allow_origins,
         )
     return Answer(text="The server has ended.", data={"ended": True})
+
+
+def _with_origins(serve: ServeConfig, more: Sequence[str] | None) -> ServeConfig:
+    """The recipe's origins and those of the command line. Raises UsageError for what is no origin."""
+    try:
+        return ServeConfig(
+            **{**serve.model_dump(), "allow_origins": (*serve.allow_origins, *(more or ()))}
+        )
+    except ValidationError:
+        raise UsageError(
+            f"--allow-origin {' '.join(more or ())}: an origin is a scheme and a host, with a port where it has one, and nothing behind it: "
+            "https://chat.example or http://localhost:3000. `*` is not taken."
+        ) from None
 
 
 def _api_key(file: str | None) -> str | None:

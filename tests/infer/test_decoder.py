@@ -96,17 +96,18 @@ def test_a_rows_bits_do_not_depend_on_the_others(shape: str, order: list[int], c
 
 @needs_compiler
 @pytest.mark.parametrize("shape", ["nano", "grouped queries"])
+@pytest.mark.parametrize("rows", [1, 2, 40])
 @torch.inference_mode()
-def test_threads_change_no_bit(shape: str) -> None:
-    model = random_model(**SHAPES[shape])
-    lengths = [3 + 3 * row for row in range(40)]
+def test_threads_change_no_bit(shape: str, rows: int) -> None:
+    model = random_model(**SHAPES[shape], vocab_size=5000)  # a head worth threads for one row
+    lengths = [3 + 3 * row for row in range(rows)]
     pages, tables = filled(model, lengths, 1 + max(lengths) // BLOCK)
     decoder, threads = Decoder(model, pages), torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(decoder.step(list(range(40)), tables, np.array(lengths))[0])
+            found.append(decoder.step(list(range(rows)), tables, np.array(lengths))[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -20,7 +20,7 @@ SHAPES = {
 
 
 def random_model(**shape: object) -> Transformer:
-    model = Transformer(ModelConfig(**shape, vocab_size=64)).eval()  # type: ignore[arg-type]
+    model = Transformer(ModelConfig(**{"vocab_size": 64, **shape})).eval()  # type: ignore[arg-type]
     initialise(model, seed=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # gains of 1 would hide a forgotten one

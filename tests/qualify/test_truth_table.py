@@ -86,6 +86,7 @@ def test_a_chip_that_dies_is_unfit_for_the_role_it_died_in(tmp_path: Path) -> No
     }
     death = next(item for item in result.evidence if item.check == "learning.curve")
     assert "SIGKILL" in death.detail and death.pool == "p"
+    assert Path(death.detail.partition("; see ")[2]).is_file()  # the log it names is where it says
 
 
 def test_a_chip_that_hangs_is_evidence_and_the_battery_goes_on(tmp_path: Path) -> None:

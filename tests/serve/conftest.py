@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ import sys
 from pathlib import Path
 from bascule.folder import RunFolder
 from bascule.serve.server import run
-run(RunFolder(Path(sys.argv[1])), sys.argv[2], port=0, api_key=sys.argv[3] or None, slots=int(sys.argv[4]), hang_timeout_s=float(sys.argv[5]))
+run(RunFolder(Path(sys.argv[1])), sys.argv[2], port=0, api_key=sys.argv[3] or None, slots=int(sys.argv[4]), hang_timeout_s=float(sys.argv[5]),
+    allow_origins=sys.argv[6:])
 """
 
 
@@ -119,6 +120,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         api_key: str = "",
         slots: int = 32,
         hang_timeout_s: float = 60.0,
+        allow_origins: Sequence[str] = (),
         **sections: Any,
     ) -> Server:
         pools = pools or {"main": "cpu"}
@@ -134,6 +136,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 api_key,
                 str(slots),
                 str(hang_timeout_s),
+                *allow_origins,
             ],
             stderr=subprocess.PIPE,
             text=True,

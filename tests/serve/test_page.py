@@ -68,6 +68,26 @@ def test_regenerate_replaces_the_answer_and_stop_keeps_what_was_said(
     assert "Stopped" in browser.run("document.getElementById('talk').textContent")
 
 
+def test_the_time_of_a_thought_is_its_own_though_words_came_before_it(
+    browser: Browser, server: Server
+) -> None:
+    browser.open(server.url)
+    browser.until("about !== null")
+    browser.run(TOLD)
+    ask(browser, "5+5=?")
+    answered(browser)
+    number, unit = browser.run("document.querySelector('.thought summary').textContent").removeprefix("Thought for ").split()  # fmt: skip
+    assert float(number) * {"ms": 1, "s": 1000}[unit] >= 390
+
+
+TOLD = """window.real = fetch; window.fetch = (where, how) => !how || how.method !== "POST" ? real(where, how) : Promise.resolve(new Response(new ReadableStream({
+  async start(stream) {
+    const say = text => stream.enqueue(new TextEncoder().encode("data: " + text + "\\n\\n")), wait = ms => new Promise(done => setTimeout(done, ms));
+    const delta = part => say(JSON.stringify({choices: [{index: 0, delta: part, finish_reason: null}]}));
+    delta({content: "Well, "}); await wait(50); delta({reasoning: "ten"}); await wait(400); delta({content: "10"}); say("[DONE]"); stream.close();
+  }})))"""
+
+
 def test_markup_in_an_answer_stays_text(browser: Browser, server: Server) -> None:
     browser.open(server.url)
     browser.until("document.querySelector('.hello') !== null")

@@ -49,9 +49,7 @@ static void look_back(const Model &model, const Layer &layer, const Rows &rows, 
 static float *grouped(const Model &model, const Layer &layer, const Rows &rows, const float *h, Rooms &rooms) {
   const long size = model.key, wide = model.heads * size, narrow = model.kv_heads * size, each = model.blocks * BLOCK * size;
   float *q = room(rooms.q, rows.count * wide), *k = room(rooms.k, rows.count * narrow), *v = room(rooms.v, rows.count * narrow);
-  product(layer.q, h, model.hidden, q, wide, rows.count);
-  product(layer.k, h, model.hidden, k, narrow, rows.count);
-  product(layer.v, h, model.hidden, v, narrow, rows.count);
+  products({{&layer.q, q, wide}, {&layer.k, k, narrow}, {&layer.v, v, narrow}}, h, model.hidden, rows.count);
   for (long row = 0; row < rows.count; row++) {
     for (long head = 0; head < model.heads; head++) {
       float *one = q + row * wide + head * size;
@@ -75,15 +73,17 @@ static float *grouped(const Model &model, const Layer &layer, const Rows &rows, 
 static float *latent(const Model &model, const Layer &layer, const Rows &rows, const float *h, Rooms &rooms) {
   const long m = rows.count, heads = model.heads, part = model.nope + model.rope, each = model.key, wide = heads * each;
   const float eps = 1e-6f;  // of the inner norms, whatever the model's own: model/attention.py
-  if (layer.q_low.w) {
-    float *low = room(rooms.low, m * layer.q_low.n);
-    product(layer.q_low, h, model.hidden, low, layer.q_low.n, m);
-    norms(low, layer.q_low.n, layer.q_gain, eps, low, layer.q_low.n, layer.q_low.n, m);
-    h = low;
-  }
   float *plain = room(rooms.wide, m * heads * part), *q = room(rooms.q, m * wide), *k = room(rooms.k, m * each);
-  product(layer.q, h, layer.q.k, plain, heads * part, m);
-  product(layer.k, rooms.h.data(), model.hidden, k, each, m);
+  const Product shared{&layer.k, k, each};
+  if (layer.q_low.w) {
+    const long size = layer.q_low.n;
+    float *low = room(rooms.low, m * size);
+    products({{&layer.q_low, low, size}, shared}, h, model.hidden, m);
+    norms(low, size, layer.q_gain, eps, low, size, size, m);
+    product(layer.q, low, size, plain, heads * part, m);
+  } else {
+    products({{&layer.q, plain, heads * part}, shared}, h, model.hidden, m);
+  }
   for (long head = 0; head < heads; head++) {
     Matrix key = layer.key;
     key.w = (const float *)key.w + head * panels_size(key.n, key.k);

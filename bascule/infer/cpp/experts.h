@@ -15,8 +15,7 @@ static void feed_forward(const Layer &layer, const float *h, float *x, long hidd
   static thread_local Room gates, ups;
   const long size = layer.gate.n;
   float *gate = room(gates, m * size), *up = room(ups, m * size);
-  product(layer.gate, h, hidden, gate, size, m);
-  product(layer.up, h, hidden, up, size, m);
+  products({{&layer.gate, gate, size}, {&layer.up, up, size}}, h, hidden, m);
   const long numbers = m * size, part = 1 << 12;
 #pragma omp parallel for schedule(static) if (numbers > WORTH_THREADS)
   for (long at = 0; at < numbers; at += part) swiglu(gate + at, up + at, numbers - at < part ? numbers - at : part);

@@ -1,9 +1,11 @@
 // y[m][n] = sum_k x[m][k] * w[n][k] with weights laid out in panels, for one row m or many.
 //
 // Every number of y is one chain of fused multiply-adds in the order of k, however many rows share the call and however many threads work:
-// a row's bits never depend on the other rows. Weights are read once, in the order they lie in; while one panel is multiplied the next
-// one is fetched, without which memory waits while arithmetic works (61 against 86 GFLOPS at 32 rows).
+// a row's bits never depend on the other rows. Weights are read once. Up to three rows wait for memory alone, and pass several panels side by
+// side: the CPU fetches each stream ahead by itself. More rows go panel by panel, and while one is multiplied the next one is asked for, without
+// which memory waits while arithmetic works (61 against 86 GFLOPS at 32 rows).
 #pragma once
+#include <initializer_list>
 #include "vectors.h"
 
 // n rows and k columns in panels [n / width][k][width], zeros where n is no multiple of the width. `w` is null where there is none.
@@ -46,59 +48,105 @@ static inline void finish(const Matrix &w, long column, vec sum, float *y, bool 
   }
 }
 
-// M rows of x with V vectors of columns. What there are fewer of waits in registers: weights, or numbers of x.
-template <int M, int V, class W>
+// M rows of x with V vectors of columns of P panels. What there are fewer of waits in registers: weights, or numbers of x.
+template <int M, int V, int P, class W>
 static inline void tile(const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
-  vec sum[M][V] = {};
+  const long size = width<W> * matrix.k;
+  vec sum[P][M][V] = {};
   for (long j = 0; j < matrix.k; j++, w += width<W>) {
-    __builtin_prefetch(fetch.from + ((j * fetch.pace) >> 8), 0, 2);
-    if constexpr (M > V) {
-      vec weights[V];
-      for (int v = 0; v < V; v++) weights[v] = load(w + v * LANES);
-      for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) sum[m][v] += weights[v] * x[m * x_step + j];
-    } else {
-      for (int v = 0; v < V; v++) {
-        const vec weights = load(w + v * LANES);
-        for (int m = 0; m < M; m++) sum[m][v] += weights * x[m * x_step + j];
+    if constexpr (P == 1) __builtin_prefetch(fetch.from + ((j * fetch.pace) >> 8), 0, 2);
+    for (int p = 0; p < P; p++) {
+      const W *here = w + p * size;
+      if constexpr (M > V) {
+        vec weights[V];
+        for (int v = 0; v < V; v++) weights[v] = load(here + v * LANES);
+        for (int m = 0; m < M; m++)
+          for (int v = 0; v < V; v++) sum[p][m][v] += weights[v] * x[m * x_step + j];
+      } else {
+        for (int v = 0; v < V; v++) {
+          const vec weights = load(here + v * LANES);
+          for (int m = 0; m < M; m++) sum[p][m][v] += weights * x[m * x_step + j];
+        }
       }
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < V; v++)
-      if (column + v * LANES < matrix.n) finish(matrix, column + v * LANES, sum[m][v], y + m * y_step, add);
+  for (int p = 0; p < P; p++, column += width<W>)
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < V; v++)
+        if (column + v * LANES < matrix.n) finish(matrix, column + v * LANES, sum[p][m][v], y + m * y_step, add);
 }
 
-template <int M, int V, class W>
-static inline void strip(const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
-  for (long c = 0; c < width<W>; c += V * LANES) {
-    tile<M, V, W>(matrix, w + c, column + c, x, x_step, y, y_step, add, fetch);
+// As many vectors of columns as the sums of M rows leave registers for, and as many panels side by side: one row reads 21 GB/s of four panels,
+// 15 of one that is asked for beforehand (EPYC, one thread). int8 waits for its conversion.
+template <int M, class W>
+constexpr int columns = M == 1 ? width<W> / LANES : M <= 3 && sizeof(W) == 1 ? 4 : 2;
+template <int M, class W>
+constexpr int abreast = sizeof(W) == 1 || M > 3 ? 1 : M == 1 ? 4 : 5 - M;
+
+template <int M, int P, class W>
+static inline void strip(long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
+  if constexpr (P > 1) {
+    if (panels < P) return strip<M, P - 1, W>(panels, matrix, w, column, x, x_step, y, y_step, add, fetch);
+  }
+  for (long c = 0; c < width<W>; c += columns<M, W> * LANES) {
+    tile<M, columns<M, W>, P, W>(matrix, w + c, column + c, x, x_step, y, y_step, add, fetch);
     fetch.pace = 0;
   }
 }
 
-// As many vectors of columns as the sums of M rows leave registers for.
 template <int M, class W>
-constexpr int columns = M == 1 ? width<W> / LANES : M <= 3 && sizeof(W) == 1 ? 4 : 2;
-
-template <int M, class W>
-static inline void strips(long rows, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
-  if (rows == M) return strip<M, columns<M, W>, W>(matrix, w, column, x, x_step, y, y_step, add, fetch);
-  if constexpr (M > 1) strips<M - 1, W>(rows, matrix, w, column, x, x_step, y, y_step, add, fetch);
+static inline void strips(long rows, long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
+  if (rows == M) return strip<M, abreast<M, W>, W>(panels, matrix, w, column, x, x_step, y, y_step, add, fetch);
+  if constexpr (M > 1) strips<M - 1, W>(rows, panels, matrix, w, column, x, x_step, y, y_step, add, fetch);
 }
 
 template <class W>
-static void panels(const Matrix &matrix, const float *x, long x_step, float *y, long y_step, long m, bool add) {
+static long most_abreast(long rows) {
+  return rows == 1 ? abreast<1, W> : rows == 2 ? abreast<2, W> : rows == 3 ? abreast<3, W> : 1;
+}
+
+// One of several products that read the same rows: in one go threads wait for each other once, not after each.
+struct Product {
+  const Matrix *w;
+  float *y;
+  long y_step;  // the distance between rows
+  long panels() const { return w->scale ? (w->n + width<int8_t> - 1) / width<int8_t> : (w->n + width<float> - 1) / width<float>; }
+};
+
+// Panels `first` to `end` of one product.
+template <class W>
+static void pass(const Product &one, long first, long end, const float *x, long x_step, long m, bool add) {
+  const Matrix &matrix = *one.w;
   const W *w = (const W *)matrix.w;
-  const long size = width<W> * matrix.k, tiles = (m + MOST_TILE - 1) / MOST_TILE;
+  const long size = width<W> * matrix.k, tiles = (m + MOST_TILE - 1) / MOST_TILE, most = most_abreast<W>(m);
   const long share = (long)sizeof(W) * width<W> * 256 / tiles;
-#pragma omp parallel for schedule(static) if (m * matrix.n * matrix.k > WORTH_THREADS)
-  for (long panel = 0; panel < (matrix.n + width<W> - 1) / width<W>; panel++) {
+  for (long panel = first, count; panel < end; panel += count) {
+    count = end - panel < most ? end - panel : most;
     const W *here = w + panel * size;
     for (long t = 0; t < tiles; t++) {  // rows are shared out evenly: a tile of one row would wait for its own sums
       const long from = m * t / tiles, rows = m * (t + 1) / tiles - from;
       const Fetch fetch{(const char *)(here + size) + ((t * share * matrix.k) >> 8), share};
-      strips<MOST_TILE, W>(rows, matrix, here, panel * width<W>, x + from * x_step, x_step, y + from * y_step, y_step, add, fetch);
+      strips<MOST_TILE, W>(rows, count, matrix, here, panel * width<W>, x + from * x_step, x_step, one.y + from * one.y_step, one.y_step, add, fetch);
+    }
+  }
+}
+
+extern "C" int omp_get_thread_num(void);
+extern "C" int omp_get_num_threads(void);
+
+// Every thread takes its share of all panels, which have the same bytes for each k whatever they hold.
+static void pass_all(const Product *all, long count, const float *x, long x_step, long m, bool add) {
+  long panels = 0, work = 0;
+  for (long i = 0; i < count; i++) panels += all[i].panels(), work += m * all[i].w->n * all[i].w->k;
+#pragma omp parallel if (work > WORTH_THREADS)
+  {
+    const long me = omp_get_thread_num(), threads = omp_get_num_threads();
+    long first = panels * me / threads, end = panels * (me + 1) / threads;
+    for (long i = 0; i < count; i++) {
+      const long own = all[i].panels(), from = first > 0 ? first : 0, until = end < own ? end : own;
+      if (all[i].w->scale) pass<int8_t>(all[i], from, until, x, x_step, m, add);
+      else pass<float>(all[i], from, until, x, x_step, m, add);
+      first -= own, end -= own;
     }
   }
 }
@@ -106,12 +154,18 @@ static void panels(const Matrix &matrix, const float *x, long x_step, float *y, 
 // Rows that go through a matrix together: their numbers stay in the second cache while the panels pass by. 4,096 rows in one go cost 1.4 times as much.
 constexpr long MOST_ROWS = 256;
 
-// m rows; `x_step` and `y_step` are the distances between rows; `add` keeps what y holds.
-static void product(const Matrix &w, const float *x, long x_step, float *y, long y_step, long m, bool add = false) {
+// Up to four matrices of the same k; m rows, `x_step` apart; `add` keeps what y holds.
+static void products(std::initializer_list<Product> all, const float *x, long x_step, long m, bool add = false) {
   const long parts = (m + MOST_ROWS - 1) / MOST_ROWS;
   for (long part = 0; part < parts; part++) {
     const long from = m * part / parts, rows = m * (part + 1) / parts - from;
-    if (w.scale) panels<int8_t>(w, x + from * x_step, x_step, y + from * y_step, y_step, rows, add);
-    else panels<float>(w, x + from * x_step, x_step, y + from * y_step, y_step, rows, add);
+    Product moved[4];
+    long count = 0;
+    for (const Product &one : all) moved[count++] = {one.w, one.y + from * one.y_step, one.y_step};
+    pass_all(moved, count, x + from * x_step, x_step, rows, add);
   }
+}
+
+static void product(const Matrix &w, const float *x, long x_step, float *y, long y_step, long m, bool add = false) {
+  products({{&w, y, y_step}}, x, x_step, m, add);
 }

@@ -115,7 +115,7 @@ def _run_ranks(context: CheckContext, ranks: int) -> tuple[list[dict[str, Any]],
             )
     trouble, slow = _wait(context, processes, LIMIT_S if context.quick else 10 * LIMIT_S)
     if trouble:
-        return [], f"{trouble}; see {folder.name}/rank-*.log", slow
+        return [], f"{trouble}; see {folder}/rank-*.log", slow
     reports = [
         json.loads(Path(f"{folder / 'rank-'}{rank}.json").read_text(encoding="utf-8"))
         for rank in range(ranks)
