@@ -11,7 +11,7 @@ rows count those too.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,9 +48,9 @@ def table_of(family: str) -> str:
     return family.split("|")[0]
 
 
-def forgetting(model: Model, names: set[str]) -> Model:
-    """The model as if these runs had never been published."""
-    keep = [i for i, one in enumerate(model.process.points) if one.name not in names]
+def forgetting(model: Model, group: str, by: Callable[[str], str]) -> Model:
+    """The model as if no run of this group had ever been published."""
+    keep = [i for i, one in enumerate(model.process.points) if by(one.family) != group]
     points = tuple(model.process.points[i] for i in keep)
     targets = model.process.targets[keep]
     return replace(model, process=replace(model.process, points=points, targets=targets))
@@ -69,14 +69,15 @@ def words_of(row: Row) -> str:
 def compare(rows: Sequence[Row], *, tables: bool, least: int) -> Compared:
     """Every group of `least` rows or more: whole tables, else families."""
     groups: dict[str, list[Row]] = {}
+    by = table_of if tables else str
     for row in rows:
-        groups.setdefault(table_of(row["family"]) if tables else row["family"], []).append(row)
+        groups.setdefault(by(row["family"]), []).append(row)
     found = Compared([], [])
-    for members in groups.values():
+    for group, members in groups.items():
         if len(members) < least:
             continue
         first, *sisters = members
-        blank = forgetting(shipped(), {row["id"] for row in members})
+        blank = forgetting(shipped(), group, by)
         (run,) = anchor.read_anchor(words_of(first), job_of(first).shape)
         assert run.job is not None, f"{words_of(first)} is read as a service"
         model = blank.with_anchor(run.job, run.job.tokens_per_step / run.value / run.job.chips)
