@@ -10,17 +10,16 @@ Where recomputation is not printed both are run without and with selective recom
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from bascule.plan.fit import DATA, measured_tokens
+from plan_peers import Said, asked, by_source, peer_scored, show
+
 from bascule.plan.job import Job
-from bascule.plan.runs_table import Row, job_of, read_rows
-from bascule.plan.score import Scored, as_text, report, score_training, training_rows
+from bascule.plan.runs_table import Row, job_of
+from bascule.plan.score import score_training
 
 RECOMPUTE = {"none": "none", "selective": "attn_only", "full": "full"}
 
@@ -46,9 +45,7 @@ def execution(job: Job, recompute: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def calculon_tokens(
-    job: Job, recompute: str, folder: Path, python: str
-) -> tuple[float | None, str]:
+def calculon_tokens(job: Job, recompute: str, folder: Path, python: str) -> Said:
     """Tokens a second and chip as Calculon has them, or why it refuses."""
     s = job.shape
     application = {
@@ -72,32 +69,20 @@ def calculon_tokens(
     return job.tokens_per_step / seconds / job.chips, ""
 
 
-def score_calculon(rows: Sequence[Row], unknown: str, folder: Path, python: str) -> list[Scored]:
-    result = []
-    for row in rows:
-        job = job_of(row)
-        recompute = RECOMPUTE[job.layout.recompute] if row["recompute"] else unknown
-        value, why = calculon_tokens(job, recompute, folder, python)
-        result.append(Scored(row["id"], row["family"].split("|")[0], row["family"], measured_tokens(row) or 1.0, value, None, None, why))  # fmt: skip
-    return result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("calculon", type=Path)
-    parser.add_argument("--python", default="python3")
-    parser.add_argument("--runs", type=Path, default=DATA / "runs.csv")
-    options = parser.parse_args()
-    rows = [row for row in training_rows(read_rows(options.runs)) if expressible(row)]
+    folder, python, rows = asked(__doc__, expressible)
     for unknown in ("attn_only", "none"):
-        found = score_calculon(rows, unknown, options.calculon, options.python)
-        print(f"Calculon, recomputation '{unknown}' where not printed\n{as_text(report(found))}\n")
-    kept = {row["id"] for row in rows}
-    ours = [one for one in score_training(rows) if one.name in kept]
-    by_source = [Scored(one.name, one.family.split("|")[0], one.family, one.published, one.predicted, one.low, one.high) for one in ours]  # fmt: skip
-    print(f"ours\n{as_text(report(by_source))}")
+
+        def tokens(row: Row, otherwise: str = unknown) -> Said:
+            job = job_of(row)
+            recompute = RECOMPUTE[job.layout.recompute] if row["recompute"] else otherwise
+            return calculon_tokens(job, recompute, folder, python)
+
+        show(
+            f"Calculon, recomputation '{unknown}' where not printed",
+            by_source(peer_scored(rows, tokens)),
+        )
+    show("ours", by_source(score_training(rows)))
 
 
 if __name__ == "__main__":

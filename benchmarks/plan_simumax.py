@@ -9,16 +9,16 @@ taken on the machine that ran them. Ours predicts each row without its family, a
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-from bascule.plan.fit import DATA, measured_tokens
+from plan_anchor import compare, table_of
+from plan_peers import Said, asked, peer_scored, show
+
 from bascule.plan.job import Job
-from bascule.plan.runs_table import Row, job_of, read_rows
-from bascule.plan.score import Scored, as_text, report, score_training, training_rows
+from bascule.plan.runs_table import Row, job_of
+from bascule.plan.score import score_training
 
 SYSTEM = "configs/system/b200_bf16_ceperm.json"
 
@@ -71,15 +71,14 @@ def model(job: Job) -> dict[str, object]:
     return {
         "model_type": "dense", "model_name": s.name, "hidden_size": s.hidden, "head_num": s.heads, "kv_head_num": s.kv_heads,
         "head_size": s.head_dim, "intermediate_size": s.ffn, "layer_num": s.layers, "vocab_size": s.vocab, "use_swiglu": True,
-
     }  # fmt: skip
 
 
-def simumax_tokens(job: Job, folder: Path, python: str) -> tuple[float | None, str]:
+def simumax_tokens(job: Job, folder: Path, python: str) -> Said:
     """Tokens a second and chip as SimuMax has them, or why it refuses."""
-    asked = {"strategy": strategy(job), "model": model(job), "system": str(folder / SYSTEM)}
+    question = {"strategy": strategy(job), "model": model(job), "system": str(folder / SYSTEM)}
     done = subprocess.run(
-        [python, "-c", DRIVER], input=json.dumps(asked), capture_output=True, text=True, check=False,
+        [python, "-c", DRIVER], input=json.dumps(question), capture_output=True, text=True, check=False,
         cwd=folder, env={"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )  # fmt: skip
     if done.returncode:
@@ -87,28 +86,14 @@ def simumax_tokens(job: Job, folder: Path, python: str) -> tuple[float | None, s
     return job.tokens_per_step / float(done.stdout.split()[-1]) / job.chips, ""
 
 
-def score_simumax(rows: Sequence[Row], folder: Path, python: str) -> list[Scored]:
-    result = []
-    for row in rows:
-        value, why = simumax_tokens(job_of(row), folder, python)
-        result.append(Scored(row["id"], row["vendor"], row["family"], measured_tokens(row) or 1.0, value, None, None, why))  # fmt: skip
-    return result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default="python3")
-    parser.add_argument("--runs", type=Path, default=DATA / "runs.csv")
-    options = parser.parse_args()
-    rows = [row for row in training_rows(read_rows(options.runs)) if expressible(row)]
-    theirs = score_simumax(rows, options.folder.resolve(), options.python)
-    print(f"SimuMax, {len(rows)} rows\n{as_text(report(theirs))}\n")
-    print(f"ours, family left out\n{as_text(report(score_training(rows)))}\n")
-    whole = score_training(rows, by=lambda point: point.family.split("|")[0])
-    print(f"ours, all of its table left out\n{as_text(report(whole))}\n")
+    folder, python, rows = asked(__doc__, expressible)
+    theirs = peer_scored(rows, lambda row: simumax_tokens(job_of(row), folder, python))
+    show(f"SimuMax, {len(rows)} rows", theirs)
+    show("ours, family left out", score_training(rows))
+    whole = score_training(rows, by=lambda point: table_of(point.family))
+    show("ours, all of its table left out", whole)
+    print(compare(rows, tables=True, least=2).line("ours, one row given as --anchor") + "\n")
     ours = {one.name: one for one in whole}
     for one in theirs:
         said = "refused" if one.error is None else f"{one.error:+.1%}"

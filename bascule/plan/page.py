@@ -1,40 +1,24 @@
 """The answer as one self-contained HTML page: bars with intervals, step and memory breakdown, calendar, tornado, roofline.
 
-Each chart is a small function from plain values to an SVG string; the frame is `page.html`.
+The charts are `charts.py`'s, the frame is `page.html`.
 """
 
 from __future__ import annotations
 
 import datetime
 import html
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from string import Template
 
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer
+from bascule.plan.charts import Finish, calendar, interval_bars, roofline, stacks, tornado
 from bascule.plan.cost import gemm_peak, memory_bytes_s
 from bascule.plan.figures import Triple, moved, number
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
 from bascule.plan.render import LONGEST_DAYS, finish_dates, service_text
 from bascule.plan.service_price import Service
-
-PALETTE = (
-    "#2f6fb0",
-    "#c8642c",
-    "#3f8f6b",
-    "#8a5fb0",
-    "#b59a2d",
-    "#6b7a90",
-    "#b04a6a",
-    "#3a9aa8",
-    "#7c6a4f",
-    "#9aa23c",
-    "#577399",
-    "#a3735c",
-)
-WIDTH, LEFT, RIGHT, ROW = 940, 230, 30, 34
 
 
 def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
@@ -208,82 +192,9 @@ def _cell(e: Estimate) -> str:
     return f"{number(e.value)} <span class='soft'>{number(e.low)} to {number(e.high)}</span>"
 
 
-def _svg(height: float, body: str, label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(label)}">{body}</svg>'
-
-
-def _text(x: float, y: float, words: str, *, anchor: str = "start", soft: bool = False) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{" class=soft" if soft else ""}>{html.escape(words)}</text>'
-
-
-def _rect(x: float, y: float, width: float, height: float, color: str, title: str = "") -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height:.1f}" fill="{color}" rx="2"><title>{html.escape(title)}</title></rect>'
-
-
 def _bars(trainings: Sequence[TrainingAnswer], pick: Callable[[TrainingAnswer], Estimate]) -> str:
     """One bar an option, a whisker for its 80 % interval."""
     return interval_bars([(t.name, pick(t)) for t in trainings])
-
-
-def interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
-    """Name, bar with its whisker, value: in a line on a desk, the name above the bar on a phone, always readable."""
-    most = max(e.high for _, e in rows) or 1.0
-    lines = []
-    for i, (name, e) in enumerate(rows):
-        bar, low, high = (
-            f"{100 * value / most:.2f}%" for value in (e.value, e.low, e.high - e.low)
-        )
-        value = f"{number(e.value)} {e.unit}" if e.value or e.basis else "no public price"
-        span = f"80 %: {number(e.low)} to {number(e.high)}" if e.value else ""
-        lines.append(
-            f"<div class='bar'><span>{html.escape(name)}</span><div class='track' title='{html.escape(e.basis, quote=True)}'>"
-            f"<i style='width:{bar};background:{PALETTE[i % len(PALETTE)]}'></i><u style='left:{low};width:{high}'></u></div>"
-            f"<span>{html.escape(value)} <span class='soft'>{span}</span></span></div>"
-        )
-    return f"<div role='img' aria-label='bars with 80 % intervals'>{''.join(lines)}</div>"
-
-
-def stacks(
-    rows: Sequence[tuple[str, Mapping[str, float]]],
-    unit: str,
-    divide: float,
-    limit: float | None = None,
-    names: Sequence[str] = (),
-) -> str:
-    """Stacked bars with a legend; `limit` draws a line (a chip's memory)."""
-    keys = list(names) or list(dict.fromkeys(key for _, parts in rows for key in parts))
-    most = max([sum(parts.values()) / divide for _, parts in rows] + ([limit] if limit else []))
-    scale = (WIDTH - LEFT - RIGHT - 80) / most
-    body, y = "", 6.0
-    for name, parts in rows:
-        x = float(LEFT)
-        body += _text(0, y + 15, name)
-        for index, key in enumerate(keys):
-            value = parts.get(key, 0.0) / divide
-            if value > 0:
-                body += _rect(
-                    x,
-                    y,
-                    value * scale,
-                    22,
-                    PALETTE[index % len(PALETTE)],
-                    f"{key}: {number(value)} {unit}",
-                )
-                x += value * scale
-        body += _text(x + 6, y + 15, f"{number(sum(parts.values()) / divide)} {unit}")
-        y += ROW
-    if limit:
-        at = LEFT + limit * scale
-        body += f'<path d="M{at:.1f} 0V{y:.1f}" stroke="#c0392b" stroke-dasharray="4 3"/>' + _text(
-            at - 4, y + 8, f"chip: {number(limit)} {unit}", anchor="end", soft=True
-        )
-        y += 12
-    for index, key in enumerate(keys):
-        x, line = LEFT + (index % 4) * 170, y + 14 + (index // 4) * 20
-        body += _rect(x, line - 10, 12, 12, PALETTE[index % len(PALETTE)]) + _text(
-            x + 18, line, key
-        )
-    return _svg(y + 24 + ((len(keys) - 1) // 4) * 20, body, "stacked bars")
 
 
 def _memory(t: TrainingAnswer) -> str:
@@ -302,69 +213,16 @@ def _memory(t: TrainingAnswer) -> str:
     )
 
 
-LABELS = 5  # dates that fit under the calendar without touching
-
-
 def _calendar(trainings: Sequence[TrainingAnswer], start: datetime.date) -> str:
-    """From the start to the finish, the 80 % spread of the finish shaded."""
-    most = min(max(t.days.high for t in trainings), LONGEST_DAYS)
-    scale = (WIDTH - LEFT - RIGHT - 60) / most
-    body = ""
-    months = int(most // 30.44) + 1
-    for month in range(0, months + 1, max(1, math.ceil(months / LABELS))):
-        x = LEFT + month * 30.44 * scale
-        if x > WIDTH - RIGHT - 15:
-            break
-        day = start + datetime.timedelta(days=month * 30.44)
-        body += f'<path class="axis" d="M{x:.1f} 0V{len(trainings) * ROW + 6}"/>' + _text(
-            x, len(trainings) * ROW + 20, f"{day:%d %b %Y}", anchor="middle", soft=True
-        )
-    for i, t in enumerate(trainings):
-        y = i * ROW + 6
-        finish, early, late = finish_dates(t, start)
-        body += _text(0, y + 15, t.name) + _rect(LEFT, y, t.days.low * scale, 22, PALETTE[i])
-        spread = _rect(
-            LEFT + t.days.low * scale,
-            y,
-            (t.days.high - t.days.low) * scale,
-            22,
-            PALETTE[i],
-            f"finish between {early} and {late}",
-        )
-        body += spread.replace(" rx=", ' fill-opacity="0.35" rx=')
-        body += _text(LEFT + t.days.value * scale, y + 15, f"{finish:%d %b %Y}", anchor="middle")
-    return _svg(len(trainings) * ROW + 30, body, "calendar with finish dates")
+    options = [
+        Finish(t.name, (t.days.value, t.days.low, t.days.high), finish_dates(t, start))
+        for t in trainings
+    ]
+    return calendar(options, start, LONGEST_DAYS)
 
 
 def _tornado(p: Preference) -> str:
-    """Each assumption's swing of the cost ratio on a logarithmic axis, the line at 1 where the answer turns."""
-    low, high = min([s.low for s in p.swings] + [0.9]), max([s.high for s in p.swings] + [1.1])
-    left = LEFT + 90
-    scale = (WIDTH - left - RIGHT - 90) / math.log(high / low)
-
-    def at(value: float) -> float:
-        return left + math.log(value / low) * scale
-
-    body = "".join(
-        _text(0, i * ROW + 21, s.assumption)
-        + _rect(
-            at(s.low),
-            i * ROW + 6,
-            at(s.high) - at(s.low),
-            22,
-            PALETTE[1] if s.turns else PALETTE[0],
-            f"{s.low:.2f}x to {s.high:.2f}x",
-        )
-        + _text(at(s.high) + 6, i * ROW + 21, f"{s.low:.2f}x to {s.high:.2f}x")
-        for i, s in enumerate(p.swings)
-    )
-    bottom = len(p.swings) * ROW + 6
-    for value, dashes, line, words in (
-        (1.0, "4 3", 14, "same cost"),
-        (p.cost_ratio, "none", 28, f"as asked, {p.cost_ratio:.2f}x"),
-    ):
-        body += f'<path d="M{at(value):.1f} 0V{bottom}" stroke="currentColor" stroke-dasharray="{dashes}"/>'
-        body += _text(at(value), bottom + line, words, anchor="middle", soft=True)
+    """How far each assumption moves the cost ratio, and in words which of them turns the answer."""
     equal = ", equal prices taken" if p.money_ratio is None else ""
     turning = [s.assumption for s in p.swings if s.turns]
     words = (
@@ -373,51 +231,17 @@ def _tornado(p: Preference) -> str:
         else "None of these alone turns the answer."
     )
     note = f"Cost of the second over the first (logarithmic{equal}). {words}"
-    return f'{_svg(bottom + 36, body, "sensitivity")}<p class="soft">{html.escape(note)}</p>'
+    return f'{tornado(p.swings, p.cost_ratio)}<p class="soft">{html.escape(note)}</p>'
 
 
 def _roofline(t: TrainingAnswer) -> str:
     """Peak against bytes moved: the model's matrix products, experts and attention as points on the chip's roof."""
     peak, bandwidth = gemm_peak(t.ask.chip, t.ask.precision), memory_bytes_s(t.ask.chip)
-    height, bottom = 260, 230
-    points = [(name, intensity) for name, intensity in operators(t).items() if intensity > 0]
-    low, high = 1.0, max(4e3, *(i for _, i in points)) * 1.5
-    span = WIDTH - 60 - RIGHT
-
-    def x_of(intensity: float) -> float:
-        return 60 + span * math.log(max(intensity, low) / low) / math.log(high / low)
-
-    def y_of(rate: float) -> float:
-        return bottom - (bottom - 36) * max(
-            0.0, math.log(rate / (bandwidth * low)) / math.log(peak / (bandwidth * low))
-        )
-
-    ridge = peak / bandwidth
-    body = f'<path d="M{x_of(low):.1f} {y_of(bandwidth * low):.1f}L{x_of(ridge):.1f} {y_of(peak):.1f}H{x_of(high):.1f}" stroke="currentColor" stroke-width="2" fill="none"/>'
-    body += _text(
-        x_of(high),
-        y_of(peak) - 14,
-        f"{peak / 1e12:,.0f} TFLOPS dense {t.ask.precision}",
-        anchor="end",
-        soft=True,
-    )
-    body += _text(x_of(ridge), bottom + 18, f"ridge {ridge:.0f} FLOP/B", anchor="middle", soft=True)
-    for i, (name, intensity) in enumerate(points):
-        rate = min(peak, bandwidth * intensity)
-        body += (
-            f'<circle cx="{x_of(intensity):.1f}" cy="{y_of(rate):.1f}" r="6" fill="{PALETTE[i]}"/>'
-            + _text(
-                x_of(intensity),
-                y_of(rate) + 22 + 16 * (i % 3),
-                f"{name} ({intensity:.2g} FLOP/B)"
-                if intensity < 10
-                else f"{name} ({intensity:.0f} FLOP/B)",
-                anchor="start" if intensity < 10 else "middle",
-            )
-        )
+    points = {name: intensity for name, intensity in operators(t).items() if intensity > 0}
+    words = f"{peak / 1e12:,.0f} TFLOPS dense {t.ask.precision}"
     return (
-        _svg(height, body, "roofline")
-        + '<p class="soft">Position: FLOPs per byte of this layout, weights and activations counted once (logarithmic).</p>'
+        roofline(points, peak, bandwidth, words)
+        + '<p class="soft">Across: FLOPs per byte of this layout, weights and activations counted once (logarithmic). Up: the rate that the roof allows.</p>'
     )
 
 

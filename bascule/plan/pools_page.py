@@ -6,9 +6,10 @@ import html
 from collections.abc import Sequence
 
 from bascule.plan.answer import Estimate
+from bascule.plan.charts import interval_bars, stacks
 from bascule.plan.figures import number
 from bascule.plan.memory import GIB
-from bascule.plan.page import framed, interval_bars, section, stacks
+from bascule.plan.page import framed, section
 from bascule.records import OptionPriced
 
 UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))

@@ -146,7 +146,7 @@ def _priced(shape: Shape, ask: ServeAsk, pue: float, model: ServeModel) -> Servi
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,
-        cache_gb=batch * shape.cached(ask.prompt + ask.completion) * both.cache_bytes / 1e9,
+        cache_gb=batch * shape.cached(both.context) * both.cache_bytes / 1e9,
         memory_gb=ask.chip.memory_gb, parts=step_s(both, model.constants, batch),
         prefill_chips_per_decode_chip=(ask.prompt / ask.completion) * decode[0] / prefill[0],
         usd_per_m_out=(usd[0], usd[1], usd[2]) if usd else None, kwh_per_m_out=seconds * 1e6 / 3600 * watts / 1000 * pue,

@@ -20,7 +20,7 @@ WEIGHT_BYTES = {
     "int8": 1.0,
     "fp4": 0.5625,
 }  # 4-bit formats carry a scale for every 16 or 32 values
-MEMORY_USABLE = 0.88
+MEMORY_USABLE = 0.92  # of a chip's memory, for weights and cache: engines set 0.9 to 0.95 by default or by tuning
 INDEX_READ = 0.1  # of a position's cache, what an index keeps of it and reads each time
 SOFTWARE_TODAY = 2026.4  # year, with its fraction, of software that nobody dates
 LEAST_BATCH = 0.01  # sequences a chip; what is left where the weights alone fill the memory
@@ -48,6 +48,7 @@ class ServeConstants:
     layer: float = math.log(75e-6)  # launch and synchronisation floor of a layer
     layer_moe: float = math.log(1.5)  # further factor where the layer routes tokens to experts
     sequence: float = math.log(8e-6)  # scheduling and sampling a sequence and step
+    request: float = math.log(1e-3)  # chip-seconds a request costs before its first token
     exposed: float = math.log(0.7)  # share of collectives not hidden
     rows: float = math.log(24.0)  # rows per chip at which half of the matrix rate is lost
     mixing: float = math.log(1.5)  # prompts cost more where they interrupt decoding
@@ -67,6 +68,7 @@ SERVE_PRIOR_SD = ServeConstants(
     layer=0.35,
     layer_moe=0.21,
     sequence=0.56,
+    request=0.7,
     exposed=0.35,
     rows=0.49,
     mixing=0.28,
@@ -239,16 +241,19 @@ def prefill_s_per_token(p: Serving, c: ServeConstants) -> float:
     )
     hidden = 0.5 if p.split else 1.0  # two halves of a batch hide each other's; all-reduces wait
     moved = hidden * math.exp(c.exposed) * _collectives(p, 1.0)
-    return (2 * active / rate + attention + moved) * (1 - p.cached)
+    ranks = 1 if p.split and s.moe else p.replica  # tensor parallelism's chips all wait for one
+    admitted = math.exp(c.request) * ranks / max(1.0, p.prompt)
+    return (2 * active / rate + attention + moved) * (1 - p.cached) + admitted
 
 
 def memory_batch(p: Serving) -> float:
-    """Sequences a decoding chip that its memory can hold beside the weights; at least a hundredth."""
+    """Sequences a decoding chip that its memory can hold beside the weights; at least a hundredth. A paged cache holds what is
+    there, not what a sequence may come to: the mean of its context."""
     s, n = p.shape, p.replica
     dense = s.parameters - s.expert_parameters
     held = (dense if p.split and s.moe else dense / n) + s.expert_parameters / n
     room = MEMORY_USABLE * (p.chip.memory_gb or 64.0) * 1e9 - held * p.element_bytes
-    return max(0.01, room / (p.cache_bytes * p.shape.cached(p.prompt + p.completion) * p.copies))
+    return max(0.01, room / (p.cache_bytes * p.shape.cached(p.context) * p.copies))
 
 
 def token_s(p: Serving, c: ServeConstants, batch: float) -> float:

@@ -65,7 +65,7 @@ def test_the_pools_have_a_page(recipe: Path, tmp_path: Path) -> None:
     page = tmp_path / "p.html"
     assert main(["plan", str(recipe), "--html", str(page)]) == 0
     words = page.read_text()
-    assert words.count("<svg") == 2 and words.count("class='track'") == 1
+    assert words.count("aria-label='stacked bars'") == 2 and words.count("<u style=") == 1
     assert "here" in words and "GiB" in words and "USD" in words and "http" not in words
 
 
