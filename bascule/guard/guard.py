@@ -33,15 +33,19 @@ from bascule.guard.casebook import Casebook
 from bascule.guard.checksum import Violation
 from bascule.guard.court import Case, Court
 from bascule.guard.hindsight import earlier_steps, first_difference
-from bascule.guard.noise import NoiseFloor
+from bascule.guard.noise import Difference, NoiseFloor
 from bascule.guard.observer import Observer
 from bascule.guard.proposal import Recomputer, StepProposal
-from bascule.guard.replay import Again, again, investigate, some_sequences
+from bascule.guard.repeats import Repeats
+from bascule.guard.replay import REPEATS, Again, again, investigate, some_sequences
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
 from bascule.records import StepStats
 
 REMEMBERED_BATCHES = 2
+
+RARE_REPEATS = 8
+"""Replays here of what was wrong in one of many equal steps: a fault that strikes one in five is met again with 83 %."""
 
 MEMORY_EVERY = 4
 """Steps between looks at the memory in use: a leak lasts, and on a CPU a look costs as much as the other sentinels together."""
@@ -381,14 +385,17 @@ class Guard:
     def _examine(self, first: int, batches: Sequence[Any], stepper: Recomputer) -> bool:
         """The closing examination: recent batches as steps that were never planned, under full checks, until no snapshot waits."""
         step, allowed = first, 2 * self._candidates.needed
+        repeats = Repeats(stepper, self.floor)
         while self._candidates.waiting and step < first + allowed:
-            batch = dataclasses.replace(batches[step % len(batches)], step=step)
-            one = again(stepper, batch, 0)
+            place = step % len(batches)
+            one = again(stepper, dataclasses.replace(batches[place], step=step), 0)
             if one.violations:
                 worst = one.violations[0]
                 cry = self.book.suspect(step, "closing checksum", worst.ratio, str(worst))
                 seen = self._seen(one.proposal)
                 self._settle(one.proposal, stepper, seen, cry, one.violations, False)
+            elif (differs := repeats.wrong_one(place, one.proposal)) is not None:
+                self._settle_unlike(*differs, stepper)
             elif not one.products:
                 break
             else:
@@ -396,6 +403,15 @@ class Guard:
                 self._certify_due()
             step += 1
         return not self._candidates.waiting
+
+    def _settle_unlike(self, proposal: Any, found: Difference, stepper: Recomputer) -> None:
+        """What checksums do not cover went wrong: that they covered every step since the last certified snapshot excuses nothing."""
+        told = (
+            f"the same batch at the same weights had another answer before or after: {found.detail}"
+        )
+        cry = self.book.suspect(proposal.step, "closing repeat", found.error, told, found.bound)
+        self._candidates = self._candidates.skipped()
+        self._settle(proposal, stepper, self._seen(proposal), cry, [], False, RARE_REPEATS)
 
     def _count(self, step: int, products: Sequence[int]) -> None:
         """They were right: that speaks for the snapshots that wait."""
@@ -460,6 +476,7 @@ class Guard:
         cry: Cry,
         violations: list[Violation],
         state_is_hit: bool,
+        repeats: int = REPEATS,
     ) -> bool:
         finding = investigate(
             proposal,
@@ -471,6 +488,7 @@ class Guard:
             same_kind=self._same_kind(),
             sibling=self.sibling,
             older=functools.partial(self.older, proposal.step, proposal.phase),
+            repeats=repeats,
         )
         case = Case(
             proposal=proposal,

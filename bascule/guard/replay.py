@@ -115,17 +115,18 @@ def investigate(
     same_kind: bool = False,
     sibling: Callable[[], Accelerator | None] = lambda: None,
     older: Callable[[], Sequence[Older]] = tuple,
+    repeats: int = REPEATS,
 ) -> Finding:
     """Replay a suspicious step and say whose fault it was.
 
     `violations`: what checksums saw while it was first computed. `other_batches`: recent batches that trained well, to part
     data from optimisation. `looks_normal`: do the sentinels accept this? `same_kind`: the referee is the same kind of chip. `sibling`
     opens another chip of the pool, if there is one; asked only when the fault repeats. `older`: snapshots of this phase from the newest
-    certified one on, oldest first; asked only when the chip is cleared.
+    certified one on, oldest first; asked only when the chip is cleared. `repeats`: how often here.
     """
     there = again(stepper, proposal.batch, FIRST_REPLAY, floor.referee)
     right = there.proposal
-    here = [again(stepper, proposal.batch, FIRST_REPLAY + 1 + repeat) for repeat in range(REPEATS)]
+    here = [again(stepper, proposal.batch, FIRST_REPLAY + 1 + repeat) for repeat in range(repeats)]
     if not same_kind:
         broken = {violation.op_index for violation in there.violations}
         violations = [one for one in violations if one.op_index not in broken]
@@ -134,7 +135,7 @@ def investigate(
             if not one.violations:
                 one.product = None
     first = floor.compare(proposal, right, stepper)
-    repeats = [floor.compare(one.proposal, right, stepper) for one in here]
+    answers = [floor.compare(one.proposal, right, stepper) for one in here]
     replays = [
         Replay(
             where=f"referee ({floor.referee.name})",
@@ -145,7 +146,7 @@ def investigate(
             + (f"; breaks a bound there too: {there.violations[0]}" if there.violations else ""),
         )
     ]
-    for one, found in zip(here, repeats, strict=True):
+    for one, found in zip(here, answers, strict=True):
         wrong = f"; {one.violations[0]}" if one.violations else ""
         replays.append(
             Replay(
@@ -170,7 +171,7 @@ def investigate(
         ]
     guilty_now = not first.agrees or bool(violations)
     guilty_again = [
-        not found.agrees or bool(one.violations) for one, found in zip(here, repeats, strict=True)
+        not found.agrees or bool(one.violations) for one, found in zip(here, answers, strict=True)
     ]
     if guilty_now or any(guilty_again):
         _blame_chip(finding, first, guilty_now, guilty_again, same_kind)

@@ -132,6 +132,30 @@ def test_a_rare_fault_that_lasts_is_met_by_the_closing_examination_at_the_latest
         assert all(step < struck for step in rig.certified)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_an_operator_that_errs_now_and_then_shows_where_equal_steps_should_be_equal(
+    tmp_path: Path, guarded: ModuleType, seed: int
+) -> None:
+    """One top-k in five loses its best entry. No product is wrong, and the witness of the last snapshot meets one top-k only."""
+    config = GuardConfig(checksum_every_steps=50, audit_every_steps=50)
+    rig = guarded.rig(tmp_path, f"sim:drop-best:low?seed={seed}&onset_step=4@cpu", config=config)
+    with pytest.raises((errors.ChipCondemned, errors.RollbackNeeded)):
+        rig.run(6, every=3)
+        rig.guard.certify_last(rig.stepper.propose, rig.objective.next_batch(7), rig.stepper)
+    assert all(step < guarded.truth(tmp_path)[0] for step in rig.certified)
+    assert rig.incidents[-1].attribution.endswith("fault")
+
+
+def test_answers_that_differ_in_their_last_bits_are_not_wrong(
+    tmp_path: Path, guarded: ModuleType
+) -> None:
+    config = GuardConfig(checksum_every_steps=50, audit_every_steps=50)
+    rig = guarded.rig(tmp_path, "sim:jitter@cpu", config=config)
+    rig.run(6, every=3)
+    assert rig.guard.certify_last(rig.stepper.propose, rig.objective.next_batch(7), rig.stepper)
+    assert rig.certified[-1] == 6 and rig.incidents == []
+
+
 def test_after_a_death_a_witnessed_snapshot_is_enough_and_after_a_suspicion_it_is_not(
     tmp_path: Path, guarded: ModuleType
 ) -> None:
