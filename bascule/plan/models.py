@@ -134,7 +134,7 @@ def from_table(path: Path) -> Shape:
     ]
     if least:
         raise RecipeError(
-            f"{path}: {', '.join(least)} {'is' if len(least) == 1 else 'are'} missing; a table needs hidden, layers, heads, head_dim, ffn and vocab."
+            f"{path}: {', '.join(least)} {'is' if len(least) == 1 else 'are'} missing; a table needs at least hidden, layers, heads, head_dim, ffn and vocab."
         )
     table.setdefault("name", path.stem)
     table.setdefault("kv_heads", table.get("heads"))
