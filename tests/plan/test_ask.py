@@ -256,5 +256,7 @@ def test_a_million_tokens_may_be_asked_for() -> None:
 def test_a_models_table_that_lacks_sizes_says_which(tmp_path: Path) -> None:
     path = tmp_path / "m.toml"
     path.write_text("hidden = 4096\nlayers = 32\nheads = 32\nffn = 9\nvocab = 9\n")
-    with pytest.raises(RecipeError, match=r"m.toml: head_dim is missing; a table needs at least hidden"):
+    with pytest.raises(
+        RecipeError, match=r"m.toml: head_dim is missing; a table needs at least hidden"
+    ):
         model_named(str(path))
