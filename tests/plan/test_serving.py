@@ -78,6 +78,11 @@ def test_a_replica_without_room_for_a_cache_is_refused_with_one_that_has(chip: s
     assert price_service(shape, asked, pue=1.3).cache_gb > 0
 
 
+def test_a_replica_of_more_chips_than_serve_together_is_refused_with_the_range() -> None:
+    with pytest.raises(RecipeError, match="1 to 4,096 chips that serve together"):
+        price_service(model_named("llama-3.1-8b"), parse_serve("100000 x H100, 50 ms"), pue=1.3)
+
+
 def test_the_batch_at_a_limit_keeps_it_to_a_hair() -> None:
     for milliseconds in (30, 60, 120, 400):
         p = replace(LONG, tpot_s=milliseconds / 1e3)
