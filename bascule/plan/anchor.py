@@ -13,7 +13,17 @@ from typing import Literal
 
 from bascule.errors import RecipeError, nearest
 from bascule.plan.architecture import Shape
-from bascule.plan.ask import ServeAsk, TrainAsk, parse_serve, parts_of, settled, started, train_part
+from bascule.plan.ask import (
+    TRAIN_UNSAID,
+    ServeAsk,
+    TrainAsk,
+    in_one,
+    parse_serve,
+    settled,
+    started,
+    train_part,
+)
+from bascule.plan.ask_parts import parts_of, taken
 from bascule.plan.catalogue import Chip
 from bascule.plan.cost import gemm_peak
 from bascule.plan.figures import Triple, number
@@ -146,10 +156,7 @@ def _model(part: str) -> Shape | None:
 def _training(
     text: str, head: str, rest: Sequence[str], shape: Shape, own: Mapping[str, Chip] | None
 ) -> Anchor:
-    ask = started(text, head, own)
-    for part in rest:
-        ask = train_part(ask, part)
-    ask = settled(ask)
+    ask = settled(taken(started(text, head, own), in_one(rest), train_part, TRAIN_UNSAID))
     if ask.measured is None:
         raise RecipeError(
             f"--anchor '{text}' does not say how fast it ran; add '410 tokens/s/chip', '840k tokens/s in all' or '12.5 s a step'."

@@ -6,20 +6,31 @@ Every part after the chip is optional and comes in any order. A part that is not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 from bascule.errors import RecipeError, nearest
 from bascule.plan.architecture import Shape
+from bascule.plan.ask_parts import (
+    NUM,
+    above_0,
+    length,
+    not_understood,
+    parts_of,
+    price_of,
+    pue_of,
+    quantity,
+    taken,
+    whole,
+)
 from bascule.plan.catalogue import Chip, find_chip
 from bascule.plan.goodput import Recovery
 from bascule.plan.job import Layout, Recompute, precision_class
 from bascule.plan.runs_table import STACKS
 from bascule.plan.schedule import SCHEDULES
-from bascule.plan.speed import MULTIPLES, Speed, speed_of
+from bascule.plan.speed import Speed, speed_of
 
-NUM = r"(?:\d+\.?\d*|\.\d+)"
 PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "fp4", "nvfp4", "int8")
 SOFTWARE = {
     "NVIDIA": "megatron-bridge",
@@ -40,6 +51,10 @@ def unheard_of(software: str, known: Iterable[str]) -> str:
     if software in names or software in ("unknown", "bascule"):
         return ""
     return f"no published run tells of the software '{software}'; those of others are leaned on less.{nearest(software.lower(), names)} Known: {', '.join(names)}"
+
+
+DEGREES = "tp|pp|cp|ep|dp|vpp|mb|zero"
+LAYOUT = re.compile(rf"(?:(?:{DEGREES})-?\d+\s*)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +99,17 @@ class ServeAsk:
     measured: tuple[Speed, ...] = ()
 
 
-def quantity(text: str) -> float | None:
-    """`14.8T`, `4k`, `15,360` as a number; None when it is not one. `4k` counts 1024 each only in token lengths."""
-    found = re.fullmatch(r"([\d,]*\.?\d+)\s*([kmbt]?)", text.strip().lower())
-    return float(found.group(1).replace(",", "")) * MULTIPLES[found.group(2)] if found else None
+TRAIN_UNSAID = {"tokens": -1.0, "sequence": -1, "batch": None, "precision": "", "software": "", "price_usd_h": None, "pue": None,
+                "failures": None, "layout": None, "schedule": None, "recompute": None, "measured": None}  # fmt: skip
+SERVE_UNSAID = {"prompt": -1, "completion": -1, "ttft_s": -1.0, "tpot_s": -1.0, "precision": "", "software": "", "price_usd_h": None,
+                "pue": None}  # fmt: skip
 
 
-def length(text: str) -> int | None:
-    """A token length: `4k` is 4096, `1M` 1048576, `131072` itself."""
-    found = re.fullmatch(r"(\d*\.?\d+)\s*([km])", text.strip().lower())
-    if found:
-        return round(float(found.group(1)) * (1024 if found.group(2) == "k" else 1024**2))
-    value = quantity(text)
-    return round(value) if value is not None else None
+def in_one(parts: Sequence[str]) -> list[str]:
+    """The parts with all that is said of the layout (`TP4, PP8`) in one."""
+    layout = [part for part in parts if LAYOUT.fullmatch(part.lower())]
+    rest = [part for part in parts if part not in layout]
+    return [*rest, " ".join(layout)] if layout else rest
 
 
 def parse_train(
@@ -108,9 +121,7 @@ def parse_train(
     """
     head, *rest = parts_of(text)
     ask = replace(started(text, head, extra), tokens=tokens or 0.0)
-    for part in rest:
-        ask = train_part(ask, part)
-    ask = settled(ask)
+    ask = settled(taken(ask, in_one(rest), train_part, TRAIN_UNSAID))
     if ask.tokens <= 0:
         raise RecipeError(
             f"'{text}' does not say how many tokens; add for instance ', 14.8T tokens'."
@@ -151,36 +162,28 @@ def settled(ask: TrainAsk) -> TrainAsk:
     return replace(ask, layout=layout)
 
 
-def parts_of(text: str) -> list[str]:
-    """What stands between the commas, at least one part; the comma of `6,144 x H800` or `batch 15,360` groups digits."""
-    whole = re.sub(
-        r"(?<![\w.])\d{1,3}(?:,\d{3})+(?!\d)", lambda found: found[0].replace(",", ""), text
-    )
-    return [part.strip() for part in whole.split(",") if part.strip()] or [""]
-
-
 def train_part(ask: TrainAsk, part: str) -> TrainAsk:
     """The question with one part more. Raises RecipeError naming what would be understood."""
     word = part.lower()
     if (speed := speed_of(part)) is not None:
         return replace(ask, measured=speed)
     if found := re.fullmatch(rf"({NUM}\s*[kmbt]?)\s*tokens?", word):
-        return replace(ask, tokens=_above_0(part, quantity(found.group(1))))
+        return replace(ask, tokens=above_0(part, quantity(found.group(1))))
     if found := re.fullmatch(rf"(?:seq|sequence)\s*({NUM}\s*[km]?)", word):
-        return replace(ask, sequence=int(_above_0(part, length(found.group(1)))))
+        return replace(ask, sequence=whole(part, length(found.group(1))))
     if found := re.fullmatch(rf"batch\s*({NUM}\s*k?)", word):
-        return replace(ask, batch=int(_above_0(part, quantity(found.group(1)))))
+        return replace(ask, batch=whole(part, quantity(found.group(1))))
     if word in PRECISIONS:
         return replace(ask, precision=precision_class(word))
-    if (price := _price(part)) is not None:
+    if (price := price_of(part)) is not None:
         return replace(ask, price_usd_h=price)
     if found := re.fullmatch(rf"pue\s*({NUM})", word):
-        return replace(ask, pue=_pue(found.group(1)))
+        return replace(ask, pue=pue_of(found.group(1)))
     if found := re.fullmatch(rf"({NUM})\s*failures", word):
-        return replace(ask, failures=_above_0(part, quantity(found.group(1))))
+        return replace(ask, failures=above_0(part, quantity(found.group(1))))
     if found := re.fullmatch(r"recompute\s*(none|selective|full)", word):
         return replace(ask, recompute=cast(Recompute, found.group(1)))
-    if re.fullmatch(rf"(?:(?:{DEGREES})-?\d+\s*)+", word):
+    if LAYOUT.fullmatch(word):
         return replace(ask, layout=parse_layout(word, ask.chips))
     if word in SCHEDULES:
         return replace(ask, schedule=word)
@@ -189,7 +192,7 @@ def train_part(ask: TrainAsk, part: str) -> TrainAsk:
             ask,
             recovery=replace(
                 ask.recovery or Recovery(),
-                **{f"{found.group(1)}_s": _above_0(part, quantity(found.group(2)))},
+                **{f"{found.group(1)}_s": above_0(part, quantity(found.group(2)))},
             ),
         )
     if word.startswith("software "):
@@ -199,7 +202,7 @@ def train_part(ask: TrainAsk, part: str) -> TrainAsk:
         raise RecipeError(
             f"'{part}' has no unit; write '{part} tokens'{small if (quantity(word) or 0) < 1e9 else ''}."
         )
-    raise _not_understood(
+    raise not_understood(
         part,
         [
             "14.8T tokens",
@@ -227,12 +230,12 @@ def software_named(text: str, known: Iterable[str]) -> str:
     return next((one for one in known if re.sub(r"[^a-z0-9]", "", one) == key), text)
 
 
-DEGREES = "tp|pp|cp|ep|dp|vpp|mb|zero"
-
-
 def parse_layout(text: str, chips: int) -> Layout:
     """`TP4 PP8 EP32 CP1 VPP2 MB1 ZERO1` as a layout; data parallel is what is left. Refuses one that does not divide the chips."""
-    sizes = {name: int(value) for name, value in re.findall(rf"({DEGREES})-?(\d+)", text.lower())}
+    named = re.findall(rf"({DEGREES})-?(\d+)", text.lower())
+    sizes = {name: int(value) for name, value in named}
+    if len(sizes) < len(set(named)):
+        raise RecipeError(f"'{text}' gives a degree twice; keep one of each.")
     tp, pp, cp = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)
     if (
         min(sizes.values(), default=1) < 1
@@ -308,13 +311,11 @@ def parse_serve(text: str, extra: Mapping[str, Chip] | None = None) -> ServeAsk:
     ask = ServeAsk(
         text=text,
         chip=chip,
-        chips=int(_above_0(head, float(found.group(1)))) if found else None,
+        chips=int(above_0(head, float(found.group(1)))) if found else None,
         price_usd_h=chip.price_usd_h,
         precision=precision,
     )
-    for part in rest:
-        ask = serve_part(ask, part)
-    return ask
+    return taken(ask, rest, serve_part, SERVE_UNSAID)
 
 
 def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
@@ -323,9 +324,9 @@ def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
     if (speed := speed_of(part, serving=True)) is not None:
         return replace(ask, measured=(*ask.measured, speed))
     if found := re.fullmatch(rf"({NUM}\s*[km]?)\s*(?:in|prompt)", word):
-        return replace(ask, prompt=int(_above_0(part, length(found.group(1)))))
+        return replace(ask, prompt=whole(part, length(found.group(1))))
     if found := re.fullmatch(rf"({NUM}\s*[km]?)\s*(?:out|completion)", word):
-        return replace(ask, completion=int(_above_0(part, length(found.group(1)))))
+        return replace(ask, completion=whole(part, length(found.group(1))))
     if found := re.fullmatch(rf"(ttft|tpot)?\s*({NUM})\s*(ms|s)(?:\s*(ttft|tpot))?", word):
         seconds = float(found.group(2)) / (1000 if found.group(3) == "ms" else 1)
         if seconds <= 0:
@@ -338,18 +339,18 @@ def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
     if word.startswith("software "):
         return replace(ask, software=software_named(part[9:].strip(), SERVERS))
     if found := re.fullmatch(r"(\d+)\s*chips?", word):
-        return replace(ask, chips=int(_above_0(part, float(found.group(1)))))
+        return replace(ask, chips=int(above_0(part, float(found.group(1)))))
     if word in PRECISIONS:
         return replace(ask, precision=precision_class(word))
-    if (price := _price(part)) is not None:
+    if (price := price_of(part)) is not None:
         return replace(ask, price_usd_h=price)
     if found := re.fullmatch(rf"pue\s*({NUM})", word):
-        return replace(ask, pue=_pue(found.group(1)))
+        return replace(ask, pue=pue_of(found.group(1)))
     if re.fullmatch(NUM, word):
         raise RecipeError(
             f"'{part}' has no unit; write '{part} ms', '{part} in', '{part} out' or '{part} chips'."
         )
-    raise _not_understood(
+    raise not_understood(
         part,
         [
             "4k in",
@@ -363,46 +364,4 @@ def serve_part(ask: ServeAsk, part: str) -> ServeAsk:
             "software NAME",
             "measured decode 1850 tokens/s/chip",
         ],
-    )
-
-
-def _above_0(part: str, value: float | None) -> float:
-    if not value or value < 0:
-        raise RecipeError(f"'{part}': the number must be above 0.")
-    return value
-
-
-def _price(part: str) -> float | None:
-    found = re.fullmatch(
-        rf"\$?\s*(-?{NUM})\s*([a-z$€£¥]*)\s*(?:/|\bper\b)\s*(?:chip-?)?h(?:r|our)?", part.lower()
-    )
-    if not found:
-        return None
-    if not found.group(2) and "$" not in part:
-        raise RecipeError(f"'{part}' has no currency; write for instance '{found.group(1)} USD/h'.")
-    if found.group(2) not in ("", "usd", "$", "us$"):
-        raise RecipeError(
-            f"'{part}': give the price in USD/h (the planner holds no exchange rate)."
-        )
-    if float(found.group(1)) < 0:
-        raise RecipeError(
-            f"'{part}': a price cannot be negative; 0 or more USD per chip and hour is allowed."
-        )
-    return float(found.group(1))
-
-
-def _pue(text: str) -> float:
-    value = float(text)
-    if not 1.0 <= value <= 3.0:
-        raise RecipeError(
-            f"PUE {value} is out of range; 1.0 to 3.0 is allowed (facility power over machine power)."
-        )
-    return value
-
-
-def _not_understood(part: str, allowed: list[str]) -> RecipeError:
-    if re.search(r"(?<!\w)-\s*\.?\d", part):
-        return RecipeError(f"'{part}': the number must be above 0.")
-    return RecipeError(
-        f"'{part}' is not understood; allowed: {'; '.join(allowed)}.{nearest(part.lower(), allowed)}"
     )

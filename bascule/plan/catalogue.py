@@ -136,7 +136,13 @@ def find_chip(name: str, extra: Mapping[str, Chip] | None = None) -> Chip:
     if _key(name) in keys:
         return known[keys[_key(name)]]
     words = {**{alias: alias for alias in ALIASES}, **{chip.lower(): chip for chip in known}}
+    inside = [word for word in words if len(_key(word)) >= 3 and _goes_by(_key(word), _key(name))]
     hint = nearest(name.lower(), words)
+    if inside:  # `NVIDIA H100 80GB HBM3`, or a question without its commas
+        hint = f" Did you mean '{max(inside, key=len)}'?"
+        hint += " Parts are set apart by commas." * bool(
+            re.search(r"\d\s*(ms|in|out)\b|tokens", name)
+        )
     raise RecipeError(
         f"'{name}' is not a chip the planner knows.{hint} Known: {', '.join(sorted(known))}; your own with --chips FILE.toml."
     )

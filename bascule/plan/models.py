@@ -129,6 +129,13 @@ def from_table(path: Path) -> Shape:
             raise RecipeError(
                 f"{path}: {key}: unknown key; allowed: {', '.join(allowed)}.{nearest(key, allowed)}"
             )
+    least = [
+        key for key in ("hidden", "layers", "heads", "head_dim", "ffn", "vocab") if key not in table
+    ]
+    if least:
+        raise RecipeError(
+            f"{path}: {', '.join(least)} {'is' if len(least) == 1 else 'are'} missing; a table needs at least hidden, layers, heads, head_dim, ffn and vocab."
+        )
     table.setdefault("name", path.stem)
     table.setdefault("kv_heads", table.get("heads"))
     table.setdefault("dense_layers", 0 if table.get("experts") else table.get("layers"))

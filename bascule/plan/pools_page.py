@@ -57,23 +57,22 @@ def _name(one: OptionPriced) -> str:
 
 
 def _table(options: Sequence[OptionPriced], unit: str, seconds: float) -> str:
-    head = "".join(
-        f"<th>{word}</th>"
-        for word in ("pool", "accelerator", "memory, GiB", f"training, {unit}", "energy", "money")
+    """A column a pool, as the page of chips by the thousand has one an option: a phone shows it whole."""
+    rows = [
+        ("accelerator", [one.accelerator for one in options]),
+        ("memory, GiB", [_memory(one) for one in options]),
+        (f"training, {unit}", [number(one.train_s / seconds) if one.train_s else "unknown" for one in options]),
+        ("energy", [f"{number(one.energy_j / 3.6e6)} kWh" if one.energy_j else "not measured" for one in options]),
+        ("money", [f"{number(one.cost)} {one.cost_unit}" if one.cost is not None else "no price given" for one in options]),
+    ]  # fmt: skip
+    head = "".join(f"<th>{html.escape(_name(one))}</th>" for one in options)
+    lines = "".join(
+        f"<tr><td>{name}</td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
     )
-    lines = []
-    for one in options:
-        room = (
-            f" of {number(one.memory_available_bytes / GIB)}" if one.memory_available_bytes else ""
-        )
-        cells = (
-            one.accelerator,
-            f"{number(one.memory_bytes / GIB)}{room} ({one.fits})",
-            number(one.train_s / seconds) if one.train_s else "unknown",
-            f"{number(one.energy_j / 3.6e6)} kWh" if one.energy_j else "not measured",
-            f"{number(one.cost)} {one.cost_unit}" if one.cost is not None else "no price given",
-        )
-        lines.append(
-            f"<tr><td>{html.escape(_name(one))}</td>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        )
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    return f"<table><tr><th></th>{head}</tr>{lines}</table>"
+
+
+def _memory(one: OptionPriced) -> str:
+    room = f" of {number(one.memory_available_bytes / GIB)}" if one.memory_available_bytes else ""
+    return f"{number(one.memory_bytes / GIB)}{room} ({one.fits})"

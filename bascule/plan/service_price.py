@@ -75,6 +75,10 @@ def within_limit(p: Serving, model: ServeModel) -> Serving:
 def _roomy(p: Serving, *, fixed: bool) -> Serving:
     """The replica with room for a cache beside its weights: its experts spread if that fits, else everything cut by tensor
     parallelism, on twice the chips and so on unless their number is `fixed`. Raises RecipeError with the size that has room."""
+    if p.chips > MOST_CHIPS:
+        raise RecipeError(
+            f"'{p.chips:,} x {p.chip.name}' is no replica; 1 to {MOST_CHIPS:,} chips that serve together are allowed (rates are per chip)."
+        )
     sizes = [n for n in (p.chips << i for i in range(13)) if n <= MOST_CHIPS]
     forms = [replace(p, chips=n, split=split) for split in (True, False) for n in sizes]
     found = [one for one in forms if memory_batch(one) > LEAST_BATCH]

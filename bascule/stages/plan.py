@@ -51,6 +51,10 @@ def _score(arguments: Namespace) -> Answer:
 
 def _one_question(arguments: Namespace) -> None:
     """A recipe's pools, or a model on chips by the thousand: words that would go unheard are refused."""
+    if arguments.html and Path(arguments.html).is_dir():
+        raise UsageError(
+            f"--html '{arguments.html}' is a folder; give the page a file's name, for instance {Path(arguments.html) / 'plan.html'}."
+        )
     words, asked = arguments.words, arguments.train or arguments.serve
     about_models = {
         "--model": arguments.model,

@@ -71,11 +71,29 @@ def test_a_service_is_read() -> None:
         ("2048 x H800, 1T tokens, 1.2.3 USD/h", "not understood"),
         ("2048 x H800, 1T tokens, 2 EUR/h", "in USD/h"),
         (" , ", "does not start"),
+        (
+            "2048 x H800, 1T tokens, 2T tokens",
+            "'1T tokens' and '2T tokens' say the same differently",
+        ),
+        ("2048 x H800, 1T tokens, seq 4k, fp8, seq 8k", "'seq 4k' and 'seq 8k'"),
+        ("2048 x H800, 1T tokens, TP4, TP8 PP2", "gives a degree twice"),
+        ("2048 x H800, 1T tokens, batch 3.5", "whole number above 0"),
+        ("2048 x H800, 1T tokens, seq 1.5", "whole number above 0"),
+        ("8 x NVIDIA H100 80GB HBM3, 1T tokens", "Did you mean 'h100'"),
+        ("8 x H800 1T tokens", "Did you mean 'h800'. Parts are set apart by commas"),
     ],
 )
 def test_bad_trainings_are_refused_in_one_sentence(text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         parse_train(text)
+
+
+def test_what_is_said_twice_alike_or_with_other_commas_is_read() -> None:
+    plain = parse_train("2048 x H800, 1T tokens, seq 8k, TP4 PP8")
+    for text in ("2048 x H800; 1T tokens; seq 8k; TP4 PP8", "2048 x H800，1T tokens，seq 8k、TP4，PP8", "2048 x H800, 1T tokens, 1000B tokens, seq 8k, seq 8192, PP8, TP4"):  # fmt: skip
+        ask = parse_train(text)
+        assert (ask.tokens, ask.sequence, ask.layout) == (plain.tokens, plain.sequence, plain.layout)  # fmt: skip
+    assert len(parse_serve("H20, measured decode 9 tokens/s/chip, measured prefill 9 tokens/s/chip").measured) == 2  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -87,6 +105,8 @@ def test_bad_trainings_are_refused_in_one_sentence(text: str, says: str) -> None
         ("H20, blue", "not understood"),
         ("", "names no chip"),
         ("H20, 1.2.3 ms", "not understood"),
+        ("H20, 4k in, 50 ms, 8k in", "'4k in' and '8k in' say the same differently"),
+        ("H20 4k in 1k out 50 ms", "Did you mean 'h20'. Parts are set apart by commas"),
     ],
 )
 def test_bad_services_are_refused(text: str, says: str) -> None:
@@ -231,3 +251,12 @@ def test_a_config_json_that_no_model_has_is_refused(text: str, tmp_path: Path) -
 
 def test_a_million_tokens_may_be_asked_for() -> None:
     assert parse_serve("H200, 1M in, 2k out").prompt == 1024**2
+
+
+def test_a_models_table_that_lacks_sizes_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "m.toml"
+    path.write_text("hidden = 4096\nlayers = 32\nheads = 32\nffn = 9\nvocab = 9\n")
+    with pytest.raises(
+        RecipeError, match=r"m.toml: head_dim is missing; a table needs at least hidden"
+    ):
+        model_named(str(path))

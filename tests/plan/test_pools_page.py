@@ -72,6 +72,7 @@ def test_the_pools_have_a_page(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["RECIPE", "--html", "."], "'.' is a folder; give the page a file's name"),
         (["RECIPE", "--train", "8 x H100, 1T tokens"], "ask one of the two"),
         (["RECIPE", "--versus", "8 x H100"], "ask one of the two"),
         (["RECIPE", "--model", "v3"], "ask one of the two"),

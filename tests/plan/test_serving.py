@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from bascule.plan.models import model_named
 from bascule.plan.runs_table import read_rows
 from bascule.plan.service_price import price_service
 from bascule.plan.serving import (
+    MEMORY_USABLE,
     SOFTWARE_TODAY,
     ServeConstants,
     Serving,
@@ -76,6 +78,11 @@ def test_a_replica_without_room_for_a_cache_is_refused_with_one_that_has(chip: s
     assert price_service(shape, asked, pue=1.3).cache_gb > 0
 
 
+def test_a_replica_of_more_chips_than_serve_together_is_refused_with_the_range() -> None:
+    with pytest.raises(RecipeError, match="1 to 4,096 chips that serve together"):
+        price_service(model_named("llama-3.1-8b"), parse_serve("100000 x H100, 50 ms"), pue=1.3)
+
+
 def test_the_batch_at_a_limit_keeps_it_to_a_hair() -> None:
     for milliseconds in (30, 60, 120, 400):
         p = replace(LONG, tpot_s=milliseconds / 1e3)
@@ -108,3 +115,25 @@ def test_a_replica_that_nobody_sized_has_room_for_a_cache() -> None:
     for chip in ("A100-40", "TPU v5e"):  # dense parts on every chip fill small memories
         found = price_service(shape, parse_serve(f"{chip}, 4k in, 1k out, 50 ms"), pue=1.3)
         assert found.cache_gb > 0 and found.batch_per_chip > 0.1
+
+
+def test_a_paged_cache_is_filled_by_what_sequences_hold_on_average() -> None:
+    """Not by what each may come to; where completions differ much the long ones rule (`varied`)."""
+    plain = Serving(
+        shape=model_named("llama-3.1-70b"), chip=find_chip("H200"), chips=1, precision="fp8", phase="both", prompt=1000,
+        completion=1000,
+    )  # fmt: skip
+    held = plain.shape.parameters * 1.0 + memory_batch(plain) * 1500 * plain.cache_bytes
+    assert held == pytest.approx(MEMORY_USABLE * 141e9, rel=0.01)
+    assert memory_batch(replace(plain, varied=True)) == pytest.approx(memory_batch(plain) * 0.75)
+
+
+def test_a_request_costs_its_chips_a_time_of_their_own() -> None:
+    """So short prompts cost more a token; tensor parallelism makes all chips wait for each."""
+    spread, cut = (
+        replace(LONG, phase="prefill", prompt=100, split=split) for split in (True, False)
+    )
+    free = replace(C, request=-40.0)
+    costs = [1 / rate(one, C) - 1 / rate(one, free) for one in (spread, cut)]
+    assert costs[0] == pytest.approx(math.exp(C.request) / 100, rel=1e-6)
+    assert costs[1] == pytest.approx(LONG.chips * costs[0], rel=1e-6)
