@@ -16,8 +16,9 @@ from typing import Any, Literal
 from bascule.errors import DeviceFault, UsageError
 from bascule.infer.sequence import Sampling
 from bascule.serve import audits
-from bascule.serve.inflight import Answer, Candidate, Marks, Referee, Refused, Said, Scoring, Ticket
+from bascule.serve.inflight import Answer, Candidate, Marks, Referee, Refused, Said, Ticket
 from bascule.serve.process import EngineProcess
+from bascule.serve.scorings import Scorings
 from bascule.serve.suspects import Suspects
 
 State = Literal["starting", "serving", "moving", "down", "closed"]
@@ -58,7 +59,6 @@ class Broker:
         self.about: dict[str, Any] = {}
         self.load: dict[str, float] = {}
         self.tickets: dict[int, Ticket] = {}
-        self.scorings: dict[int, Scoring] = {}
         self.changed = asyncio.Event()
         self._model, self._threads, self._seed, self._slots = model, threads, seed, slots
         self._precision = precision
@@ -72,6 +72,7 @@ class Broker:
         self._suspects = Suspects(self._hand_over)
         self._at = 0
         self._ids = itertools.count(1)
+        self.scorings = Scorings(self._ids, self._ask_score)
         self._engine: EngineProcess | None = None
         self._heard_s = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,8 +107,9 @@ class Broker:
 
     async def worst_difference(self, answer: Answer) -> float:
         """This broker as another one's referee."""
+        self._check_answering()
         text = [*answer.prompt, *answer.said]
-        scores = await self._read_again(Scoring(next(self._ids), text, 0, answer.temperature))
+        scores = await self.scorings.read(text, temperature=answer.temperature)
         ours = [tops[0][1] for tops in scores[-len(answer.said) :]]
         return max(abs(a - b) for a, b in zip(ours, answer.logprobs, strict=True))
 
@@ -133,8 +135,7 @@ class Broker:
         form: dict[str, Any] | None = None,
     ) -> Ticket:
         """`form`: the keywords of the worker's Grammars.constraint. Raises Refused with 429 when the queue is full, 503 when no chip answers."""
-        if self.state in ("down", "closed"):
-            raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
+        self._check_answering()
         self.check_queue(choices)
         ticket = Ticket(
             next(self._ids),
@@ -159,29 +160,24 @@ class Broker:
                 retry_after_s=1,
             )
 
+    def _check_answering(self) -> None:
+        if self.state in ("down", "closed"):
+            raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
+
     async def score(self, prompt: list[int], top: int) -> Marks:
         """What the model thinks of a prompt's tokens. Raises Refused when no chip answers."""
-        return await self._read_again(Scoring(next(self._ids), prompt, top, 1.0))
+        self._check_answering()
+        return await self.scorings.read(prompt, top=top)
 
     async def marks(self, prompt: list[int], said: list[int]) -> Marks:
         """The marks of an answer, for its stamp. Raises Refused when no chip answers."""
-        return await self._read_again(Scoring(next(self._ids), prompt, 0, 1.0, said))
+        self._check_answering()
+        return await self.scorings.read(prompt, said=said)
 
-    async def _read_again(self, scoring: Scoring) -> Marks:
-        if self.state in ("down", "closed"):
-            raise Refused(503, f"No chip answers: {self.trouble or 'the server is closing'}.")
-        self.scorings[scoring.id] = scoring
-        self._ask_score(scoring)
-        try:
-            return await scoring.scores
-        finally:
-            self.scorings.pop(scoring.id, None)
-
-    def _ask_score(self, scoring: Scoring) -> None:
+    def _ask_score(self, message: dict[str, Any]) -> None:
         if not self.tickets:
             self._heard_s = time.monotonic()
-        names = ("id", "prompt", "top", "temperature", "said")
-        self._send({"score": {name: getattr(scoring, name) for name in names}})
+        self._send(message)
 
     def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
         """The reader has enough of one choice, or of all. Safe to call at any time, more than once."""
@@ -271,8 +267,7 @@ class Broker:
             if not self._suspects.pending:
                 self._hand_over(ticket)
         self._suspects.begin()
-        for scoring in self.scorings.values():
-            self._ask_score(scoring)
+        self.scorings.ask_again()
         self._spawn(self._listen(engine), "listen to engine")
 
     def _drop_begun(self) -> None:
@@ -329,10 +324,7 @@ class Broker:
         if guilty is not None:
             self.cancel(guilty)
             guilty.arrivals.put_nowait(Refused(500, CRASHED_BY))
-        for scoring in self.scorings.values():
-            scoring.crashes += 1
-            if scoring.crashes > 1 and not scoring.scores.done():
-                scoring.scores.set_exception(Refused(500, CRASHED_BY))
+        self.scorings.crashed(Refused(500, CRASHED_BY))
         self._note(
             "engine crashed", self.candidate,
             f"an exception of its own, see stderr; started again{'' if guilty is None else ', without the request that did it'}",
@@ -363,8 +355,7 @@ class Broker:
             for ticket in list(self.tickets.values()):
                 ticket.arrivals.put_nowait(Refused(503, str(error)))
             self.tickets.clear()
-            for scoring in self.scorings.values():
-                scoring.scores.set_exception(Refused(503, str(error)))
+            self.scorings.refuse_all(Refused(503, str(error)))
         self._announce()
 
     def _fail(self, reason: str, what: str = "serving chip failed") -> None:
@@ -402,8 +393,7 @@ class Broker:
             if job in self.tickets:
                 self.tickets[job].cached_tokens = cached
         for job, scores in message["scored"]:
-            if job in self.scorings and not self.scorings[job].scores.done():
-                self.scorings[job].scores.set_result(scores)
+            self.scorings.take(job, scores)
         for job, why in message["refused"]:
             refused = self.tickets.get(job)
             if refused is not None:

@@ -54,7 +54,10 @@ def document(model: str) -> dict[str, Any]:
     for body in BODIES.values():
         properties = schemas["$defs"][body.__name__]["properties"]
         if "model" in properties:
-            properties["model"] = {"type": "string", "enum": [model]}
+            named = "model" in schemas["$defs"][body.__name__].get("required", ())
+            properties["model"] = (
+                {"type": "string", "enum": [model]} if named else {"enum": [model, None]}
+            )
     paths: dict[str, Any] = {path: {"get": {"responses": _responses(401, 403)}} for path in READS}
     for path in ("/health", "/ready"):  # their 503 is an answer, not an error
         paths[path]["get"]["responses"]["503"] = {

@@ -16,6 +16,11 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/favicon.ico"})
+READ_PATHS = OPEN_PATHS | {
+    "/metrics",
+    "/openapi.json",
+    "/v1/models",
+}  # a POST to them is a 405 of the routes, whatever it carries
 DRAIN_BYTES = 16 << 20
 DRAIN_S = 2.0
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -69,7 +74,7 @@ class Door:
                 "authentication_error",
                 code="invalid_api_key",
             )
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and scope["path"] not in READ_PATHS:
             kind = headers.get("content-type", b"").partition(b";")[0].strip().lower()
             if kind != b"application/json":
                 return 415, error_body(

@@ -84,19 +84,3 @@ class Referee(Protocol):
         ...
 
     async def close(self) -> None: ...
-
-
-@dataclass(eq=False)
-class Scoring:
-    """A text to be read once more: its own tokens scored, or, with `said`, the marks of what was said after the prompt.
-
-    `scores` as infer.batch.score or infer.stamp.marks give them.
-    """
-
-    id: int
-    prompt: list[int]
-    top: int
-    temperature: float
-    said: list[int] = field(default_factory=list)
-    crashes: int = 0
-    scores: asyncio.Future[Marks] = field(default_factory=asyncio.Future)

@@ -260,6 +260,21 @@ def test_a_port_in_use_is_one_sentence(server: Server) -> None:
         bind("127.0.0.1", port)
 
 
+def test_a_post_to_what_is_only_read_is_405_whatever_it_carries(server: Server) -> None:
+    for path in ("/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/v1/models"):
+        for kind in ("text/plain", "application/json"):
+            assert server.post(path, b"x", **{"Content-Type": kind})[0] == 405, path
+    assert server.post("/tokenize", b"x", **{"Content-Type": "text/plain"})[0] == 415
+
+
+def test_the_document_says_where_no_model_need_be_named(server: Server) -> None:
+    schemas = server.get("/openapi.json")[1]["components"]["schemas"]
+    assert schemas["DetokenizeBody"]["properties"]["model"] == {"enum": ["tiny", None]}
+    assert server.post("/detokenize", {"model": None, "tokens": [27]})[0] == 200
+    assert schemas["ChatBody"]["properties"]["model"] == {"type": "string", "enum": ["tiny"]}
+    assert server.post("/v1/chat/completions", {**CHAT, "model": None})[0] == 400
+
+
 def test_asked_to_stop_it_says_so_takes_nothing_new_and_ends_what_it_began(start: Start) -> None:
     server = start(model={"preset": "tick", "max_position_embeddings": 4096})
     host = server.url.removeprefix("http://")
