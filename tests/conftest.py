@@ -13,14 +13,14 @@ import torch
 torch.set_num_threads(1)
 
 LONG = (
-    "stages/test_exact_resume.py",
-    "stages/test_endings.py",
     "test_tiny.py",
-    "stages/test_origin.py",
     "qualify/test_truth_table.py",
-    "qualify/test_battery.py",
+    "stages/test_exact_resume.py",
     "serve/test_server.py",
+    "qualify/test_battery.py",
+    "stages/test_endings.py",
     "stages/test_whatever_happens.py",
+    "stages/test_origin.py",
 )
 """Files of few, long tests. They go first: begun last, they keep one core busy for minutes while the other waits."""
 

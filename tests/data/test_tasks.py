@@ -1,5 +1,6 @@
 """Every family: reasoning-gym's problems, an exact verifier, and a solver that is right or silent."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,7 +23,9 @@ def some(name: str, count: int = 60, **options: object) -> list[Problem]:
     return registry.get(name).problems(7, count, options)
 
 
-SOME = {name: some(name, 8) for name in registry.BUILT_IN}
+@functools.cache
+def eight(name: str) -> list[Problem]:
+    return some(name, 8)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -85,7 +88,7 @@ ODD = [
 def test_a_batch_is_paid_as_its_completions_one_by_one(data):
     problems, texts = [], []
     for name in data.draw(st.lists(st.sampled_from(registry.BUILT_IN), min_size=1, max_size=12)):
-        problem = data.draw(st.sampled_from(SOME[name]))
+        problem = data.draw(st.sampled_from(eight(name)))
         said = data.draw(st.sampled_from([problem.answer, f"+{problem.answer}", f"0{problem.answer}", *ODD]) | st.text(max_size=4))  # fmt: skip
         form = data.draw(st.sampled_from(["<think>{}</think>", "<think></think>", "", "<think>"]))
         problems.append(problem)
@@ -95,7 +98,7 @@ def test_a_batch_is_paid_as_its_completions_one_by_one(data):
 
 
 def test_a_batch_of_plain_numbers_never_asks_the_scorer(monkeypatch):
-    problems = SOME["chain_sum"]
+    problems = eight("chain_sum")
     texts = [chat.completion("so", p.answer if i % 2 else "4321") for i, p in enumerate(problems)]
     monkeypatch.setattr(scorer, "right", None)
     assert registry.verify_many(problems, texts) == [float(i % 2) for i in range(len(problems))]

@@ -139,8 +139,13 @@ ALL_OF_THEM = """
 import runpy, sys
 sys.modules["bascule"] = None
 for path in sys.argv[1:]:
+    sys.argv = [path]
     print("#", path)
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
 """
 
 

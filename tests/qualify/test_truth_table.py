@@ -23,6 +23,7 @@ from bascule.qualify.workload import Workload
 from bascule.records import Evidence
 
 NANO = ModelConfig(preset="nano")
+TICK = ModelConfig(preset="tick")  # where the chip does not get far
 FAST_PROMISES = 2  # of each check; the rest run with the slow tests
 PROMISES = [
     pytest.param(
@@ -79,7 +80,7 @@ def test_every_profile_is_promised_by_a_check_or_listed_as_out_of_reach() -> Non
 
 def test_a_chip_that_dies_is_unfit_for_the_role_it_died_in(tmp_path: Path) -> None:
     only = ["learning.curve", "determinism.inference"]
-    result = run_battery("p", "sim:dies", NANO, tmp_path, time_limit_s=120, only=only)
+    result = run_battery("p", "sim:dies", TICK, tmp_path, time_limit_s=120, only=only)
     assert outcomes(result) == {
         ("learning.curve", "train"): "error",
         ("determinism.inference", "infer"): "pass",
@@ -92,7 +93,7 @@ def test_a_chip_that_dies_is_unfit_for_the_role_it_died_in(tmp_path: Path) -> No
 def test_a_chip_that_hangs_is_evidence_and_the_battery_goes_on(tmp_path: Path) -> None:
     only = ["learning.curve", "soak.training", "soak.inference"]
     result = run_battery(
-        "p", "sim:hang", NANO, tmp_path, time_limit_s=120, only=only, ask_limit_s=15
+        "p", "sim:hang", TICK, tmp_path, time_limit_s=120, only=only, ask_limit_s=15
     )
     found = outcomes(result)
     assert found["learning.curve", "train"] == "error"

@@ -14,7 +14,7 @@ from bascule.errors import RecipeError
 from bascule.model import count
 from bascule.report.card import card
 from bascule.report.story import derived, sentences
-from bascule.stages import dial
+from bascule.stages import dial, origin
 
 RUNS = Path(__file__).resolve().parents[2] / "runs"
 
@@ -157,3 +157,9 @@ def test_the_story_tells_what_was_derived_and_from_which_rule_but_not_what_was_s
     assert told.text.startswith("Depth 4 gave")
     assert derived(dial.turn(preset("nano", ("sft",)))[1]) == ""
     assert "Depth 4 gave" in card([said], name="x", family="y", parameters=1)
+
+
+def test_how_often_the_text_will_be_read_is_said_and_past_four_times_that_it_teaches_less() -> None:
+    short = recipe(4, steps=10, batch_sequences=2, sequence_length=50)  # 1,000 tokens
+    assert origin._rounds(short, 500) == "text: 1,000 tokens will be read, all of it 2.0 times"
+    assert "less and less (arXiv 2305.16264)" in origin._rounds(short, 200)

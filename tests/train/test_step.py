@@ -244,7 +244,7 @@ def test_any_interleaving_ends_with_the_weights_of_the_straight_run(tiny):
     run_state_machine_as_test(
         Interleaving,
         settings=settings(
-            max_examples=12,
+            max_examples=8,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
