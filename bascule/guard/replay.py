@@ -186,11 +186,11 @@ def investigate(
         _blame_run(finding, proposal, stepper, other_batches, looks_normal)
         if finding.attribution in ("data", "optimisation"):
             control = other_batches[-1]
-            found = since_when(
+            since = since_when(
                 proposal.batch, control, stepper, floor.referee, older(), looks_normal
             )
-            if found is not None:
-                _ask_older(finding, found, proposal.step)
+            if since is not None:
+                _ask_older(finding, since, proposal.step)
         finding.clean = proposal
     return finding
 
