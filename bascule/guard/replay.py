@@ -184,7 +184,8 @@ def investigate(
         )
     else:
         _blame_run(finding, proposal, stepper, other_batches, looks_normal)
-        if finding.attribution in ("data", "optimisation"):
+        # Samples of the present policy tell nothing of older weights: to those they are unlikely, and clipped.
+        if finding.attribution in ("data", "optimisation") and proposal.phase != "grpo":
             control = other_batches[-1]
             since = since_when(
                 proposal.batch, control, stepper, floor.referee, older(), looks_normal

@@ -214,14 +214,14 @@ def since_certified(snapshots: Path, step: int, phase: str) -> list[Path]:
     """The snapshots of `phase` before `step`, from the newest certified one on, oldest first; none where none of them is certified.
     One whose trust or phase cannot be read is left out: what it holds is not known."""
     found: list[Path] = []
-    for path in sorted(snapshots.glob("step-*"), key=step_of, reverse=True):
+    # Not all_snapshots: it gives folders back their names, and this process's writer may be between two renames.
+    for path in sorted(snapshots.glob("step-*"), reverse=True):
         try:
             state = trust(path).state
-            if step_of(path) >= step or state == "rejected":
-                continue
-            if read_json(path / "state.json").get("phase") != phase:
-                continue
+            told = read_json(path / "state.json")
         except SnapshotError:
+            continue
+        if state == "rejected" or told.get("phase") != phase or told.get("step", step) >= step:
             continue
         found.append(path)
         if state == "certified":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 
@@ -150,3 +151,15 @@ def test_only_snapshots_of_the_phase_since_the_certified_one_are_asked(trained) 
 
     assert steps(12, "sft") == [6, 9] and steps(7, "sft") == [6]
     assert steps(12, "grpo") == []
+    (snapshots / "step-copy").mkdir()
+    assert steps(12, "sft") == [6, 9]
+
+
+def test_samples_of_the_present_weights_are_not_asked_of_older_ones(trained) -> None:  # type: ignore[no-untyped-def]
+    proposal = trained.stepper.propose(trained.objective.next_batch(25))
+    asked: list[int] = []
+    found = investigate(
+        dataclasses.replace(proposal, phase="grpo"), trained.stepper, NoiseFloor(REFEREE),
+        other_batches=[trained.objective.next_batch(1)], looks_normal=lambda one: one.step != 25, older=lambda: asked.append(1) or (),
+    )  # fmt: skip
+    assert found.attribution == "data" and not asked
