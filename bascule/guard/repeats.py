@@ -39,9 +39,11 @@ class Repeats:
         held = self._held[place]
         if (held.first.loss, held.first.grad_norm) == (proposal.loss, proposal.grad_norm):
             return None
+        suspects = [proposal]
         if held.right is None:
             held.right = self.stepper.recompute(held.first.batch, self.floor.referee, 0)
-        for one in (proposal, held.first):
+            suspects.append(held.first)
+        for one in suspects:
             found = self.floor.compare(one, held.right, self.stepper)
             if not found.agrees:
                 del self._held[place]

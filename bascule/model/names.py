@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 
+
+@functools.cache  # asked of every parameter at every step
 def layer_of(name: str) -> str:
     """`module.layers.3.attn.weight` belongs to `module.layers.3`, `lm_head.weight` to `lm_head`."""
     parts = name.split(".")

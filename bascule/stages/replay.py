@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(arguments: Namespace) -> Answer:
     recipe, tokenizer = read_resolved(run.recipe), open_or_own(run.tokenizer)
     accelerator = open_accelerator(arguments.on, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
-    whole = lambda case, chip: _gradients(recipe, tokenizer, case, chip)  # noqa: E731
+    whole = functools.partial(_gradients, recipe, tokenizer)
     kept = (folder / "model.safetensors").exists() or not (folder / "product.safetensors").exists()
     report = replay_incident(folder, accelerator, whole if kept else None)
     lines = [
