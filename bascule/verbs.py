@@ -211,7 +211,7 @@ def _qualify(parser: Parser) -> None:
         type=not_negative,
         default=None,
         metavar="S",
-        help="seconds per pool (default: 180; with --full 3600)",
+        help="seconds per pool (default: 180, with --full 3600; up to 20 times as long for models of more than 1 M parameters)",
     )
     parser.add_argument(
         "--out",

@@ -32,8 +32,10 @@ class PoolConfig(Section):
 
 class QualifyConfig(Section):
     quick: bool = True
-    time_limit_s: float = Field(
-        180.0, gt=0, description="per pool; a check that does not end is evidence"
+    time_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="per pool; unset: 180 s (the full battery: 3,600 s), up to 20 times as long for models of more than 1 M parameters. A check that does not end is evidence",
     )
     required: bool = Field(
         True, description="refuse to place a role on a pool whose verdict is not fit"

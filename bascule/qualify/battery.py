@@ -28,6 +28,7 @@ from bascule.model import count
 from bascule.qualify import kept
 from bascule.qualify.check import BOTH, Ask, asks, command
 from bascule.qualify.judge import Examined, verdicts
+from bascule.qualify.shortened import shortened
 from bascule.records import Evidence, Role, Verdict
 
 START_LIMIT_S = (
@@ -36,6 +37,8 @@ START_LIMIT_S = (
 FULL_BATTERY_PATIENCE = 10.0  # the full battery may take this many times a check's quick limit
 # Limits are made for models this small; they grow with the model, not without end: a hang must be found before the night is over.
 LIMIT_PARAMETERS, LIMIT_GROWTH = 10e6, 20.0
+# Of a whole battery, for a model of 1 M parameters; `nano`'s takes 22 s. Only a hang costs so much, and those have the limits above.
+QUICK_LIMIT_S, FULL_LIMIT_S, BATTERY_PARAMETERS = 180.0, 3600.0, 1e6
 # Our own side (the reference, in fp64 on a CPU that others may use as well) may be silent for longer, and it is no evidence when it is.
 HARNESS_PATIENCE = 3.0
 # After as many crashes, or one hang, in a role its verdict is clear; the time goes to the other role.
@@ -64,7 +67,7 @@ def run_battery(
     model: ModelConfig,
     folder: Path,
     *,
-    time_limit_s: float,
+    time_limit_s: float | None = None,
     quick: bool = True,
     wide: bool = False,
     seed: int = 0,
@@ -81,7 +84,7 @@ def run_battery(
 ) -> BatteryResult:
     """Examine one pool's accelerator in child processes and judge it. Evidence and reproducers go to `folder`.
 
-    `dtype` of the model: fp32, bf16 or fp16. `chips` of the pool: links are asked about where there are several. `resume` keeps the
+    `time_limit_s`: unset, three minutes (an hour for the full and the wide one), longer for larger models. `dtype` of the model: fp32, bf16 or fp16. `chips` of the pool: links are asked about where there are several. `resume` keeps the
     answers of an earlier battery of the same question in `folder`; without it they are asked again, findings first. `ask_limit_s`
     overrides how long the chip may be silent in one question before that counts as a hang. `needs` (plan/needs.py) is shown beside the
     measured speed. `on_progress(question, done, total)` is
@@ -89,6 +92,7 @@ def run_battery(
     accelerator's name is not one; a chip that is not there is evidence (nothing can be proven about it).
     """
     folder.mkdir(parents=True, exist_ok=True)
+    time_limit_s = time_limit_s or _default_limit_s(model, quick=quick, wide=wide)
     run = _Run(
         pool=pool,
         accelerator=accelerator,
@@ -122,6 +126,17 @@ def run_battery(
         folder=folder,
         note=run.note,
     )
+
+
+def _default_limit_s(model: ModelConfig, *, quick: bool, wide: bool) -> float:
+    alone = QUICK_LIMIT_S if quick and not wide else FULL_LIMIT_S
+    return alone * _growth(model, BATTERY_PARAMETERS, quick=quick)
+
+
+def _growth(model: ModelConfig, parameters: float, *, quick: bool) -> float:
+    """How many times longer than a model of so many parameters this one may take."""
+    size = count.parameters(shortened(model) if quick else model) / parameters
+    return min(max(size, 1.0), LIMIT_GROWTH)
 
 
 @dataclass
@@ -277,8 +292,7 @@ class _Run:
         """How long the chip may compute without a word in this question."""
         if self.ask_limit_s is not None:
             return self.ask_limit_s
-        size = count.parameters(self.model) / LIMIT_PARAMETERS
-        growth = min(max(size, 1.0), LIMIT_GROWTH)
+        growth = _growth(self.model, LIMIT_PARAMETERS, quick=self.quick)
         return ask.check.limit_s * growth * (1.0 if self.quick else FULL_BATTERY_PATIENCE)
 
     def _account(self, why: str | None, code: int) -> None:

@@ -46,7 +46,7 @@ def _answer(request: dict[str, Any], write: Any) -> int:
     accelerator.prepare(request["threads"])
     model = ModelConfig.model_validate(request["model"])
     dtype = getattr(torch, DTYPES[request["dtype"]])
-    opened = dataclasses.asdict(examined(accelerator, model, dtype))
+    opened = dataclasses.asdict(examined(accelerator, model, dtype, quick=request["quick"]))
     write({"opened": opened, "note": accelerator.fallback_note})
     context = open_context(
         accelerator,

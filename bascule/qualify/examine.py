@@ -16,6 +16,7 @@ from bascule.errors import OperatorMissing
 from bascule.qualify.check import BOTH, Ask, asks
 from bascule.qualify.context import CheckContext, ChipFailed, describe, dtype_name
 from bascule.qualify.judge import Examined, model_sha256, verdicts
+from bascule.qualify.shortened import shortened, what_is_examined
 from bascule.qualify.workload import Workload
 from bascule.records import Evidence, Role, Verdict
 
@@ -44,7 +45,7 @@ def qualify(
             evidence.append(item)
             if on_evidence:
                 on_evidence(item)
-    known = examined(accelerator, model, dtype)
+    known = examined(accelerator, model, dtype, quick=quick)
     return evidence, verdicts(evidence, known, quick=quick, roles=roles)
 
 
@@ -65,7 +66,7 @@ def open_context(
         quick=quick,
         seed=seed,
         workdir=workdir,
-        workload=Workload(model, seed, dtype),
+        workload=Workload(shortened(model) if quick else model, seed, dtype),
     )
 
 
@@ -84,7 +85,11 @@ def put(context: CheckContext, ask: Ask) -> list[Evidence]:
 
 
 def examined(
-    accelerator: Accelerator, model: ModelConfig, dtype: torch.dtype = torch.float32
+    accelerator: Accelerator,
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quick: bool = True,
 ) -> Examined:
     info = accelerator.info()
     return Examined(
@@ -93,6 +98,7 @@ def examined(
         driver=info.driver,
         simulated=info.simulated,
         model_sha256=model_sha256(model, dtype_name(dtype)),
+        part=what_is_examined(model) if quick else None,
     )
 
 

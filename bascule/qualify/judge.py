@@ -26,13 +26,15 @@ _DECIDES = {check.name: check.decides for check in CHECKS}
 
 @dataclass(frozen=True)
 class Examined:
-    """What was examined: the accelerator as asked for, and the chip and driver behind it."""
+    """What was examined: the accelerator as asked for, and the chip and driver behind it. `part`: of the model, in words, where the
+    quick battery took not all of it (shortened.py)."""
 
     accelerator: str
     chip: str = "unknown"
     driver: str = "unknown"
     simulated: bool = False
     model_sha256: str = ""
+    part: str | None = None
 
 
 def verdicts(
@@ -97,7 +99,7 @@ def _verdict(
         reasons = _why_open(open_questions, evidence)
     else:
         word = "fit"
-        reasons = _why_fit(evidence, quick)
+        reasons = _why_fit(evidence, quick, examined.part)
     return Verdict(
         role=role,
         verdict=word,
@@ -139,9 +141,10 @@ def _why_open(open_questions: list[str], evidence: list[Evidence]) -> list[str]:
     return [f"{name}: {said.get(name, 'was not asked')}" for name in open_questions]
 
 
-def _why_fit(evidence: list[Evidence], quick: bool) -> list[str]:
+def _why_fit(evidence: list[Evidence], quick: bool, part: str | None) -> list[str]:
     passed = {item.check for item in evidence if item.outcome == "pass"}
-    reasons = [f"{len(passed)} checks passed ({'quick' if quick else 'full'} battery)"]
+    which = ("quick" if quick else "full") + " battery" + (f" on {part}" if part else "")
+    reasons = [f"{len(passed)} checks passed ({which})"]
     reasons += [
         item.detail for item in evidence if item.family in ("soak", "learning") and item.detail
     ]

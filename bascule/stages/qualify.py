@@ -24,7 +24,6 @@ from bascule.stages import origin, reexamine
 from bascule.stages.answer import Answer, say
 from bascule.stages.progress import ProgressBar
 
-QUICK_LIMIT_S, FULL_LIMIT_S = 180.0, 3600.0
 MARK = {"pass": "ok  ", "fail": "FAIL", "error": "FAIL", "not again": "gone", "skipped": "skip"}
 
 
@@ -63,7 +62,6 @@ def main(arguments: Namespace) -> Answer:
 
 
 def _examine(name: str, arguments: Namespace) -> BatteryResult:
-    long = arguments.full or arguments.wide
     bar = ProgressBar()
 
     def tell(item: Evidence) -> None:
@@ -76,7 +74,7 @@ def _examine(name: str, arguments: Namespace) -> BatteryResult:
         name,
         model,
         Path(arguments.out) / _file_name(name),
-        time_limit_s=arguments.time_limit or (FULL_LIMIT_S if long else QUICK_LIMIT_S),
+        time_limit_s=arguments.time_limit,
         quick=not arguments.full,
         wide=arguments.wide,
         seed=arguments.seed,

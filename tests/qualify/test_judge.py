@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -142,3 +143,8 @@ def test_a_verdict_is_void_when_old_or_for_another_model_or_other_libraries() ->
     assert "another model" in str(outdated(verdict, tick, now_s=now_s, max_age_days=90))
     newer = verdict.model_copy(update={"libraries": "torch 9.9"})
     assert "torch 9.9" in str(outdated(newer, nano, now_s=now_s, max_age_days=90))
+
+
+def test_a_fit_verdict_says_of_which_part_of_the_model_it_speaks() -> None:
+    part = dataclasses.replace(CHIP, part="2 of 30 layers")
+    assert "(quick battery on 2 of 30 layers)" in verdicts(all_passed(), part)[0].reasons[0]
