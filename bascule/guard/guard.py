@@ -4,7 +4,8 @@ What it may answer:  True, commit; False, discard (the loop tries again, and lea
 RollbackNeeded, the chip erred once and unchecked steps may be corrupt; ChipCondemned, the chip is proven guilty;
 GuardStopped, the training itself has diverged. Every alarm and its outcome are in the ledger before anything is raised.
 
-The guard knows neither the trainer nor its files: what it needs of them are the Protocols below, handed in by the stage.
+The guard knows neither the trainer nor its files: what it needs of them are Protocols (proposal.py, certification.py), handed in by
+the stage.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-from bascule import draws
 from bascule.accelerators.base import Accelerator
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard import audit, drift, host, sentinels, update
 from bascule.guard.backwards import Older
 from bascule.guard.budget import Intervals, Schedule
-from bascule.guard.candidates import Candidate, products_needed, recalled
+from bascule.guard.candidates import products_needed, recalled
 from bascule.guard.casebook import Casebook
+from bascule.guard.certification import Certification, Snapshots
 from bascule.guard.checksum import Violation
 from bascule.guard.court import Case, Court
 from bascule.guard.hindsight import earlier_steps, first_difference
@@ -37,7 +38,7 @@ from bascule.guard.noise import Difference, NoiseFloor
 from bascule.guard.observer import Observer
 from bascule.guard.proposal import Recomputer, StepProposal
 from bascule.guard.repeats import Repeats
-from bascule.guard.replay import REPEATS, Again, again, investigate, some_sequences
+from bascule.guard.replay import REPEATS, again, investigate
 from bascule.guard.sentinels import Cry, Seen, Watch
 from bascule.ledger import Ledger
 from bascule.records import StepStats
@@ -49,25 +50,6 @@ RARE_REPEATS = 8
 
 MEMORY_EVERY = 4
 """Steps between looks at the memory in use: a leak lasts, and on a CPU a look costs as much as the other sentinels together."""
-
-
-class Snapshots(Protocol):
-    """What the guard needs of snapshots: train/writer, which does it once the snapshot is on disk, or train/checkpoint, which
-    does it at once (a module can be a Protocol's implementation)."""
-
-    def witness(
-        self, path: Path, proposal: Any, reason: str, done: Callable[[str], None]
-    ) -> None: ...
-
-    def certify(self, path: Path, reason: str, done: Callable[[str], None]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A snapshot that waits for the step that follows it, its witness."""
-
-    step: int
-    path: Path
 
 
 @dataclass
@@ -108,7 +90,6 @@ class Guard:
         self.pool = pool
         self.accelerator = accelerator
         self.referee = referee
-        self.snapshots = snapshots
         self.floor = NoiseFloor(referee)
         self.schedule = Schedule(config)
         self._watch = Watch.begin(
@@ -129,14 +110,14 @@ class Guard:
         self.court = Court(config, self.book)
         self._parts: list[audit.Part] = []
         self._observer = Observer()
-        self._pending: Pending | None = None
-        self._latest: Pending | None = None
-        self._candidates = recalled(
+        waiting = recalled(
             ledger.read(), pool, folder.snapshots, products_needed(config.rule_out_rate)
+        )
+        self.certification = Certification(
+            config, self.book, self.floor, referee, snapshots, waiting
         )
         self._judged = False
         self._spent: Spent | None = None
-        self._probation_until = self.book.probation_end()
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
 
     def remember(self, stats: Sequence[StepStats], batches: Sequence[Any] = ()) -> None:
@@ -156,7 +137,7 @@ class Guard:
 
     def watches(self, step: int) -> bool:
         """Does `step` run under checksums? Every n-th, and all of them under probation."""
-        return self._probation_until is not None or step % self.every.checksum == 0
+        return self.certification.on_probation or step % self.every.checksum == 0
 
     def audits(self, step: int) -> bool:
         return step % self.every.audit == 0
@@ -232,17 +213,17 @@ class Guard:
         suspicions += self._audit(proposal)
         spent.audit_s = host.own_time_s() - begin
         if not suspicions:
-            self._count(proposal.step, products)
+            self.certification.count(proposal.step, products)
         begin = host.own_time_s()
-        if not suspicions and self._pending is not None:
-            probe = self._probe(proposal, stepper)
-            suspicions += self._witness(probe, stepper)
+        if not suspicions and self.certification.pending is not None:
+            probe = self.certification.probe(proposal, stepper, checked=self._observer.checked)
+            suspicions += self.certification.witness(probe, stepper)
             if suspicions:
                 proposal, violations = probe.proposal, probe.violations
         if suspicions:
             return self._settle(proposal, stepper, seen, suspicions[0], violations, bool(spoilt))
         spent.witness_s = host.own_time_s() - begin
-        self._certify_due()
+        self.certification.certify_due()
         self._accept(proposal, watch)
         self._observer.reach = stepper.reach(proposal)
         if self._observer.capture is not None:
@@ -261,10 +242,10 @@ class Guard:
         self.court.accepted()
         if self._earlier:
             self._look_back(proposal)
-        self._pending = None
+        self.certification.pending = None
         self._observer.accepted()
         if not self._observer.checked:
-            self._candidates = self._candidates.skipped()
+            self.certification.skipped()
         if self._recent and self._recent[-1].phase != proposal.phase:
             self._recent.clear()
         self._recent.append(proposal.batch)
@@ -358,9 +339,8 @@ class Guard:
         Called before the first step of a launch, it says that training resumes from a snapshot nobody certified yet.
         """
         if not self._judged and step > 0:
-            self._candidates = self._candidates.skipped()
-        self._latest = Pending(step, path)
-        self._pending = self._latest if self._candidates.wants_another else None
+            self.certification.skipped()
+        self.certification.add(step, path)
 
     @property
     def recent(self) -> tuple[Any, ...]:
@@ -372,9 +352,9 @@ class Guard:
         committed, and as many more follow as the certificate needs. Returns False when the batch is empty or was refused; raises
         as `judge` does."""
         self.court.refused.discard(batch.step)
-        self._pending = self._latest
+        self.certification.want_the_latest()
         for attempt in range(2):
-            if self._pending is None:
+            if self.certification.pending is None:
                 break
             proposal = propose(batch, attempt=attempt)
             if proposal.grads and self.judge(proposal, stepper):
@@ -384,9 +364,9 @@ class Guard:
 
     def _examine(self, first: int, batches: Sequence[Any], stepper: Recomputer) -> bool:
         """The closing examination: recent batches as steps that were never planned, under full checks, until no snapshot waits."""
-        step, allowed = first, 2 * self._candidates.needed
+        step, allowed = first, 2 * self.certification.candidates.needed
         repeats = Repeats(stepper, self.floor)
-        while self._candidates.waiting and step < first + allowed:
+        while self.certification.candidates.waiting and step < first + allowed:
             place = step % len(batches)
             one = again(stepper, dataclasses.replace(batches[place], step=step), 0)
             if one.violations:
@@ -399,10 +379,10 @@ class Guard:
             elif not one.products:
                 break
             else:
-                self._count(step, [one.products])
-                self._certify_due()
+                self.certification.count(step, [one.products])
+                self.certification.certify_due()
             step += 1
-        return not self._candidates.waiting
+        return not self.certification.candidates.waiting
 
     def _settle_unlike(self, proposal: Any, found: Difference, stepper: Recomputer) -> None:
         """What checksums do not cover went wrong: that they covered every step since the last certified snapshot excuses nothing."""
@@ -410,61 +390,8 @@ class Guard:
             f"the same batch at the same weights had another answer before or after: {found.detail}"
         )
         cry = self.book.suspect(proposal.step, "closing repeat", found.error, told, found.bound)
-        self._candidates = self._candidates.skipped()
+        self.certification.skipped()
         self._settle(proposal, stepper, self._seen(proposal), cry, [], False, RARE_REPEATS)
-
-    def _count(self, step: int, products: Sequence[int]) -> None:
-        """They were right: that speaks for the snapshots that wait."""
-        if sum(products):
-            self._candidates = self._candidates.checked(sum(products))
-            self.book.checked(step, sum(products))
-
-    def _probe(self, proposal: StepProposal, stepper: Recomputer) -> Again:
-        """The step that follows the snapshot, or some of its sequences, on the chip with every product checked."""
-        assert self._pending is not None
-        key = draws.key(self._pending.step, "guard.certify")
-        batch = some_sequences(proposal.batch, self.config.certify_sequences, key)
-        if batch is proposal.batch and self._observer.checked:
-            return Again(proposal)
-        return again(stepper, batch, proposal.attempt)
-
-    def _witness(self, probe: Again, stepper: Recomputer) -> list[Cry]:
-        """Hold the probe against the referee. Equal: the probe is the snapshot's witness, and what is due is certified."""
-        assert self._pending is not None
-        proposal = probe.proposal
-        for violation in probe.violations[:1]:
-            return [self.book.suspect(proposal.step, "checksum", violation.ratio, str(violation))]
-        right = stepper.recompute(proposal.batch, self.referee, 0)
-        found = self.floor.compare(proposal, right, stepper)
-        if not found.agrees:
-            return [
-                self.book.suspect(
-                    proposal.step, "certification", found.error, found.detail, found.bound
-                )
-            ]
-        step, path = self._pending.step, self._pending.path
-        reason = f"{_sequences(proposal.batch)} sequences of step {proposal.step} replayed on {self.referee.name}: {found.detail}; no alarm is open"
-        self.snapshots.witness(
-            path,
-            proposal,
-            reason,
-            lambda sha256: self.book.snapshot(step, "witnessed", path.name, sha256, reason),
-        )
-        self._candidates = self._candidates.witnessed(step, path)
-        self._pending = None
-        self._certify_due()
-        return []
-
-    def _certify_due(self) -> None:
-        """Certify what has waited long enough, oldest first (candidates.py)."""
-        while (one := self._candidates.due()) is not None:
-            self._candidates = self._candidates.certified(one)
-            self.snapshots.certify(one.path, one.says, functools.partial(self._certified, one))
-            if self._probation_until is not None and one.step >= self._probation_until:
-                self._probation_until = None
-
-    def _certified(self, one: Candidate, sha256: str) -> None:
-        self.book.snapshot(one.step, "certified", one.path.name, sha256, one.says)
 
     # ---- settling an alarm
 
@@ -495,9 +422,9 @@ class Guard:
             model=stepper.model,
             cry=cry,
             finding=finding,
-            unchecked=self._candidates.unchecked,
+            unchecked=self.certification.candidates.unchecked,
             state_is_hit=state_is_hit,
-            probation=self._probation_until is not None,
+            probation=self.certification.on_probation,
         )
         if not self.court.settle(case):
             return False
@@ -514,7 +441,3 @@ class Guard:
     def _same_kernels(self) -> bool:
         """Chip and referee run the same code, so that right results are equal bit for bit (a simulated chip on its base)."""
         return self.accelerator.device == self.referee.device
-
-
-def _sequences(batch: Any) -> int:
-    return len(next(iter(batch.tensors.values())))

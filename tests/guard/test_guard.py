@@ -238,7 +238,7 @@ def test_a_launch_that_resumes_from_an_uncertified_snapshot_does_not_trust_its_p
 ) -> None:
     rig = guarded.rig(tmp_path, "sim:transient?onset_step=6&until_step=6@cpu", config=EVERYTHING)
     rig.guard.after_snapshot(5, tmp_path / "step-00000005")
-    assert rig.guard._candidates.unchecked == 1
+    assert rig.guard.certification.candidates.unchecked == 1
     fresh = guarded.rig(tmp_path / "b")
     fresh.guard.after_snapshot(0, tmp_path / "step-00000000")
-    assert fresh.guard._candidates.unchecked == 0
+    assert fresh.guard.certification.candidates.unchecked == 0
