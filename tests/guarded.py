@@ -1,4 +1,4 @@
-"""A small real training run under the guard, for the tests of guard, faults and fallback. Loaded by path (see `load` there)."""
+"""A small real training run under the guard, for the tests of guard, faults and fallback."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A whole supervised run inside one process: the real supervisor, trainer and guard, without processes to start.
 
 For campaigns of hundreds of runs and for property tests; a launch costs tens of milliseconds instead of seconds. What only
-processes have (a hang, a kill, an engine beside the trainer) is not here. Loaded by path, as guarded.py is.
+processes have (a hang, a kill, an engine beside the trainer) is not here.
 """
 
 from __future__ import annotations

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,15 +11,7 @@ from bascule.fallback import rehearsal
 from bascule.folder import RunFolder, sha256_of
 from bascule.ledger import of_kind
 from bascule.records import StepStats
-
-
-def _in_process() -> ModuleType:
-    if "in_process" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("in_process", Path(__file__).parents[1] / "in_process.py")  # fmt: skip
-        assert spec is not None and spec.loader is not None
-        sys.modules["in_process"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["in_process"])
-    return sys.modules["in_process"]
+from tests import in_process
 
 
 class Lost(BaseException):
@@ -45,7 +34,7 @@ def stop_before(step: int) -> Any:
 
 
 def recipe(chip: str) -> Any:
-    return _in_process().recipe(
+    return in_process.recipe(
         chip, sft={"steps": 8, "batch_sequences": 4}, data={"train_problems": 64}, train={"snapshot_every_steps": 3},
     )  # fmt: skip
 
@@ -53,7 +42,7 @@ def recipe(chip: str) -> Any:
 def test_the_copy_goes_on_from_the_owners_snapshots_and_a_copy_cut_off_is_made_again(
     tmp_path: Path,
 ) -> None:
-    run, weights_of = _in_process().run, _in_process().weights_of
+    run, weights_of = in_process.run, in_process.weights_of
     with pytest.raises(Lost):
         run(recipe("cpu"), tmp_path / "owner", stop_before(8))
     owner = RunFolder(tmp_path / "owner")
@@ -63,7 +52,7 @@ def test_the_copy_goes_on_from_the_owners_snapshots_and_a_copy_cut_off_is_made_a
     (to.snapshots / "step-00000003").mkdir()  # of a copy that was cut off: there is no ledger yet
     assert rehearsal.copy_run(owner, to, planted) is None
     assert before == {path: sha256_of(path) for path in owner.root.rglob("*") if path.is_file()}
-    earlier = len(of_kind(_in_process().Ledger(to.ledger).read(), StepStats))
+    earlier = len(of_kind(in_process.Ledger(to.ledger).read(), StepStats))
     code, records = run(planted, to.root)
     assert code == 0
     assert of_kind(records, StepStats)[earlier].step > 3, "it went on and did not begin anew"

@@ -7,10 +7,7 @@ What the checksums alone see within one step stands in test_seen_by_checksums.py
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,20 +15,8 @@ import torch
 from bascule import errors
 from bascule.config.trust import GuardConfig
 from bascule.faults.catalogue import profiles
+from tests import guarded
 
-
-def _load() -> ModuleType:
-    if "guarded" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "guarded", Path(__file__).parents[1] / "guarded.py"
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["guarded"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["guarded"])
-    return sys.modules["guarded"]
-
-
-guarded = _load()
 STEPS = 8
 
 # profile (with knobs that bring it into 8 steps) -> sentinels of which one must cry first. All end with the chip condemned.

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from existing import make_llama
 
 from bascule.data import gguf_tokenizer
 from bascule.data.text_tokenizer import open_tokenizer
 from bascule.errors import ModelFolderError
 from bascule.model import existing, gguf_write, origin
 from bascule.model.weights import fingerprint
+from tests.existing import make_llama
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,20 +15,8 @@ from bascule.records import Continuation, Migration, PoolCondemned
 from bascule.report.story import sentences
 from bascule.stages.drill import _planted
 from bascule.stages.drilled import Drilled, look, story
+from tests import in_process
 
-
-def _load() -> ModuleType:
-    if "in_process" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "in_process", Path(__file__).parents[1] / "in_process.py"
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["in_process"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["in_process"])
-    return sys.modules["in_process"]
-
-
-in_process = _load()
 BAD, GOOD = "sim:zeroed?onset_step=6@cpu", "sim:clean@cpu"
 
 

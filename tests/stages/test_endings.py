@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,20 +13,7 @@ import pytest
 from bascule.cli import main
 from bascule.ledger import of_kind, read_ledger
 from bascule.records import Incident, Warned
-
-
-def _load() -> ModuleType:
-    if "in_process" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "in_process", Path(__file__).parents[1] / "in_process.py"
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["in_process"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["in_process"])
-    return sys.modules["in_process"]
-
-
-in_process = _load()
+from tests import in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from existing import make_llama
 
 from bascule.data import gguf_tokenizer
 from bascule.data.text_tokenizer import open_tokenizer
@@ -23,6 +19,7 @@ from bascule.model.weights import fingerprint, load_hf
 from bascule.records import Incident, Migration, StepStats
 from bascule.report.card import spans
 from bascule.stages import export
+from tests.existing import make_llama
 from tests.serve.conftest import make_run
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from existing import make_llama
 
 from bascule.cli import main
 from bascule.config.load import recipe_from
 from bascule.errors import RecipeError
 from bascule.folder import RunFolder
 from bascule.stages import material, origin
+from tests.existing import make_llama
 
 
 def check(**sections: Any) -> None:

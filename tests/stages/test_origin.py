@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from existing import make_llama
-
 from bascule.cli import main
 from bascule.config.load import load_recipe
 from bascule.errors import RecipeError, UsageError
 from bascule.ledger import last, read_ledger
 from bascule.records import ModelOrigin, RunFinished, StepStats
 from bascule.stages import origin
+from tests.existing import make_llama
 
 RECIPE = """
 pools.here.accelerator = "cpu"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -21,20 +18,8 @@ from hypothesis import strategies as st
 
 from bascule.ledger import Ledger, of_kind, read_ledger
 from bascule.records import AnyRecord, Incident, RunFinished
+from tests import in_process
 
-
-def _load() -> ModuleType:
-    if "in_process" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "in_process", Path(__file__).parents[1] / "in_process.py"
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["in_process"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["in_process"])
-    return sys.modules["in_process"]
-
-
-in_process = _load()
 STEPS = 9
 FAULTS = (
     "zeroed", "bit-flip:low", "nan", "transient", "device-error", "oom", "missing-backward-op", "softmax-0.99", "bit-rot:high", "doubled-gradient",

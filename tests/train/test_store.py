@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import fsspec
@@ -21,6 +19,7 @@ from bascule.records import Warned
 from bascule.stages import run as stage
 from bascule.train import checkpoint
 from bascule.train.store import SnapshotStore, check_url
+from tests import in_process
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -187,18 +186,8 @@ def test_a_url_that_cannot_be_opened_is_refused_in_plain_words(monkeypatch):
 # ---- a whole run
 
 
-def _in_process():
-    if "in_process" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "in_process", Path(__file__).parents[1] / "in_process.py"
-        )
-        sys.modules["in_process"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["in_process"])
-    return sys.modules["in_process"]
-
-
 def recipe(url):
-    return _in_process().recipe(
+    return in_process.recipe(
         "cpu", sft={"steps": 8, "batch_sequences": 4}, data={"train_problems": 64},
         train={"snapshot_every_steps": 3, **({"snapshots": url} if url else {})},
     )  # fmt: skip
@@ -206,8 +195,8 @@ def recipe(url):
 
 @pytest.mark.parametrize("url", ["memory"], indirect=True)
 def test_a_run_whose_folder_is_lost_ends_with_the_same_bits(url, tmp_path):
-    run = _in_process().run
-    plain = _in_process().weights_of(run(recipe(None), tmp_path / "plain")[1])
+    run = in_process.run
+    plain = in_process.weights_of(run(recipe(None), tmp_path / "plain")[1])
 
     class Lost(BaseException):
         pass
@@ -227,7 +216,7 @@ def test_a_run_whose_folder_is_lost_ends_with_the_same_bits(url, tmp_path):
         run(recipe(url), tmp_path / "first", wrap)
     shutil.rmtree(tmp_path / "first")
     code, records = run(recipe(url), tmp_path / "second")
-    assert code == 0 and _in_process().weights_of(records) == plain
+    assert code == 0 and in_process.weights_of(records) == plain
     taken = [one for one in of_kind(records, Warned) if one.what == "taken up from the store"]
     assert len(taken) == 1 and "step-0000000" in taken[0].detail
     assert min(one.step for one in records if one.kind == "step_stats") > 3
@@ -238,7 +227,7 @@ def test_a_store_that_is_away_is_said_and_stops_nobody(tmp_path, monkeypatch):
         raise OSError(errno.EHOSTUNREACH, "no route")
 
     monkeypatch.setattr(LocalFileSystem, "put_file", away)
-    code, records = _in_process().run(recipe(f"file://{tmp_path}/store"), tmp_path / "r")
+    code, records = in_process.run(recipe(f"file://{tmp_path}/store"), tmp_path / "r")
     said = [one for one in of_kind(records, Warned) if one.what == "snapshot not stored"]
     assert code == 0 and said and "no route" in said[0].detail
 
@@ -254,7 +243,7 @@ def test_a_slip_in_the_url_does_not_tie_the_runs_folder_to_it(tmp_path):
 def test_snapshots_keep_to_their_budget_on_the_disk_and_say_when_they_cannot(tmp_path):
     made = recipe(None)
     tight = made.model_copy(update={"train": made.train.model_copy(update={"snapshots_gib": 1e-6})})
-    code, records = _in_process().run(tight, tmp_path)
+    code, records = in_process.run(tight, tmp_path)
     assert code == 0
     told = [one for one in of_kind(records, Warned) if one.what == "snapshots over their budget"]
     assert len(told) == 1, "once a launch"
