@@ -17,6 +17,7 @@ from bascule.config.model import ModelConfig
 from bascule.model.attention import cached_bias, padding_bias
 from bascule.model.block import Block, PredictionLayer
 from bascule.model.cache import Cache, Context, KVCache, LatentCache
+from bascule.model.head import Head
 from bascule.model.layers import RMSNorm, Rotary
 from bascule.model.moe import MoE
 from bascule.model.seats import Seats, take
@@ -24,18 +25,26 @@ from bascule.model.seats import Seats, take
 
 @dataclass(frozen=True)
 class Output:
-    """`logits_BTV` fp32. `expert_loads` [MoE layers, experts] int64, tokens that chose each expert; None without experts.
+    """`logits_BTV` fp32; where they were left out (`head_later`) `head` can be asked for targets instead (head.py). `expert_loads` [MoE layers, experts] int64, tokens that chose each expert; None without experts.
 
-    `hidden_BTD` is what the head reads (after the last norm). `ahead_BTV` [B, T-1, V], only when asked for: entry t predicts
+    `hidden_BTD` is what the head reads (after the last norm). `ahead_BTV` [B, T-1, V], or what the head reads for it, `ahead_BTD`, only when asked for: entry t predicts
     token t+2, and the prediction layer's loads are then the last row of `expert_loads`. `routes_agree` [MoE layers, B*T] only where
     routes were replayed (routing.py).
     """
 
-    logits_BTV: Tensor
+    kept_BTV: Tensor | None
     expert_loads: Tensor | None
     hidden_BTD: Tensor
     ahead_BTV: Tensor | None = None
     routes_agree: Tensor | None = None
+    ahead_BTD: Tensor | None = None
+    head: Head | None = None
+
+    @property
+    def logits_BTV(self) -> Tensor:
+        if self.kept_BTV is None:
+            raise RuntimeError("The logits were left out of this forward pass (head_later).")
+        return self.kept_BTV
 
 
 class Decoder(nn.Module):
@@ -63,7 +72,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(
             PredictionLayer(config) for _ in range(config.num_nextn_predict_layers)
         )
@@ -94,6 +103,7 @@ class Transformer(nn.Module):
         right_padded: bool = False,
         seats: Seats | None = None,
         picks_M: Tensor | None = None,
+        head_later: bool = False,
     ) -> Output:
         """Logits of the next token after every token.
 
@@ -107,6 +117,7 @@ class Transformer(nn.Module):
         expert loads, and attention works without a mask.
         `seats`: the tokens are one flat row [1, N] that sits in right-padded rows to attend (seats.py; neither `cache` nor `documents`);
         `mask` then says how many samples each token stands for. `picks_M` asks for the logits after these tokens of it only, [1, M, V].
+        `head_later`: no logits, the output's `head` works out what is asked of them.
         Raises ValueError when a position exceeds `max_position_embeddings`.
         """
         seen = None if right_padded or seats is not None else mask
@@ -126,17 +137,21 @@ class Transformer(nn.Module):
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), at_B].unsqueeze(1)
         if picks_M is not None:
             x_BTD = take(x_BTD.flatten(0, 1), picks_M).unsqueeze(0)
-        hidden_BTD, ahead_BTV = self.model.norm(x_BTD), None
+        hidden_BTD, ahead_BTD = self.model.norm(x_BTD), None
         if ahead:
-            ahead_BTV, _, loads_E = self.draft(
+            ahead_BTD, loads_E = self.look_ahead(
                 hidden_BTD[:, :-1], tokens_BT[:, 1:], mask=None if mask is None else mask[:, 1:],
                 documents=None if documents is None else documents[:, 1:], right_padded=right_padded,
             )  # fmt: skip
             loads += [] if loads_E is None else [loads_E]
+        loads_LE = torch.stack(loads) if loads else None
+        if head_later:
+            return Output(None, loads_LE, hidden_BTD, ahead_BTD=ahead_BTD, head=self.lm_head)
+        ahead_BTV = None if ahead_BTD is None else self._logits(ahead_BTD)
         logits_BTV = self._logits(hidden_BTD)
         if every:
             hidden_BTD = self.model.norm(whole_BTD)
-        return Output(logits_BTV, torch.stack(loads) if loads else None, hidden_BTD, ahead_BTV)
+        return Output(logits_BTV, loads_LE, hidden_BTD, ahead_BTV)
 
     def draft(
         self,

@@ -22,13 +22,12 @@ from bascule.records import Completion, RolloutReply, RolloutRequest
 from bascule.train import correction, schedule
 from bascule.train.curriculum import Curriculum
 from bascule.train.mismatch import mismatch
-from bascule.train.objective import Batch, collate, counted_logprobs, seated, spread
+from bascule.train.objective import Batch, collate, counted_readout, seated, spread
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.policy import (
     ALGORITHMS,
     Clip,
     clip_metrics,
-    entropy,
     with_contrast,
 )
 from bascule.train.state import StateDict
@@ -140,16 +139,14 @@ class Grpo:
 
     def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Without `old_logprobs` the batch is learnt from by the very weights it is compared with: the ratio is 1."""
-        logits_BTV = output.logits_BTV / self.config.temperature
         mask_BT, rollout_BT = tensors["mask"], tensors["rollout_logprobs"]
-        new_BT = counted_logprobs(logits_BTV, tensors)
+        new_BT, mean_entropy = counted_readout(output, tensors, self.config.temperature)
         old_BT = tensors.get("old_logprobs", new_BT.detach())
         weight_BT = correction.weights(old_BT, rollout_BT, mask_BT, self.config)
         advantage_B1 = tensors["advantages"][:, None]
         loss = self.algorithm.loss(new_BT, old_BT, advantage_B1, weight_BT, mask_BT, self.clip)
         metrics = clip_metrics(new_BT, old_BT, advantage_B1, mask_BT, self.clip)
-        counted = mask_BT if "seats" not in tensors else mask_BT.new_ones(logits_BTV.shape[:2])
-        metrics["entropy"] = entropy(logits_BTV, counted)
+        metrics["entropy"] = mean_entropy()
         if output.routes_agree is not None:
             agree_LBT = output.routes_agree.view(-1, *mask_BT.shape)
             metrics["router_agreement"] = (agree_LBT * mask_BT).sum() / mask_BT.sum() / len(agree_LBT)  # fmt: skip

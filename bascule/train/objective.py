@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bascule import draws
 from bascule.config.training import PretrainConfig, SftConfig
 from bascule.model import fused, kernels
-from bascule.model.transformer import Output
+from bascule.model.transformer import Output, Transformer
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
 
@@ -198,14 +198,55 @@ def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return picked_BT - logits.logsumexp(-1)
 
 
-def counted_logprobs(logits: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Log-probability of each target, (B,T) fp32, from logits (B,T,V), or from those of the targets that count alone (1,M,V): 0 elsewhere."""
+KEPT_LOGITS_BYTES = 256 * 2**20
+"""Logits up to this size are kept for the backward pass: to work them out again costs a third of the head's products."""
+
+
+def head_later(model: Transformer, tensors: Mapping[str, Tensor]) -> bool:
+    """Are the logits of this batch too large to keep? A function of shapes alone, so that a replay does as the step did."""
+    rows = tensors["picks" if "seats" in tensors else "tokens"].numel()
+    return 4 * rows * model.config.vocab_size > KEPT_LOGITS_BYTES
+
+
+def ask_head(
+    output: Output, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """(log-probability in nats of each of `targets` (R,T), fp32; what gives the entropies (R,T) in nats, without a gradient): from the
+    logits (R,T,V), or from the head where they were left out."""
+    if output.head is not None:
+        hidden_MD = output.hidden_BTD.flatten(0, 1)
+        logp_M, entropy_M = output.head(hidden_MD, targets.flatten(), temperature)
+        return logp_M.view_as(targets), lambda: entropy_M.view_as(targets)
+    logits = output.logits_BTV if temperature == 1.0 else output.logits_BTV / temperature
+    return token_logprobs(logits, targets), lambda: _entropies(logits)
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    logp = logits.detach().float().log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def counted_logprobs(
+    output: Output, tensors: Mapping[str, Tensor], temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each target, (B,T) fp32; of those that count alone where the batch has seats, 0 elsewhere."""
+    return counted_readout(output, tensors, temperature)[0]
+
+
+def counted_readout(
+    output: Output, tensors: Mapping[str, Tensor], temperature: float = 1.0
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """`counted_logprobs`, and what gives the mean entropy in nats at the positions that count, without a gradient (of kept logits it
+    is another pass over them, which SFT does without)."""
     targets_BT = tensors["targets"]
     if "seats" not in tensors:
-        return token_logprobs(logits, targets_BT)
+        logp_BT, entropies = ask_head(output, targets_BT, temperature)
+        mask_BT = tensors["mask"]
+        return logp_BT, lambda: (entropies() * mask_BT).sum() / mask_BT.sum()
     where_M = tensors[
         "counted"
     ]  # not the mask itself: its ones would have to be counted first, which stops a GPU
-    found_M = token_logprobs(logits[0], targets_BT.flatten()[where_M])
+    found_1M, entropies = ask_head(output, targets_BT.flatten()[where_M][None], temperature)
     all_N = torch.zeros_like(tensors["mask"]).flatten()
-    return all_N.index_copy(0, where_M, found_M).view_as(targets_BT)
+    logp_BT = all_N.index_copy(0, where_M, found_1M[0]).view_as(targets_BT)
+    return logp_BT, lambda: entropies().mean()

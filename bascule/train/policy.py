@@ -169,9 +169,3 @@ def clip_metrics(
         / count,
         "max_policy_ratio": ratio_BT.max(),
     }
-
-
-def entropy(logits_BTV: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean entropy in nats of the policy at the counted positions."""
-    logp_BTV = logits_BTV.detach().float().log_softmax(-1)
-    return (-(logp_BTV.exp() * logp_BTV).sum(-1) * mask_BT).sum() / mask_BT.sum()

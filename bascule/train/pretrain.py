@@ -16,7 +16,7 @@ from bascule.config.training import PretrainConfig
 from bascule.data.shards import Order, Text
 from bascule.model.transformer import Output
 from bascule.train import schedule
-from bascule.train.objective import Batch, FromText, token_logprobs
+from bascule.train.objective import Batch, FromText, ask_head
 
 NATS_PER_BIT = math.log(2.0)
 
@@ -111,7 +111,7 @@ class Pretrain(FromText[PretrainConfig]):
 
 def reading_loss(output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean nats of the targets that count, and bits per byte of those that are text."""
-    nats_BT = -token_logprobs(output.logits_BTV, tensors["targets"])
+    nats_BT = -ask_head(output, tensors["targets"])[0]
     mask_BT, bytes_BT = tensors["mask"], tensors["target_bytes"]
     text_nats = (nats_BT.detach() * (bytes_BT > 0)).sum()
     metrics = {"bits_per_byte": text_nats / NATS_PER_BIT / bytes_BT.sum().clamp(min=1)}

@@ -74,6 +74,6 @@ class Sft(FromText[SftConfig]):
 
     def loss(self, output: Output, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over all counted tokens of the batch (a long row weighs more than a short one)."""
-        nats_BT = -counted_logprobs(output.logits_BTV, tensors)
+        nats_BT = -counted_logprobs(output, tensors)
         mask_BT = tensors["mask"]
         return (nats_BT * mask_BT).sum() / mask_BT.sum(), {}

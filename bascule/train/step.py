@@ -23,7 +23,7 @@ from bascule.model.names import layer_of
 from bascule.model.routing import replaying
 from bascule.model.transformer import Output, Transformer
 from bascule.train import extra
-from bascule.train.objective import Batch, Objective, counted_logprobs
+from bascule.train.objective import Batch, Objective, counted_logprobs, head_later
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
 
@@ -220,8 +220,7 @@ class Stepper:
         ):
             names = ("tokens", "targets", "real", "mask", "documents", "routes", *seats.NAMES)
             placed = self.accelerator.to_device({n: tensors[n] for n in names if n in tensors})
-            logits_BTV = _forward(self.model, placed).logits_BTV
-            return counted_logprobs(logits_BTV / temperature, placed).cpu()
+            return counted_logprobs(_forward(self.model, placed), placed, temperature).cpu()
 
     def model_state(self) -> StateDict:
         """Parameters and persistent buffers by name, tied weights once; the live tensors, not copies."""
@@ -368,10 +367,12 @@ def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
     if "seats" in tensors:
         where = seats.Seats(tensors["seats"], tensors["places"])
         tokens_1N = tensors["tokens"].flatten()[where.place_N].unsqueeze(0)
-        return model(tokens_1N, mask=tensors["copies"].unsqueeze(0), seats=where, picks_M=tensors["picks"])  # type: ignore[no-any-return]  # fmt: skip
+        return model(  # type: ignore[no-any-return]
+            tokens_1N, mask=tensors["copies"].unsqueeze(0), seats=where, picks_M=tensors["picks"], head_later=head_later(model, tensors),
+        )  # fmt: skip
     return model(  # type: ignore[no-any-return]
         tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors,
-        right_padded="documents" not in tensors,
+        right_padded="documents" not in tensors, head_later=head_later(model, tensors),
     )  # fmt: skip
 
 

@@ -107,3 +107,18 @@ def test_another_order_of_summation_is_within_the_measured_noise(model: Transfor
         rounded_otherwise(tensor)
     finding = audit.judge(capture, grads, REFEREE)
     assert finding is not None and not finding.bit_equal and finding.worst is None
+
+
+def test_a_head_that_keeps_no_logits_is_audited_as_one_part(model: Transformer) -> None:
+    part = audit.parts(model)[-1]
+    tokens = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(1))
+    with audit.capturing(part, 1) as capture:
+        output = model(tokens, head_later=True)
+        logp_M, _ = output.head(output.hidden_BTD.flatten(0, 1), tokens.flatten())
+        found = torch.autograd.grad(-logp_M.mean(), list(model.parameters()))
+    grads = dict(zip([name for name, _ in model.named_parameters()], found, strict=True))
+    finding = audit.judge(capture, grads, REFEREE)
+    assert part.name == "lm_head" and finding is not None and finding.bit_equal
+    capture.outputs[0].mul_(1.001)
+    spoilt = audit.judge(capture, grads, REFEREE)
+    assert spoilt is not None and spoilt.worst is not None

@@ -49,7 +49,7 @@ def test_it_is_the_padded_batch(shape: dict[str, object], plain: bool) -> None:
     with kernels.plain() if plain else nullcontext():
         for one in (tensors, padded):
             output = _forward(model, one)
-            logp = counted_logprobs(output.logits_BTV, one) * one["mask"]
+            logp = counted_logprobs(output, one) * one["mask"]
             grads = torch.autograd.grad((logp * weight).sum(), list(model.parameters()))
             found.append((logp, output.expert_loads, grads))
     (logp, loads, grads), (logp_padded, loads_padded, grads_padded) = found

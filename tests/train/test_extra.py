@@ -12,6 +12,7 @@ from bascule.config.training import SftConfig, TrainConfig
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.train import extra
+from bascule.train import objective as train_objective
 from bascule.train.objective import collate
 from bascule.train.sft import Sft
 from bascule.train.step import Stepper
@@ -119,3 +120,16 @@ def test_load_metrics_by_hand() -> None:
     found = extra.load_metrics(torch.tensor([[4, 4, 4, 4], [8, 8, 0, 0]]))
     assert found == {"expert_max_ratio": 2.0, "experts_idle": 2.0}
     assert extra.load_metrics(None) == {}
+
+
+def test_the_ahead_loss_is_the_same_without_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = objective()
+    kept = stepper()
+    kept.begin(phase)
+    wanted = kept.propose(phase.next_batch(1))
+    monkeypatch.setattr(train_objective, "KEPT_LOGITS_BYTES", 0)
+    later = stepper()
+    later.begin(phase)
+    found = later.propose(phase.next_batch(1))
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert found.metrics["ahead_loss"] == pytest.approx(wanted.metrics["ahead_loss"], rel=1e-5)

@@ -13,7 +13,6 @@ from bascule.train.policy import (
     ALGORITHMS,
     Clip,
     clip_metrics,
-    entropy,
     standardised,
     with_contrast,
 )
@@ -153,12 +152,6 @@ def test_by_default_every_token_of_the_batch_weighs_the_same():
     )
     (grad,) = torch.autograd.grad(loss, new)
     assert torch.equal(grad, torch.tensor([[-0.25, 0.0, 0.0], [0.25, 0.25, 0.25]]))
-
-
-def test_entropy_of_a_uniform_policy_is_log_of_its_size():
-    assert float(entropy(torch.zeros(1, 2, 8), torch.tensor([[1.0, 0.0]]))) == pytest.approx(
-        math.log(8)
-    )
 
 
 def test_mismatch_figures_are_the_textbook_ones():

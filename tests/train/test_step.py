@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from bascule.accelerators.base import Work
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.train import checkpoint
+from bascule.train import checkpoint, objective
 from bascule.train.objective import Batch
 from bascule.train.step import NoJudge
 
@@ -263,3 +263,23 @@ def test_a_rehearsed_update_is_the_one_that_commit_makes_and_leaves_no_trace(tin
         assert same(before, everything(run))
         run.stepper.commit(proposal)
         assert all(torch.equal(t, expected[name]) for name, t in run.stepper.model_state().items())
+
+
+@pytest.mark.parametrize("phase", ["sft", "grpo"])
+def test_logits_too_large_to_keep_change_a_step_by_rounding_only(tiny, monkeypatch, phase):
+    steps = []
+    for limit in (None, 0):
+        if limit is not None:
+            monkeypatch.setattr(objective, "KEPT_LOGITS_BYTES", limit)
+        run = tiny()
+        run.stepper.step = run.objectives[phase].first_step - 1
+        run.stepper.begin(run.objectives[phase])
+        batch = run.objectives[phase].next_batch(run.stepper.step + 1)
+        steps.append(run.stepper.propose(batch))
+    kept, later = steps
+    assert later.loss == pytest.approx(kept.loss, rel=1e-5)
+    assert later.metrics.keys() == kept.metrics.keys()
+    if phase == "grpo":
+        assert later.metrics["entropy"] == pytest.approx(kept.metrics["entropy"], rel=1e-4)
+    for name, grad in kept.grads.items():
+        torch.testing.assert_close(later.grads[name], grad, rtol=1e-3, atol=2e-6, msg=name)
