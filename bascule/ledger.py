@@ -12,14 +12,14 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from bascule.errors import CheckFailed, LedgerError
-from bascule.records import ADAPTER, SCHEMA_VERSION, AnyRecord, Record, Warned
+from bascule.records import ADAPTER, SCHEMA_VERSION, AnyRecord, MemoryPeak, Record, Warned
 
 R = TypeVar("R", bound=Record)
 
@@ -150,3 +150,12 @@ def _cut_torn_tail(handle: int) -> int:
         end = start
     os.ftruncate(handle, end)
     return size - end
+
+
+def memory_peaks(records: Sequence[AnyRecord]) -> dict[str, dict[str, int]]:
+    """The most memory in bytes that each pool's trainer took in each phase, over all launches."""
+    found: dict[str, dict[str, int]] = {}
+    for one in of_kind(records, MemoryPeak):
+        phases = found.setdefault(one.pool or "", {})
+        phases[one.phase] = max(one.peak_bytes, phases.get(one.phase, 0))
+    return found

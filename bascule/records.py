@@ -204,6 +204,15 @@ class StepStats(Record):
     layer_grad_norms: tuple[float, ...] = ()
 
 
+class MemoryPeak(Record):
+    """The most memory that a trainer held while it trained a phase, or the part of it that this launch did: on a device the allocator's
+    figure, on a CPU the process's resident set. Beside OptionPriced.memory_bytes."""
+
+    kind: Literal["memory_peak"] = "memory_peak"
+    phase: str
+    peak_bytes: int
+
+
 class Judgement(Record):
     """May this step commit? Stored when it may not, and for every audited step."""
 
@@ -423,7 +432,7 @@ class Telemetry(Record):
 
 AnyRecord = Annotated[
     RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder
-    | StepStats | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
+    | StepStats | MemoryPeak | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
     | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),
 ]  # fmt: skip

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bascule.errors import CheckFailed, LedgerError
-from bascule.ledger import Ledger, read_ledger
-from bascule.records import Judgement, StepStats, Warned
+from bascule.ledger import Ledger, memory_peaks, read_ledger
+from bascule.records import Judgement, MemoryPeak, StepStats, Warned
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -117,3 +117,10 @@ def test_the_repair_of_a_torn_line_is_spoken_and_strict_about(
     with pytest.raises(CheckFailed, match="torn ledger line"):
         Ledger(path, strict=True).append(Judgement(step=2, commit=True, reason="after"))
     assert [record.kind for record in read_ledger(path)] == ["warning", "judgement"] * 2
+
+
+def test_a_trainers_peak_of_memory_is_the_largest_of_its_launches(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", pool="a")
+    for phase, peak in (("sft", 5), ("sft", 9), ("grpo", 7)):
+        ledger.append(MemoryPeak(phase=phase, peak_bytes=peak))
+    assert memory_peaks(ledger.read()) == {"a": {"sft": 9, "grpo": 7}}

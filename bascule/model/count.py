@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 from bascule.config.model import ModelConfig
 
+KEPT_LOGITS_BYTES = 256 * 2**20
+"""fp32 logits of a training step up to this size are kept for the backward pass; more are worked out in chunks, and once more in the
+backward pass, which costs a third of the head's products (model/head.py)."""
+LOGITS_CHUNK_BYTES = 32 * 2**20  # at most three such blocks live together
+
 
 @dataclass(frozen=True)
 class Matrix:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-CHUNK_BYTES = 32 * 2**20  # of fp32 logits at a time; at most three such blocks live together
+from bascule.model import count
 
 
 class Head(nn.Linear):
@@ -31,7 +31,7 @@ class Head(nn.Linear):
         each row in nats), both [M] fp32, at `temperature`; the entropy has no gradient."""
         if targets_M is None:
             return super().forward(input)
-        rows = max(1, CHUNK_BYTES // (4 * self.out_features))
+        rows = max(1, count.LOGITS_CHUNK_BYTES // (4 * self.out_features))
         return _Readout.apply(input, self.weight, targets_M, temperature, rows)
 
 

@@ -11,12 +11,19 @@ from bascule.config.load import recipe_from
 from bascule.config.recipe import Recipe
 from bascule.errors import RecipeError
 from bascule.folder import RunFolder
-from bascule.ledger import last, of_kind, read_ledger
+from bascule.ledger import last, memory_peaks, of_kind, read_ledger
 from bascule.plan.architecture import from_config
 from bascule.plan.catalogue import Chip, find_chip, with_measured
 from bascule.plan.goodput import Recovery
 from bascule.plan.job import Job, Layout
-from bascule.records import AnyRecord, Evidence, Incident, Migration, RecipeResolved, StepStats
+from bascule.records import (
+    AnyRecord,
+    Evidence,
+    Incident,
+    Migration,
+    RecipeResolved,
+    StepStats,
+)
 
 FEWEST_STEPS = 5  # that a pool's mean step is taken from, its first one aside
 OWN_STACK = "bascule"  # the software of a run's own steps
@@ -107,6 +114,10 @@ def measured_pools(
     for (pool, phase), seconds in step_seconds_of(records).items():
         if _sized(run, phase) == _sized(recipe, phase):
             found.setdefault(pool, {})[f"{phase}_step_s"] = seconds
+    phases = recipe.phase_steps()
+    for pool, peaks in memory_peaks(records).items():
+        if all(name in peaks and _sized(run, name) == _sized(recipe, name) for name in phases):
+            found.setdefault(pool, {})["train_peak_bytes"] = float(max(peaks.values()))
     return found
 
 

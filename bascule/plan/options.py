@@ -13,8 +13,10 @@ from typing import Literal
 from bascule.config.recipe import Recipe
 from bascule.config.trust import PoolConfig
 from bascule.errors import RecipeError
+from bascule.model import count
 from bascule.plan.architecture import Shape, from_config
 from bascule.plan.catalogue import find_chip
+from bascule.plan.lengths import Lengths, assumed
 from bascule.plan.probe import host_memory_bytes, measure_cpu
 from bascule.records import OptionPriced
 
@@ -27,10 +29,9 @@ MATMUL_SHARE = 0.25
 OPERATIONS_PER_LAYER_STEP, OPERATIONS_PER_LAYER_DECODE = 600, 150
 LAUNCH_S = {"cpu": 10e-6, "cuda": 8e-6, "npu": 16e-6}
 GUARD_SHARE = 0.10
-TYPICAL_LENGTH_SHARE = 0.4  # mean sequence over max_position_embeddings in the demo's corpus
 TYPICAL_COMPLETION_SHARE = 0.4  # mean completion over the cap
 SPREAD = 2.0  # low = x / SPREAD, high = x * SPREAD where nothing was measured for this model
-PROCESS_BYTES = 450e6  # interpreter and libraries of one trainer process
+PROCESS_BYTES = 300e6  # interpreter and libraries of one trainer process (250 MB, and what torch makes at its first step)
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,26 @@ class Rate:
 
 
 def price_pools(
-    recipe: Recipe, available: Mapping[str, float | None], measured: Measured | None = None
+    recipe: Recipe,
+    available: Mapping[str, float | None],
+    measured: Measured | None = None,
+    lengths: Lengths | None = None,
 ) -> list[OptionPriced]:
     """Price every pool of the recipe, preferred first.
 
     `available`: memory in bytes a pool offers (None: unknown; the host's own for CPU pools). `measured`: per pool any of
     `accelerator` (the name that opened), `chip` (as its driver names it), `matmul_flops_per_s`, `step_flops_per_s`, `sft_step_s`, `grpo_step_s`,
-    `train_peak_bytes`, `power_w`; they replace the planner's own.
+    `train_peak_bytes`, `power_w`; they replace the planner's own. `lengths` of the recipe's texts; unset, assumed.
     """
+    texts = lengths or assumed(recipe)
     return [
         _price(
-            recipe, name, recipe.pools[name], available.get(name), (measured or {}).get(name, {})
+            recipe,
+            name,
+            recipe.pools[name],
+            available.get(name),
+            (measured or {}).get(name, {}),
+            texts,
         )
         for name in recipe.order
     ]
@@ -68,14 +78,15 @@ def _price(
     pool: PoolConfig,
     memory: float | None,
     seen: Mapping[str, float | str],
+    lengths: Lengths,
 ) -> OptionPriced:
     shape = from_config(recipe.model)
     family = device_family(str(seen.get("accelerator", pool.accelerator)), memory)
     if memory is None and family == "cpu":
         memory = host_memory_bytes()
     rate = _rate(shape, family, seen)
-    seconds = training_seconds(recipe, shape, rate, seen)
-    components = memory_components(recipe, shape)
+    seconds = training_seconds(recipe, shape, rate, seen, lengths)
+    components = memory_components(recipe, shape, lengths)
     needed = float(seen.get("train_peak_bytes", sum(components.values())))
     timed = timed_phases(recipe, seen)
     if recipe.guard.enabled and not any(timed.values()):
@@ -96,7 +107,7 @@ def _price(
         energy_j=float(seen["power_w"]) * total if "power_w" in seen else None,
         cost=hours * pool.price_per_hour if pool.price_per_hour is not None else None,
         cost_unit=pool.price_unit if pool.price_per_hour is not None else None,
-        basis=_basis(rate, timed, seen, pool),
+        basis=_basis(rate, timed, seen, pool, lengths),
         memory_components_bytes=components,
         train_components_s=seconds,
     )
@@ -128,76 +139,110 @@ def fits(needed: float, available: float | None) -> Fits:
     )
 
 
-def memory_components(recipe: Recipe, shape: Shape) -> dict[str, float]:
-    """Bytes of a trainer in fp32 on one device: weights, two gradients (computed and proposed), optimizer, activations."""
+def memory_components(recipe: Recipe, shape: Shape, lengths: Lengths) -> dict[str, float]:
+    """Bytes of a trainer in fp32 on one device at its peak: weights, two gradients (computed and proposed), optimizer, and what the
+    largest step of any phase keeps."""
     p = shape.parameters
-    length, sequences = recipe.model.max_position_embeddings, largest_batch(recipe)
+    largest = batches(recipe, lengths).values()
+    tokens = max((one.tokens for one in largest), default=0)
+    counted = max((one.counted for one in largest), default=0)
     return {
         "weights": 4.0 * p,
         "gradients": 8.0 * p,
         "optimizer": 8.0 * p,
-        "activations": 4.0 * sequences * length * activation_elements(shape),
-        "logits": 4.0 * 3 * sequences * length * shape.vocab,
+        "activations": 4.0 * tokens * activation_elements(shape),
+        "logits": _logits_bytes(counted, shape),
         "process": PROCESS_BYTES,
     }
 
 
-def largest_batch(recipe: Recipe) -> int:
-    """Rows at full length that one step of any phase holds."""
-    length = recipe.model.max_position_embeddings
-    grpo = "grpo" in recipe.train.phases
-    return max(
-        recipe.sft.batch_sequences if "sft" in recipe.train.phases else 0,
-        recipe.pretrain.batch_sequences * recipe.pretrain.sequence_length // length
-        if "pretrain" in recipe.train.phases
-        else 0,
-        recipe.grpo.prompts * recipe.grpo.group_size // recipe.grpo.updates_per_rollout
-        if grpo
-        else 0,
-    )
+@dataclass(frozen=True)
+class BatchTokens:
+    """The largest batch of a phase: `tokens` that pass the layers, `counted` that pass the head."""
+
+    tokens: int
+    counted: int
+
+
+def batches(recipe: Recipe, lengths: Lengths) -> dict[str, BatchTokens]:
+    """By phase. Of a group GRPO works a prompt out once, and nothing is padding (model/seats.py): the largest batch is one in
+    which every completion is as long as it may be."""
+    found: dict[str, BatchTokens] = {}
+    for phase in recipe.phase_steps():
+        if phase == "pretrain":
+            tokens = recipe.pretrain.batch_sequences * recipe.pretrain.sequence_length
+            found[phase] = BatchTokens(tokens, tokens)
+        elif phase == "sft":
+            long = recipe.sft.pack_tokens or lengths.worked_longest
+            said = long if recipe.sft.pack_tokens else max(1, long - round(lengths.prompt))
+            found[phase] = BatchTokens(
+                recipe.sft.batch_sequences * long, recipe.sft.batch_sequences * said
+            )
+        else:
+            grpo = recipe.grpo
+            prompts = grpo.prompts // grpo.updates_per_rollout
+            said = prompts * grpo.group_size * grpo.max_completion_tokens
+            found[phase] = BatchTokens(said + prompts * lengths.prompt_longest, said)
+    return found
+
+
+def _logits_bytes(counted: int, shape: Shape) -> float:
+    """Logits, their gradient and one temporary, or of chunks and the head's gradient where they are too many to keep (model/head.py)."""
+    whole = 4.0 * counted * shape.vocab
+    if whole <= count.KEPT_LOGITS_BYTES:
+        return 3.0 * whole
+    return 3.0 * count.LOGITS_CHUNK_BYTES + 4.0 * shape.vocab * shape.hidden
 
 
 def activation_elements(shape: Shape) -> float:
     """Elements kept for the backward pass per token, all layers, no recomputation. Fused attention keeps no scores."""
     inner = shape.ffn if not shape.moe else shape.topk * shape.moe_ffn + shape.shared_ffn
-    width = shape.head_dim if shape.latent is None else shape.latent.v
-    per_layer = 8 * shape.hidden + 4 * shape.heads * width + 4 * inner
+    if shape.latent is None:
+        attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    else:
+        attention = 4 * shape.heads * shape.latent.v
+    per_layer = 8 * shape.hidden + attention + 4 * inner
     return float(shape.layers * per_layer)
 
 
 def training_seconds(
-    recipe: Recipe, shape: Shape, rate: Rate, seen: Mapping[str, float | str]
+    recipe: Recipe, shape: Shape, rate: Rate, seen: Mapping[str, float | str], lengths: Lengths
 ) -> dict[str, float]:
     """Seconds of each phase of the recipe, GRPO split into rollouts and updates; measured step times win."""
-    length = TYPICAL_LENGTH_SHARE * recipe.model.max_position_embeddings
     result: dict[str, float] = {}
     for phase, steps in recipe.phase_steps().items():
         if f"{phase}_step_s" in seen:
             result[phase] = steps * float(seen[f"{phase}_step_s"])
-        elif phase == "pretrain":
-            read = recipe.pretrain
-            result["pretrain"] = steps * _step_seconds(
-                shape, rate, read.batch_sequences, read.sequence_length
-            )
-        elif phase == "sft":
-            result["sft"] = steps * _step_seconds(shape, rate, recipe.sft.batch_sequences, length)
-        else:
+            continue
+        name = "grpo updates" if phase == "grpo" else phase
+        if phase == "grpo":
             g = recipe.grpo
-            samples = g.prompts * g.group_size
-            tokens = TYPICAL_COMPLETION_SHARE * g.max_completion_tokens
-            result["grpo rollouts"] = (
-                steps
-                / g.updates_per_rollout
-                * _rollout_seconds(shape, rate, samples, tokens, g.max_completion_tokens)
+            said = TYPICAL_COMPLETION_SHARE * g.max_completion_tokens
+            samples, rollouts = g.prompts * g.group_size, steps / g.updates_per_rollout
+            result["grpo rollouts"] = rollouts * _rollout_seconds(
+                shape, rate, samples, said, g.max_completion_tokens
             )
-            result["grpo updates"] = steps * _step_seconds(
-                shape, rate, samples // g.updates_per_rollout, length
-            )
+        tokens, length = typical_step(recipe, phase, lengths)
+        result[name] = steps * _step_seconds(shape, rate, tokens, length)
     return result
 
 
-def _step_seconds(shape: Shape, rate: Rate, sequences: int, length: float) -> float:
-    flops = sequences * length * shape.train_flops(int(length))
+def typical_step(recipe: Recipe, phase: str, lengths: Lengths) -> tuple[float, float]:
+    """(tokens that one step of `phase` works out, tokens of one sequence). Of a group GRPO works the prompt out once."""
+    if phase == "pretrain":
+        length = float(recipe.pretrain.sequence_length)
+        return recipe.pretrain.batch_sequences * length, length
+    if phase == "sft":
+        length = float(recipe.sft.pack_tokens or lengths.worked)
+        return recipe.sft.batch_sequences * length, length
+    grpo = recipe.grpo
+    prompts = grpo.prompts / grpo.updates_per_rollout
+    said = TYPICAL_COMPLETION_SHARE * grpo.max_completion_tokens
+    return prompts * (lengths.prompt + grpo.group_size * said), lengths.prompt + said
+
+
+def _step_seconds(shape: Shape, rate: Rate, tokens: float, length: float) -> float:
+    flops = tokens * shape.train_flops(int(length))
     if rate.step_flops_per_s:
         return flops / rate.step_flops_per_s
     work = flops / rate.flops_per_s
@@ -264,7 +309,11 @@ def timed_phases(recipe: Recipe, seen: Mapping[str, float | str]) -> dict[str, b
 
 
 def _basis(
-    rate: Rate, timed: Mapping[str, bool], seen: Mapping[str, float | str], pool: PoolConfig
+    rate: Rate,
+    timed: Mapping[str, bool],
+    seen: Mapping[str, float | str],
+    pool: PoolConfig,
+    lengths: Lengths,
 ) -> str:
     known = [phase for phase, measured in timed.items() if measured]
     steps = f"measured on this machine (step times of {' and '.join(known)})"
@@ -276,6 +325,7 @@ def _basis(
         if "train_peak_bytes" in seen
         else "memory: counted from the architecture, activations assumed eager fp32"
     )
+    words.append(lengths.basis)
     words.append("80 % interval")
     if pool.accelerator.startswith("sim:"):
         words.append("simulated chip: its base's speed, faults up to 1.5x")

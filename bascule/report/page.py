@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from bascule.ledger import last, of_kind
+from bascule.ledger import last, memory_peaks, of_kind
 from bascule.records import (
     AnyRecord,
     Continuation,
@@ -59,6 +59,7 @@ def _context(records: Sequence[AnyRecord], others: Sequence[Sequence[AnyRecord]]
         "verdicts": story.latest_verdicts(records),
         "evidence": story.latest_evidence(records),
         "options": list({one.pool: one for one in of_kind(records, OptionPriced)}.values()),
+        "peaks": memory_peaks(records),
         "placement": last(records, Placement),
         "incidents": of_kind(records, Incident),
         "continuations": of_kind(records, Continuation),

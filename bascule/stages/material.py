@@ -10,11 +10,12 @@ from pathlib import Path
 from bascule import draws
 from bascule.config.recipe import Recipe
 from bascule.config.training import TaskConfig
-from bascule.data import conversations
+from bascule.data import conversations, corpus
 from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
+from bascule.plan.lengths import Lengths, assumed, counted
 from bascule.stages import origin
 
 LOOKED_AT = 16
@@ -65,3 +66,17 @@ def refuse_too_long(recipe: Recipe, problems: Sequence[Problem], tokenizer: Toke
             f"grpo.max_completion_tokens={recipe.grpo.max_completion_tokens} and the longest problem's {longest} tokens make "
             f"{asked} positions; the model has {allowed}. Lower it, or raise model.max_position_embeddings."
         )
+
+
+def lengths(recipe: Recipe) -> Lengths:
+    """Of a few problems of each task, and of their worked solutions, in the recipe's own tokens; for the plan. Conversations are not
+    looked at, their lengths are assumed."""
+    if not {"sft", "grpo"} & set(recipe.phase_steps()):
+        return assumed(recipe)
+    tokenizer = origin.tokenizer(recipe)
+    problems = [one for task in recipe.data.tasks for one in _some(task, recipe.data.eval_seed)]
+    prompts = [len(tokenizer.encode(tokenizer.prompt(one.question))) for one in problems]
+    own = "sft" in recipe.phase_steps() and not recipe.sft.data
+    pairs = corpus.sft_examples(problems, 0, tokenizer.prompt, verified=False) if own else []
+    worked = [len(tokenizer.encode(prompt)) + len(tokenizer.encode(text)) + 1 for prompt, text in pairs]  # fmt: skip
+    return counted(recipe, prompts, worked)

@@ -19,7 +19,7 @@ from bascule.plan.page import render_page
 from bascule.plan.pools_page import render_pools
 from bascule.plan.render import cli_text, to_json
 from bascule.records import OptionPriced
-from bascule.stages import origin
+from bascule.stages import material, origin
 from bascule.stages.answer import Answer, duration, say
 
 
@@ -31,7 +31,8 @@ def main(arguments: Namespace) -> Answer:
     if arguments.train or arguments.serve:
         return _ask(arguments)
     recipe = origin.resolve(load_recipe(Path(words[0]), arguments.overrides))
-    options = price_pools(recipe, {}, _measured(arguments.chips, recipe))
+    measured = _measured(arguments.chips, recipe)
+    options = price_pools(recipe, {}, measured, material.lengths(recipe))
     plain = [one.model_dump(exclude={"schema_version", "kind"}) for one in options]
     text = "\n".join(f"{_line(one)}; rests on {one.basis}" for one in options)
     return Answer(
@@ -129,7 +130,7 @@ def plan_run(recipe: Recipe, ledger: Ledger) -> None:
     measured = pools_of(records)
     if len(priced) >= len(recipe.pools) * (2 if measured else 1):
         return
-    for option in price_pools(recipe, {}, measured):
+    for option in price_pools(recipe, {}, measured, material.lengths(recipe)):
         ledger.append(option)
         say(f"plan: {_line(option)}")  # what it rests on is in the report and in `bascule plan`
 

@@ -79,5 +79,9 @@ class ProgressLine:
         read = "" if bits is None else f"  {bits:.3f} bits/byte"
         say(
             f"[{stats.pool}] {stats.phase} {stats.step}/{self.total_steps}  loss {stats.loss:.4f}{reward}{read}"
-            f"  |g| {stats.grad_norm:.3f}  {rate / 1000:.1f}k tok/s  ETA {duration(eta_s)}"
+            f"  |g| {stats.grad_norm:.3f}  {_thousands(rate)} tok/s  ETA {duration(eta_s)}"
         )
+
+
+def _thousands(rate: float) -> str:
+    return f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}"

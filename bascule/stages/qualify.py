@@ -20,7 +20,7 @@ from bascule.qualify import page
 from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.qualify.judge import outdated
 from bascule.records import Evidence, Verdict
-from bascule.stages import origin, reexamine
+from bascule.stages import material, origin, reexamine
 from bascule.stages.answer import Answer, say
 from bascule.stages.progress import ProgressBar
 
@@ -95,7 +95,7 @@ def _asked(name: str, arguments: Namespace) -> tuple[ModelConfig, dict[str, floa
         return ModelConfig(preset=arguments.preset), {}
     recipe = origin.resolve(load_recipe(Path(arguments.recipe), []))
     alone = {"pools": {"asked": PoolConfig(accelerator=name)}, "prefer": ("asked",)}
-    return recipe.model, needs(recipe.model_copy(update=alone), "asked")
+    return recipe.model, needs(recipe.model_copy(update=alone), "asked", material.lengths(recipe))
 
 
 def qualify_pools(
@@ -136,7 +136,7 @@ def _qualify_pool(
         seed=recipe.seed,
         threads=recipe.threads,
         chips=recipe.pools[pool].chips,
-        needs=needs(recipe, pool),
+        needs=needs(recipe, pool, material.lengths(recipe)),
         on_evidence=ledger.append,
         on_progress=lambda question, done, total: check_stop(),
     )

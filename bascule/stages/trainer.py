@@ -44,6 +44,7 @@ from bascule.model import existing, kernels, origin, weights
 from bascule.model.transformer import Transformer
 from bascule.records import (
     Incident,
+    MemoryPeak,
     ModelOrigin,
     RunFinished,
     RunStarted,
@@ -171,6 +172,7 @@ class Trainer:
         self.guard = self._new_guard() if self.recipe.guard.enabled else None
         refuse_too_long(self.recipe, self.course.train, self.course.tokenizer)
         self._said: set[str] = set()
+        self._phase: str | None = None
         self._stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -179,6 +181,8 @@ class Trainer:
     def run(self, start: str) -> None:
         """Start or resume, prove the continuation where the chip changed, train to the end, export, record."""
         state = self._resume(start)
+        self._phase = state.phase or None
+        self.accelerator.reset_peak_memory()
         hooks = loop.Hooks(
             on_step=self._on_step,
             on_snapshot=self._on_snapshot,
@@ -190,6 +194,7 @@ class Trainer:
         )
         judge: Judge = self.guard or NoJudge()
         state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks, self.writer)
+        self._record_peak(state.phase)
         if self.guard:
             self._certify_last(state.step)
         self.writer.wait()
@@ -329,11 +334,20 @@ class Trainer:
 
     def _on_phase(self, phase: str, step: int) -> None:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
+        self._record_peak(self._phase)
         phases = list(self.recipe.phase_steps())
         if phases.index(phase) > 0:
             self.measure.if_due(phases[phases.index(phase) - 1], step - 1)
         if phase == "grpo":
             self.measure.refuse_hopeless_grpo()
+        self._phase = phase
+        self.accelerator.reset_peak_memory()
+
+    def _record_peak(self, phase: str | None) -> None:
+        """What this launch's part of a phase took at most, measuring and loading aside."""
+        peak = self.accelerator.memory().peak_bytes if phase and phase == self._phase else None
+        if peak is not None:
+            self.ledger.append(MemoryPeak(pool=self.pool, phase=str(phase), peak_bytes=peak))
 
     def _on_sigterm(self, *_: object) -> None:
         self._stop = True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bascule import draws
 from bascule.config.training import PretrainConfig, SftConfig
-from bascule.model import fused, kernels
+from bascule.model import count, fused, kernels
 from bascule.model.transformer import Output, Transformer
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
@@ -198,14 +198,10 @@ def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return picked_BT - logits.logsumexp(-1)
 
 
-KEPT_LOGITS_BYTES = 256 * 2**20
-"""Logits up to this size are kept for the backward pass: to work them out again costs a third of the head's products."""
-
-
 def head_later(model: Transformer, tensors: Mapping[str, Tensor]) -> bool:
     """Are the logits of this batch too large to keep? A function of shapes alone, so that a replay does as the step did."""
     rows = tensors["picks" if "seats" in tensors else "tokens"].numel()
-    return 4 * rows * model.config.vocab_size > KEPT_LOGITS_BYTES
+    return 4 * rows * model.config.vocab_size > count.KEPT_LOGITS_BYTES
 
 
 def ask_head(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bascule.model import head
+from bascule.model import count
 from bascule.model.head import Head
 
 
@@ -28,7 +28,7 @@ def test_in_chunks_of_any_size_values_and_gradients_are_those_of_kept_logits(
     one, hidden_MD, targets_M = asked(rows)
     weights_M = torch.randn(rows, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "CHUNK_BYTES", chunk * 4 * one.out_features)
+        patch.setattr(count, "LOGITS_CHUNK_BYTES", chunk * 4 * one.out_features)
         logp_M, entropy_M = one(hidden_MD, targets_M, temperature)
     plain_MV = torch.log_softmax(one(hidden_MD) / temperature, -1)
     plain_M = plain_MV.gather(-1, targets_M[:, None])[:, 0]
@@ -80,7 +80,7 @@ def test_no_block_of_logits_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPat
             return out
 
     one, hidden_MD, targets_M = asked(4096, vocabulary=64, dtype=torch.float32)
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 128)
+    monkeypatch.setattr(count, "LOGITS_CHUNK_BYTES", 4 * 64 * 128)
     with Sizes():
         logp_M, _ = one(hidden_MD, targets_M)
         torch.autograd.grad(logp_M.sum(), [hidden_MD, one.weight])

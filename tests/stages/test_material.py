@@ -82,3 +82,13 @@ def test_a_refused_run_has_not_begun_so_that_the_mended_recipe_may_have_its_fold
     assert "cannot be read" in capsys.readouterr().err
     folder = RunFolder(tmp_path / "r")
     assert not folder.recipe.exists() and not folder.ledger.exists()
+
+
+def test_the_plan_counts_a_few_of_the_recipes_own_texts_in_its_own_tokens() -> None:
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}}
+    task = {"name": "chain_sum", "options": {"min_terms": 2, "max_terms": 2, "max_digits": 1}}
+    found = material.lengths(recipe_from({**raw, "data": {"tasks": [task]}}, source="test"))
+    assert found.prompt <= found.prompt_longest < found.worked <= found.worked_longest < 30
+    assert found.basis == "lengths of 16 of the recipe's own problems"
+    reads = {"train": {"phases": ["pretrain"]}, "pretrain": {"data": "x"}}
+    assert "assumed" in material.lengths(recipe_from({**raw, **reads}, source="test")).basis

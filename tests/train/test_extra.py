@@ -9,10 +9,9 @@ from torch.nn import functional as F
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.config.model import ModelConfig
 from bascule.config.training import SftConfig, TrainConfig
-from bascule.model import weights
+from bascule.model import count, weights
 from bascule.model.transformer import Transformer
 from bascule.train import extra
-from bascule.train import objective as train_objective
 from bascule.train.objective import collate
 from bascule.train.sft import Sft
 from bascule.train.step import Stepper
@@ -127,7 +126,7 @@ def test_the_ahead_loss_is_the_same_without_its_logits(monkeypatch: pytest.Monke
     kept = stepper()
     kept.begin(phase)
     wanted = kept.propose(phase.next_batch(1))
-    monkeypatch.setattr(train_objective, "KEPT_LOGITS_BYTES", 0)
+    monkeypatch.setattr(count, "KEPT_LOGITS_BYTES", 0)
     later = stepper()
     later.begin(phase)
     found = later.propose(phase.next_batch(1))

@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 
 from bascule.accelerators.base import Work
 from bascule.accelerators.cpu import CpuAccelerator
-from bascule.train import checkpoint, objective
+from bascule.model import count
+from bascule.train import checkpoint
 from bascule.train.objective import Batch
 from bascule.train.step import NoJudge
 
@@ -270,7 +271,7 @@ def test_logits_too_large_to_keep_change_a_step_by_rounding_only(tiny, monkeypat
     steps = []
     for limit in (None, 0):
         if limit is not None:
-            monkeypatch.setattr(objective, "KEPT_LOGITS_BYTES", limit)
+            monkeypatch.setattr(count, "KEPT_LOGITS_BYTES", limit)
         run = tiny()
         run.stepper.step = run.objectives[phase].first_step - 1
         run.stepper.begin(run.objectives[phase])
