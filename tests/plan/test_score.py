@@ -79,6 +79,17 @@ def test_a_tables_own_words_for_a_chip_are_understood(words: str, chip: str) -> 
     assert chip_like(words).name == chip
 
 
+def test_a_chip_that_another_makers_stands_in_for_keeps_its_own_maker(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "chip,model,chips,tok_s_chip\n"
+        "Cambricon MLU590,Qwen3-30B-A3B,64,4000\nKunlunxin P800,DeepSeek-V4,64,300\nAtlas 800T A2,Qwen2.5 72B,512,330\n"
+    )
+    found = score_file(path)
+    assert set(found["by_vendor"]) == {"Cambricon", "Kunlun", "Huawei"}
+    assert found["overall"]["coverage"] == 1.0
+
+
 def test_training_is_within_the_targets_with_families_left_out() -> None:
     found = summarise(score_training(ROWS))
     assert found.coverage == 1.0
