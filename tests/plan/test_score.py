@@ -157,6 +157,14 @@ def test_a_row_that_cannot_be_read_is_a_miss_not_absent(tmp_path: Path) -> None:
     assert "Abacus" in found["refused"]["new-1"]
 
 
+def test_rows_that_cannot_be_scored_are_named_not_dropped(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "id": "kept"}, {**ROWS[1], "id": "whole-run", "tier": "B"}]
+    found = score_file(write(tmp_path, rows))
+    assert (found["overall"]["n"], found["set_aside"]) == (1, ["whole-run"])
+    assert "set aside, counted nowhere: 1 (whole-run); training needs tier A" in as_text(found)
+    assert "set aside" not in as_text(score_file(write(tmp_path, rows[:1])))
+
+
 @pytest.mark.parametrize("apart", [";", "\t"])
 def test_a_spreadsheets_own_separators_are_read(apart: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
