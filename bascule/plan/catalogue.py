@@ -158,9 +158,10 @@ MAKERS = {
     "Moore Threads": r"^(mtt|moore|s\d000)",
 }
 # Makers of whom nothing usable is published: their training chips are of this one's class.
-OF_A_CLASS = re.compile(
-    r"kunlun|p800|baidu|cambricon|mlu|hygon|\bdcu|biren|^br\d|metax|^c\d00|enflame|iluvatar|t-?head|^ppu"
-)
+OF_A_CLASS = {
+    "Kunlun": r"kunlun|p800|baidu", "Cambricon": r"cambricon|mlu", "Hygon": r"hygon|\bdcu", "Biren": r"biren|^br\d",
+    "MetaX": r"metax|^c\d00", "Enflame": r"enflame", "Iluvatar": r"iluvatar", "T-Head (Alibaba)": r"t-?head|^ppu",
+}  # fmt: skip
 CLASS = "Ascend 910B"
 FORMS = re.compile(
     r"gb|sxm|pcie|nvl|hbm|xlarge|super|pod|node|npu|gpu|die|card|chip|ultra|trillium|ironwood|xtrans"
@@ -179,6 +180,21 @@ def _goes_by(key: str, word: str) -> bool:
     return not re.match(r"[a-z]", rest) or bool(FORMS.match(rest))
 
 
+def classed(name: str, vendor: str = "") -> str:
+    """The maker whose chips another's stands in for, told by a chip's name or a table's vendor; blank for all others."""
+    words = f"{name.strip()} {vendor}".lower()
+    return next((one for one, form in OF_A_CLASS.items() if re.search(form, words)), "")
+
+
+def maker_of(name: str) -> str:
+    """Whose chip it is by a table's own words, not the stand-in's maker; blank when nobody knows."""
+    try:
+        found = chip_like(name)
+    except RecipeError:
+        return ""
+    return (classed(name) if found.basis == "stand-in" else "") or found.vendor
+
+
 def chip_like(name: str, vendor: str = "") -> Chip:
     """The chip that a table's own words mean: `find_chip`, else the longest known name inside them (`Ascend 910B3`,
     `8 x H100 80GB SXM5`), else the maker's chip with the most similar name, whose note says so. Raises RecipeError when no
@@ -193,7 +209,7 @@ def chip_like(name: str, vendor: str = "") -> Chip:
     inside = [key for key in keys if len(key) >= 3 and _goes_by(key, word)]
     if inside:
         return chips()[keys[max(inside, key=len)]]
-    if OF_A_CLASS.search(f"{name.strip()} {vendor}".lower()):
+    if classed(name, vendor):
         note = f"nothing usable is published on '{name}'; {CLASS} stands in for its class"
         return replace(chips()[CLASS], basis="stand-in", note=note)
     told = next((one for one, form in MAKERS.items() if re.search(form, name.strip().lower())), "")

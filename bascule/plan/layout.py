@@ -23,7 +23,7 @@ from bascule.plan.memory import Memory, memory_of
 FINALISTS = 12
 # Pipeline schedules that a stack ships beside 1F1B and interleaved; one that nobody described may have them all.
 SHIPPED_SCHEDULES = {
-    "megatron-bridge": (), "megatron-lm": (), "maxtext": (), "primus": ("zb",), "habana": (), "neuronx": (),
+    "megatron-bridge": (), "megatron-lm": (), "nemo": (), "fms-fsdp": (), "maxtext": (), "primus": ("zb",), "habana": (), "neuronx": (),
     "mindspeed": ("dualpipe",), "torchtitan": ("zb", "dualpipe"), "deepseek": ("dualpipe",),
 }  # fmt: skip
 

@@ -64,6 +64,7 @@ ALIASES = {
     "qwen-32b": "qwen2.5-32b",
     "qwq-32b": "qwen2.5-32b",
     "qwen2.5-vl-72b": "qwen2.5-72b",
+    "deepseek-v4": "deepseek-v4-pro",
     "glm-5.1": "glm-5",
     "glm-4.6": "glm-4.5",
     "glm-4.7": "glm-4.5",

@@ -19,7 +19,7 @@ from typing import Any
 
 from bascule.errors import RecipeError
 from bascule.plan.architecture import Latent, Shape
-from bascule.plan.catalogue import chip_like
+from bascule.plan.catalogue import chip_like, maker_of
 from bascule.plan.job import Job, Layout, Recompute, precision_class
 from bascule.plan.models import shape_like
 
@@ -27,7 +27,7 @@ Row = Mapping[str, str]
 
 # The stack is an input of a run; papers name it in the family or the source. First match wins.
 STACKS = {
-    "megascale|megatron-lm": "megatron-lm",
+    "automodel": "nemo-automodel", "nemo24|nemolong": "nemo", "fms-fsdp": "fms-fsdp", "megascale|megatron-lm": "megatron-lm",
     "simumax": "megatron-core, no overlap", "mbridge": "megatron-bridge", "megatron-bridge": "megatron-bridge", "torchtitan": "torchtitan",
     "mosaic": "llm-foundry", "llm-foundry": "llm-foundry", "megascale": "megascale", "korthikanti": "megatron-lm", "megatron": "megatron-lm",
     "mindspeed": "mindspeed", "maxtext": "maxtext", "ironwood": "maxtext", "v6e": "maxtext", "v5p": "maxtext", "v5e": "maxtext",
@@ -74,21 +74,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             if key is not None
         }
         row["id"] = row["id"] or f"row {index}"
-        row["vendor"] = row["vendor"] or _maker(row["chip"])
+        row["vendor"] = row["vendor"] or maker_of(row["chip"])
         row["family"] = row["family"] or f"{row['chip']}|{row['model']}"
         rows.append(row)
     return rows
 
 
 SPELLED = {name.lower(): name for name in COLUMNS}
-
-
-def _maker(chip: str) -> str:
-    """Whose chip it is, where a table does not say; blank when nobody knows."""
-    try:
-        return chip_like(chip).vendor
-    except RecipeError:
-        return ""
 
 
 def column_name(text: str) -> str:
@@ -376,5 +368,5 @@ def stack_of(row: Row) -> str:
 
 
 def _container_date(notes: str) -> float | None:
-    found = re.search(r"container (\d\d)\.(\d\d)", notes)
+    found = re.search(r"(?:container|software) (?:20)?(\d\d)[.-](\d\d)", notes)
     return 2000 + int(found.group(1)) + int(found.group(2)) / 12 if found else None

@@ -80,6 +80,11 @@ def unknown_chip(chip: Chip) -> float:
     return STAND_IN_SD if chip.basis == "stand-in" else 0.0
 
 
+SCOREABLE = (
+    "training needs tier A or A- with a published throughput, inference a published rate or latency"
+)
+
+
 def training_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if scoreable(row)]
 
@@ -181,7 +186,12 @@ def score_file(path: Path, kind: str | None = None) -> dict[str, Any]:
             f"--kind '{found}' is not known; allowed: train, inference.{nearest(found, ('train', 'inference'))}"
         )
     scored = score_serving(rows) if found == "inference" else score_training(rows)
-    return {"kind": found, "left_out": sum(row.left_out for row in scored)} | report(scored)
+    kept = {row.name for row in scored}
+    return {
+        "kind": found,
+        "left_out": sum(row.left_out for row in scored),
+        "set_aside": [row["id"] for row in rows if row["id"] not in kept],
+    } | report(scored)
 
 
 def summarise(rows: Sequence[Scored]) -> Summary:
@@ -229,9 +239,7 @@ def kendall(rows: Sequence[Scored]) -> float | None:
 def report(rows: Sequence[Scored]) -> dict[str, Any]:
     """The `--json` form: `overall`, `by_vendor`, and the refused rows with their reasons."""
     if not rows:
-        raise RecipeError(
-            "The table has no scoreable row: training needs tier A or A- with a published throughput, inference a published rate or latency."
-        )
+        raise RecipeError(f"The table has no scoreable row: {SCOREABLE}.")
     vendors = dict.fromkeys(row.vendor for row in rows)
     return {
         "overall": asdict(summarise(rows)),
@@ -271,5 +279,7 @@ def as_text(result: dict[str, Any]) -> str:
         )
         tau = one["kendall_tau"]
         lines.append(f"{name:<14}{one['n']:>5}{text}{'-' if tau is None else f'{tau:.2f}':>7}")
+    if aside := result.get("set_aside"):
+        lines.append(f"set aside, counted nowhere: {len(aside)} ({', '.join(aside[:4])}{', ...' if len(aside) > 4 else ''}); {SCOREABLE}")  # fmt: skip
     lines += [f"refused {name}: {why}" for name, why in result["refused"].items()]
     return "\n".join(lines)

@@ -79,6 +79,17 @@ def test_a_tables_own_words_for_a_chip_are_understood(words: str, chip: str) -> 
     assert chip_like(words).name == chip
 
 
+def test_a_chip_that_another_makers_stands_in_for_keeps_its_own_maker(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "chip,model,chips,tok_s_chip\n"
+        "Cambricon MLU590,Qwen3-30B-A3B,64,4000\nKunlunxin P800,DeepSeek-V4,64,300\nAtlas 800T A2,Qwen2.5 72B,512,330\n"
+    )
+    found = score_file(path)
+    assert set(found["by_vendor"]) == {"Cambricon", "Kunlun", "Huawei"}
+    assert found["overall"]["coverage"] == 1.0
+
+
 def test_training_is_within_the_targets_with_families_left_out() -> None:
     found = summarise(score_training(ROWS))
     assert found.coverage == 1.0
@@ -124,7 +135,7 @@ def test_wrong_answers_in_the_file_are_scored_as_wrong() -> None:
 
 def test_own_rows_are_scored_without_their_family_whatever_they_are_called(tmp_path: Path) -> None:
     file = score_file(DATA / "runs.csv")
-    assert file["left_out"] == file["overall"]["n"] == 188
+    assert file["left_out"] == file["overall"]["n"] == 224
     again = write(tmp_path, [{**row, "id": f"x{n}"} for n, row in enumerate(reversed(ROWS))])
     assert score_file(again)["overall"] == pytest.approx(file["overall"])
     assert {"overall", "by_vendor"} <= set(file) and set(file["overall"]) >= {
@@ -144,6 +155,14 @@ def test_a_row_that_cannot_be_read_is_a_miss_not_absent(tmp_path: Path) -> None:
     found = score_file(write(tmp_path, rows))
     assert found["overall"]["coverage"] == pytest.approx(2 / 3)
     assert "Abacus" in found["refused"]["new-1"]
+
+
+def test_rows_that_cannot_be_scored_are_named_not_dropped(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "id": "kept"}, {**ROWS[1], "id": "whole-run", "tier": "B"}]
+    found = score_file(write(tmp_path, rows))
+    assert (found["overall"]["n"], found["set_aside"]) == (1, ["whole-run"])
+    assert "set aside, counted nowhere: 1 (whole-run); training needs tier A" in as_text(found)
+    assert "set aside" not in as_text(score_file(write(tmp_path, rows[:1])))
 
 
 @pytest.mark.parametrize("apart", [";", "\t"])
