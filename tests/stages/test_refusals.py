@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bascule.cli import main
 from bascule.errors import UsageError
 from bascule.stages import replay, serve
 
@@ -47,3 +48,19 @@ def test_replay_of_a_folder_that_is_no_incident_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"holds no incident\.json"):
         replay.main(Namespace(incident=place, on="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cpu", "--preset", "nanu"], "Did you mean 'nano'?"),
+        (["cpu", "mars"], "'mars' is not an accelerator"),
+        (["cpu", "--time-limit", "0"], "is not a number above 0"),
+    ],
+)
+def test_qualify_refuses_a_slip_before_the_first_chip_is_examined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["qualify", *words, "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
