@@ -28,6 +28,13 @@ def not_negative(text: str) -> float:
     return number
 
 
+def above_zero(text: str) -> float:
+    number = not_negative(text)
+    if number == 0:
+        raise ArgumentTypeError(f"'{text}' is not a number above 0")
+    return number
+
+
 def share(text: str) -> float:
     number = not_negative(text)
     if number >= 1:
@@ -208,7 +215,7 @@ def _qualify(parser: Parser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=not_negative,
+        type=above_zero,
         default=None,
         metavar="S",
         help="seconds per pool (default: 180, with --full 3600; up to 20 times as long for models of more than 1 M parameters)",
@@ -318,7 +325,7 @@ def _replay(parser: Parser) -> None:
     parser.add_argument(
         "incident",
         metavar="INCIDENT",
-        help="an incident folder, e.g. out/demo/incidents/0001-checksum-step-303",
+        help="an incident folder, e.g. out/demo/incidents/0001-step-310",
     )
     parser.add_argument(
         "--on",
@@ -452,7 +459,7 @@ VERBS: tuple[tuple[str, str, Callable[[Parser], None], str], ...] = (
     ("report", "write report.html and say what happened in a run", _report, "bascule report out/demo"),
     ("drill", "rehearse a fault of the catalogue on your own pools, in a folder of its own; what was seen, when, by whom, what it cost", _drill, "bascule drill runs/tiny.toml --fault zeroed:low --at-step 20"),
     ("faults", "the catalogue of faults that a drill can plant, and who must see them", _faults, "bascule faults bit-rot"),
-    ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-... --on cpu"),
+    ("replay", "compute an incident's suspicious step again, on any accelerator", _replay, "bascule replay out/demo/incidents/0001-step-310 --on cpu"),
     ("compare-runs", "did two groups of training runs learn the same: equal, different, or too few runs to know", _compare_runs, "bascule compare-runs out/a out/b --against logs/"),
     ("blame", "name the guilty ranks from PyTorch Flight Recorder dumps", _blame, "bascule blame dumps/"),
     ("tokenize", "text files into packed, checksummed shards for the pretrain phase, with a tokenizer trained on them or given", _tokenize, "bascule tokenize docs/ --out data/docs --vocab-size 2048"),

@@ -55,6 +55,10 @@ def test_the_file_name_is_the_default_name_and_overrides_win(tmp_path: Path) -> 
                 ", or Input should be 'full' (given: 'f{u}l')",
             ],
         ),
+        (
+            MINIMAL + '[pools."a/../../b"]\naccelerator = "cpu"\n',
+            ["pools.a/../../b: String should match pattern"],
+        ),
         (MINIMAL + "[pools.my-pool]\naccelerator = 3\n", ["pools.my-pool.accelerator: Input"]),
     ],
 )
@@ -72,6 +76,15 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.toml")
     with pytest.raises(RecipeError, match="not valid TOML"):
         load_recipe(recipe_file(tmp_path, "x ="))
+
+
+def test_text_of_other_editors_is_read_or_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(MINIMAL.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert set(load_recipe(path).pools) == {"here"}
+    path.write_bytes(MINIMAL.encode("utf-16"))
+    with pytest.raises(RecipeError, match="Save it as UTF-8"):
+        load_recipe(path)
 
 
 def test_a_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:

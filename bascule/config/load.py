@@ -22,7 +22,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with the key's path, the value, what is allowed and the nearest right name.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(
             f"The recipe '{path}' does not exist. Give the path of a TOML file, for instance runs/demo.toml."
@@ -31,7 +31,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"'{path}' is a folder, not a recipe. Give the path of a TOML file, for instance runs/demo.toml; a run's own recipe is the one it was begun with."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"The recipe '{path}' is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"The recipe '{path}' is not valid TOML: {error}.") from None
     raw.setdefault("name", path.stem)
     for override in overrides:

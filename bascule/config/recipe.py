@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,10 @@ class Recipe(Section):
     )
     strict: bool = Field(False, description="every warning is an error")
     prefer: tuple[str, ...] = ()
-    pools: dict[str, PoolConfig] = Field(..., min_length=1)
+    # A pool's name is a folder's under evidence/, so no slash.
+    pools: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], PoolConfig] = Field(
+        ..., min_length=1
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)

@@ -1,7 +1,7 @@
 """Read training runs that others logged, refuse pairs that were not the same experiment, and say whether they learnt the same.
 
     MLPerf   `:::MLLOG` lines: `eval_accuracy` is the evaluation loss, `samples_count` its position; hyper-parameters are declared
-    ledger   bascule's own `ledger.jsonl`: step statistics, and the recipe
+    ledger   bascule's own `ledger.jsonl`: step statistics of pretrain and SFT, and the recipe
     JSONL    one object a line with a loss and a step; objects without a loss declare settings
     CSV      a header with a loss and a step column, or two bare columns `step loss`
 
@@ -345,6 +345,8 @@ def _from_jsonl(text: str) -> tuple[Points, dict[str, str]]:
             continue
         if (
             entry.get("kind", "step_stats") == "step_stats"
+            and entry.get("phase")
+            != "grpo"  # its loss is about 0 of either sign and says nothing of what was learnt
             and (loss := _first(entry, _LOSS_NAMES)) is not None
         ):
             step = _first(entry, _STEP_NAMES)

@@ -81,4 +81,6 @@ def _ask(
     more_thought, more_answer = last_thought + more_thought, last_answer + more_answer
     if show:
         print(f"{dim}{more_thought}{plain}{more_answer}")
+        if (thought + more_thought).strip() and not (answer + more_answer).strip():
+            print("(all of it thought: the model never came to an answer)", file=sys.stderr)
     return thought + more_thought, answer + more_answer

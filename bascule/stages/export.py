@@ -104,6 +104,9 @@ def check(target: Path) -> dict[str, Any]:
     if importlib.util.find_spec("transformers") is None:
         return {"agrees": None}
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     reference = Reference(load_hf(target)[0])
     text = probe(reference.model)

@@ -67,8 +67,18 @@ def _page(profile: Profile) -> list[str]:
     lines = [f"{profile.name}: {profile.title}.", *([" ".join(profile.story.split())] if profile.story else []), SIMULATED]  # fmt: skip
     lines += [f"  plays {row}: {defects[row]['what']}" for row in profile.plays]
     lines += [f"  severities: {', '.join(_severities(profile))}"]
-    lines += [f"  {spec.model_dump(exclude_defaults=True)}" for spec in profile.faults]
+    lines += [f"  {_spec(spec.model_dump(exclude_defaults=True))}" for spec in profile.faults]
     lines += [f"  qualification must find it unfit to {' and to '.join(unfit)}" if unfit else "  qualification must not call it unfit"]  # fmt: skip
     lines += [f"    but not at {severity}: {why}" for severity, why in profile.unseen.items()]
     lines += [f"  in training: {WATCHERS[family]}" for family in sorted(families(profile))]
     return lines
+
+
+def _spec(knobs: dict[str, Any]) -> str:
+    """`bit_rot: rate 0.01, min_elements 1`; the names are those that `sim:NAME?KNOB=VALUE` takes."""
+    kind = knobs.pop("kind")
+    return f"{kind}: {', '.join(f'{name} {_words(value)}' for name, value in knobs.items())}".rstrip(": ")  # fmt: skip
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -1,4 +1,4 @@
-"""Is everything there that a recipe learns from? Asked before a run begins: a task that cannot be imported, a missing file or a package would
+"""Is everything there that a recipe names? Asked before a run begins: a task that cannot be imported, a missing file, package or fault profile would
 otherwise end it only after its chips were examined, in a folder that the mended recipe may not go on in. No torch here.
 """
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bascule import draws
+from bascule.accelerators.names import check_choices
 from bascule.config.recipe import Recipe
 from bascule.config.training import TaskConfig
 from bascule.data import conversations, corpus
@@ -24,6 +25,8 @@ LOOKED_AT = 16
 
 def check(recipe: Recipe) -> None:
     """Raises RecipeError. `recipe` is resolved (origin.resolve)."""
+    for pool in recipe.pools.values():
+        check_choices(pool.accelerator)
     phases = recipe.phase_steps()
     positions = recipe.model.max_position_embeddings
     if "sft" in phases and recipe.sft.data:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bascule.accelerators.names import check_choices
 from bascule.config.load import load_recipe
-from bascule.config.model import ModelConfig
+from bascule.config.model import PRESETS, ModelConfig
 from bascule.config.recipe import Recipe
 from bascule.config.trust import PoolConfig
-from bascule.errors import CheckFailed
+from bascule.errors import CheckFailed, UsageError, nearest
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
 from bascule.plan.needs import needs
@@ -31,6 +32,8 @@ def main(arguments: Namespace) -> Answer:
     """Exit 3 when any examined accelerator is unfit for any role."""
     if arguments.readmit:
         return reexamine.readmit(arguments)
+    for name in arguments.accelerators:
+        check_choices(name)  # all names, before the first is examined for minutes
     results = [_examine(name, arguments) for name in arguments.accelerators]
     report = Path(arguments.html or Path(arguments.out) / "report.html")
     page.write(report, results)
@@ -92,6 +95,10 @@ def _examine(name: str, arguments: Namespace) -> BatteryResult:
 def _asked(name: str, arguments: Namespace) -> tuple[ModelConfig, dict[str, float | str]]:
     """The model to examine, and what a recipe's plan counts on from this accelerator."""
     if not arguments.recipe:
+        if arguments.preset not in PRESETS:
+            raise UsageError(
+                f"--preset '{arguments.preset}' is none; allowed: {', '.join(PRESETS)}.{nearest(arguments.preset, PRESETS)} Another model: --recipe FILE."
+            )
         return ModelConfig(preset=arguments.preset), {}
     recipe = origin.resolve(load_recipe(Path(arguments.recipe), []))
     alone = {"pools": {"asked": PoolConfig(accelerator=name)}, "prefer": ("asked",)}

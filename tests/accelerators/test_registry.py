@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bascule.accelerators.registry import known, open_accelerator
+from bascule.accelerators.names import CHIPS, known
+from bascule.accelerators.registry import REAL, open_accelerator
 from bascule.errors import AcceleratorUnavailable, RecipeError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA chip")
@@ -67,3 +68,7 @@ def test_a_name_that_makes_no_sense_is_refused_even_where_another_would_open(
 ) -> None:
     with pytest.raises(RecipeError, match=says):
         open_accelerator(name)
+
+
+def test_every_chip_that_may_be_named_has_an_opener() -> None:
+    assert tuple(REAL) == CHIPS

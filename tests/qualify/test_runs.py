@@ -159,6 +159,17 @@ def test_a_folder_stands_for_its_logs_and_a_run_folder_for_its_ledger(tmp_path: 
     assert len(read_group([tmp_path])) == 1
 
 
+def test_a_run_folder_is_compared_up_to_grpo(tmp_path: Path) -> None:
+    steps = [(1, "sft", 3.0), (2, "sft", 2.0), (3, "grpo", -0.001), (4, "grpo", 0.0)]
+    lines = [
+        json.dumps({"kind": "step_stats", "step": step, "phase": phase, "loss": loss})
+        for step, phase, loss in steps
+    ]
+    (tmp_path / "ledger.jsonl").write_text("\n".join(lines))
+    (run,) = read_group([tmp_path])
+    assert run.losses.tolist() == [3.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bascule.accelerators.registry import check_name
+from bascule.accelerators.names import check_name
 from bascule.faults.catalogue import load_profile
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger

@@ -41,6 +41,22 @@ def test_a_task_that_is_not_there_is_refused(task: dict[str, Any], says: str) ->
 
 
 @pytest.mark.parametrize(
+    ("accelerator", "says"),
+    [
+        ("tpu", "is not an accelerator"),
+        ("cuda|tpu", "is not an accelerator"),
+        ("sim:ascend-r3", "There is no fault profile"),
+        ("sim:ascend-r2?onset=3", "has no knob 'onset'"),
+    ],
+)
+def test_a_misspelt_accelerator_is_refused_before_another_pool_is_examined(
+    accelerator: str, says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        check(pools={"here": {"accelerator": "cpu"}, "there": {"accelerator": accelerator}})
+
+
+@pytest.mark.parametrize(
     ("lines", "says"),
     [(None, "cannot be read"), ([""], "holds no conversation"), (['{"messages": 3}'], "line 1")],
 )

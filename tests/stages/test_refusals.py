@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from bascule.cli import main
 from bascule.errors import UsageError
-from bascule.stages import replay, serve
+from bascule.stages import chat, replay, serve
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n"], ids=repr)
@@ -47,3 +50,46 @@ def test_replay_of_a_folder_that_is_no_incident_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"holds no incident\.json"):
         replay.main(Namespace(incident=place, on="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cpu", "--preset", "nanu"], "Did you mean 'nano'?"),
+        (["cpu", "mars"], "'mars' is not an accelerator"),
+        (["cpu", "--time-limit", "0"], "is not a number above 0"),
+    ],
+)
+def test_qualify_refuses_a_slip_before_the_first_chip_is_examined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["qualify", *words, "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_is_described_in_words_and_knobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["faults", "bit-rot"]) == 0
+    said = capsys.readouterr().out
+    assert "  bit_rot: rate 0.01, min_elements 1\n" in said and "{" not in said
+
+
+@pytest.mark.parametrize(
+    ("spoken", "noted"), [("<think>1+1", True), ("<think>1+1</think>2", False)]
+)
+def test_chat_says_when_all_was_thought(
+    capsys: pytest.CaptureFixture[str], spoken: str, noted: bool
+) -> None:
+    tokenizer = SimpleNamespace(
+        render=str,
+        encode=list,
+        opens_thought=False,
+        speller=lambda: SimpleNamespace(feed=str, close=str),
+    )
+    engine = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99)),
+        stream=lambda prompt, sampling: ((letter, 0.0) for letter in spoken),
+    )
+    run: Any = SimpleNamespace(tokenizer=tokenizer, engine=engine)
+    chat._ask(run, [], Namespace(temperature=0.0, seed=0), show=True)
+    assert ("never came to an answer" in capsys.readouterr().err) == noted
