@@ -22,9 +22,9 @@ template <class W>
 constexpr long width = sizeof(W) == 1 ? 64 : 2 * LANES;
 
 #ifdef __AVX512F__
-constexpr long MOST_TILE = 12;  // rows whose sums fit the registers
+constexpr long MOST_TILE = 12, LEAST_SHARE = 4;  // rows whose sums fit the registers; the fewest in a tile of more than 3 rows (next_tile)
 #else
-constexpr long MOST_TILE = 6;
+constexpr long MOST_TILE = 6, LEAST_SHARE = 2;
 #endif
 constexpr long WORTH_THREADS = 1 << 16;
 
@@ -96,10 +96,10 @@ static inline void strip(long panels, const Matrix &matrix, const W *w, long col
   }
 }
 
-template <int M, int STREAMS, class W>
+template <int M, int LEAST, int STREAMS, class W>
 static inline void strips(long rows, long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, const char *&ahead, long share) {
   if (rows == M) return strip<M, abreast<M, W>, STREAMS, W>(panels, matrix, w, column, x, x_step, y, y_step, add, ahead, share);
-  if constexpr (M > 1) strips<M - 1, STREAMS, W>(rows, panels, matrix, w, column, x, x_step, y, y_step, add, ahead, share);
+  if constexpr (M > LEAST) strips<M - 1, LEAST, STREAMS, W>(rows, panels, matrix, w, column, x, x_step, y, y_step, add, ahead, share);
 }
 
 template <class W>
@@ -127,7 +127,7 @@ struct Product {
 };
 
 // Panels `first` to `end` of one product, by as many at a time as its narrowest tile has side by side.
-template <int MOST, int STREAMS, class W>
+template <int LEAST, int MOST, int STREAMS, class W>
 static void pass(const Product &one, long first, long end, const float *x, long x_step, long m, bool add) {
   const Matrix &matrix = *one.w;
   const long size = width<W> * matrix.k, share = (long)sizeof(W) * LANES * 256 / m;
@@ -139,7 +139,7 @@ static void pass(const Product &one, long first, long end, const float *x, long 
     const char *ahead = (const char *)(here + count * size);
     for (long from = 0, rows; from < m; from += rows) {
       rows = next_tile(m - from);
-      strips<MOST, STREAMS, W>(rows, count, matrix, here, panel * width<W>, x + from * x_step, x_step, one.y + from * one.y_step, one.y_step, add, ahead, share);
+      strips<MOST, LEAST, STREAMS, W>(rows, count, matrix, here, panel * width<W>, x + from * x_step, x_step, one.y + from * one.y_step, one.y_step, add, ahead, share);
     }
   }
 }
@@ -147,10 +147,10 @@ static void pass(const Product &one, long first, long end, const float *x, long 
 // Up to 3 rows of fp32 wait for memory alone, up to 8 still more for it than for arithmetic: asked for in four places 8 rows reach 64 GFLOP/s, in one
 // 55; 16 rows lose by it, 82 to 77 (EPYC, one thread).
 static void pass_rows(const Product &one, long first, long end, const float *x, long x_step, long m, bool add) {
-  if (one.w->scale) return pass<MOST_TILE, 1, int8_t>(one, first, end, x, x_step, m, add);
-  if (m <= 3) return pass<3, 0, float>(one, first, end, x, x_step, m, add);
-  if (m <= 8) return pass<MOST_TILE, 4, float>(one, first, end, x, x_step, m, add);
-  return pass<MOST_TILE, 1, float>(one, first, end, x, x_step, m, add);
+  if (one.w->scale) return pass<1, MOST_TILE, 1, int8_t>(one, first, end, x, x_step, m, add);
+  if (m <= 3) return pass<1, 3, 0, float>(one, first, end, x, x_step, m, add);
+  if (m <= 8) return pass<LEAST_SHARE, MOST_TILE, 4, float>(one, first, end, x, x_step, m, add);
+  return pass<LEAST_SHARE, MOST_TILE, 1, float>(one, first, end, x, x_step, m, add);
 }
 
 extern "C" int omp_get_thread_num(void);
