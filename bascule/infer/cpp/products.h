@@ -156,34 +156,28 @@ static void pass_rows(const Product &one, long first, long end, const float *x, 
 extern "C" int omp_get_thread_num(void);
 extern "C" int omp_get_num_threads(void);
 
-// Every thread takes its share of all panels, which have the same bytes for each k whatever they hold.
-static void pass_all(const Product *all, long count, const float *x, long x_step, long m, bool add) {
-  long panels = 0, work = 0;
-  for (long i = 0; i < count; i++) panels += all[i].panels(), work += m * all[i].w->n * all[i].w->k;
-#pragma omp parallel if (work > WORTH_THREADS)
-  {
-    const long me = omp_get_thread_num(), threads = omp_get_num_threads();
-    long first = panels * me / threads, end = panels * (me + 1) / threads;
-    for (long i = 0; i < count; i++) {
-      const long own = all[i].panels(), from = first > 0 ? first : 0, until = end < own ? end : own;
-      pass_rows(all[i], from, until, x, x_step, m, add);
-      first -= own, end -= own;
-    }
-  }
-}
-
 // Rows that go through a matrix together: their numbers stay in the second cache while the panels pass by. 4,096 rows in one go cost 1.4 times as much.
 constexpr long MOST_ROWS = 256;
 
-// Up to four matrices of the same k; m rows, `x_step` apart; `add` keeps what y holds.
+// Matrices of the same k; m rows, `x_step` apart; `add` keeps what y holds. Every thread takes its share of all panels, which have the same bytes for
+// each k whatever they hold, and passes all rows by it before it waits for the others: on a loaded machine every wait costs a turn of the scheduler.
 static void products(std::initializer_list<Product> all, const float *x, long x_step, long m, bool add = false) {
+  long panels = 0, work = 0;
+  for (const Product &one : all) panels += one.panels(), work += m * one.w->n * one.w->k;
   const long parts = (m + MOST_ROWS - 1) / MOST_ROWS;
-  for (long part = 0; part < parts; part++) {
-    const long from = m * part / parts, rows = m * (part + 1) / parts - from;
-    Product moved[4];
-    long count = 0;
-    for (const Product &one : all) moved[count++] = {one.w, one.y + from * one.y_step, one.y_step};
-    pass_all(moved, count, x + from * x_step, x_step, rows, add);
+#pragma omp parallel if (work > WORTH_THREADS)
+  {
+    const long me = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (long part = 0; part < parts; part++) {
+      const long row = m * part / parts, rows = m * (part + 1) / parts - row;
+      long first = panels * me / threads, end = panels * (me + 1) / threads;
+      for (const Product &one : all) {
+        const long own = one.panels();
+        const Product moved{one.w, one.y + row * one.y_step, one.y_step};
+        pass_rows(moved, std::max(first, 0L), std::min(end, own), x + row * x_step, x_step, rows, add);
+        first -= own, end -= own;
+      }
+    }
   }
 }
 
