@@ -30,7 +30,9 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)
+"""Behind a field's bounds, which would else not stand in the document."""
+Whole = Annotated[int, WHOLE]
 
 
 def _exactly_one(**types: str) -> dict[str, JsonValue]:
@@ -180,14 +182,14 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     structured_outputs: StructuredOutputs | None = None
-    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     user: str | None = None
 
@@ -245,10 +247,10 @@ class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: (
         Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None
     ) = None
@@ -306,11 +308,11 @@ class CompletionBody(Generation):
     """POST /v1/completions. A prompt may be text or token ids, alone or as a list of several prompts."""
 
     prompt: str | list[Whole] | list[str] | list[list[Whole]]
-    max_tokens: Annotated[Whole, Field(ge=0)] | None = 16
-    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = False
     suffix: str | None = None
-    best_of: Annotated[Whole, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
 
     @model_validator(mode="after")
     def _refuse_what_we_cannot(self) -> Self:

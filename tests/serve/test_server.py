@@ -274,6 +274,7 @@ def test_the_document_says_which_tokens_there_are_and_of_which_fields_there_is_o
     most = schemas["DetokenizeBody"]["properties"]["tokens"]["items"]["maximum"]
     assert server.post("/detokenize", {"tokens": [0, most]})[0] == 200
     assert server.post("/detokenize", {"tokens": [most + 1]})[0] == 400
+    assert schemas["CompletionBody"]["properties"]["best_of"]["anyOf"][0]["minimum"] == 1
     one_of = schemas["TokenizeBody"]["oneOf"]
     assert [one["required"] for one in one_of] == [["prompt"], ["messages"]]
     assert server.post("/tokenize", {"prompt": "1", "messages": None})[0] == 200
