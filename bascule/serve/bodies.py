@@ -8,13 +8,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from bascule.infer.sequence import LEAST_TEMPERATURE, Sampling
 
 MAX_STOPS = 4
 MAX_CHOICES = 16
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+def _whole(value: object) -> object:
+    """1.0 is an integer in JSON Schema, and some clients write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Behind a field's bounds, which would else not stand in the document."""
+Whole = Annotated[int, WHOLE]
+
+
+def _exactly_one(**types: str) -> dict[str, JsonValue]:
+    """For the document: one of these fields is there and not null."""
+    return {"oneOf": [{"required": [name], "properties": {name: {"type": kind}}} for name, kind in types.items()]}  # fmt: skip
 
 
 class Body(BaseModel):
@@ -89,7 +112,10 @@ class SchemaFormat(Part):
 class StructuredOutputs(Part):
     """vLLM's extension: exactly one of these forms."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(),
+        json_schema_extra=_exactly_one(json="object", regex="string", choice="array", grammar="string"),
+    )  # fmt: skip
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
     regex: str | None = None
@@ -156,14 +182,14 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     structured_outputs: StructuredOutputs | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     user: str | None = None
 
@@ -221,10 +247,10 @@ class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: (
         Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None
     ) = None
@@ -281,12 +307,12 @@ class ChatBody(Generation):
 class CompletionBody(Generation):
     """POST /v1/completions. A prompt may be text or token ids, alone or as a list of several prompts."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt: str | list[Whole] | list[str] | list[list[Whole]]
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = False
     suffix: str | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
 
     @model_validator(mode="after")
     def _refuse_what_we_cannot(self) -> Self:
@@ -308,6 +334,8 @@ class CompletionBody(Generation):
 class TokenizeBody(Body):
     """POST /tokenize, as vLLM has it: a prompt, or a chat to be rendered first."""
 
+    model_config = ConfigDict(json_schema_extra=_exactly_one(prompt="string", messages="array"))
+
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -324,7 +352,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Whole]
 
 
 class WeightsBody(Body):

@@ -45,8 +45,8 @@ ERROR = {
 }
 
 
-def document(model: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of the server that has `model`. Refusals a client can cause carry the error's shape."""
+def document(model: str, vocab_size: int) -> dict[str, Any]:
+    """OpenAPI 3.1 of the server that has `model`, whose token ids are below `vocab_size`. Refusals a client can cause carry the error's shape."""
     names, schemas = models_json_schema(
         [(body, "validation") for body in BODIES.values()],
         ref_template="#/components/schemas/{model}",
@@ -58,6 +58,9 @@ def document(model: str) -> dict[str, Any]:
             properties["model"] = (
                 {"type": "string", "enum": [model]} if named else {"enum": [model, None]}
             )
+    _bound_ids(schemas["$defs"]["DetokenizeBody"]["properties"]["tokens"], vocab_size)
+    for one in schemas["$defs"]["CompletionBody"]["properties"]["prompt"]["anyOf"]:
+        _bound_ids(one, vocab_size)
     paths: dict[str, Any] = {path: {"get": {"responses": _responses(401, 403)}} for path in READS}
     for path in ("/health", "/ready"):  # their 503 is an answer, not an error
         paths[path]["get"]["responses"]["503"] = {
@@ -77,6 +80,14 @@ def document(model: str) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {**schemas["$defs"], "Error": ERROR}},
     }
+
+
+def _bound_ids(schema: dict[str, Any], vocab_size: int) -> None:
+    """Say of every integer in lists, and in lists of lists, that it is a token's id."""
+    while schema["type"] == "array":
+        schema = schema["items"]
+    if schema["type"] == "integer":
+        schema.update(minimum=0, maximum=vocab_size - 1)
 
 
 def _responses(*refusals: int) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Routes:
         return JSONResponse(done)
 
     async def show_document(self, request: Request) -> Response:
-        return JSONResponse(document(self.service.model))
+        return JSONResponse(document(self.service.model, self.service.tokenizer.vocab_size))
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_object()]})

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bascule.serve.bodies import Body, Generation, JsonFormat, Message, Part, TextFormat
+from bascule.serve.bodies import WHOLE, Body, Generation, JsonFormat, Message, Part, TextFormat
 from bascule.serve.errors import ApiError, read
 from bascule.serve.events import EventStream
 from bascule.serve.service import Ask, Service, Spoken, usage
@@ -71,7 +71,7 @@ class ResponsesBody(Body):
     model: str
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stream: bool | None = False

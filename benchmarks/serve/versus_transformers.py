@@ -8,7 +8,7 @@ it is timed only when asked for (`--continuous`).
 First the two must say the same: greedy tokens equal on every prompt, log-probabilities within 1e-4. Only then are they timed.
 With one thread the figures are output tokens per CPU-second (process time), so a busy machine slows both and the ratio stands; with
 several they are tokens per second of wall time, which need an idle machine (threads that wait spin, and burn CPU time). Every
-cell runs both in turn, `--rounds` times, and keeps each one's better run. `decode` is the median step after the first token, `whole` has the
+cell runs both in turn, `--rounds` times, and keeps each one's better run; large cells want fewer `--new` tokens, since a step is timed by its median. `decode` is the median step after the first token, `whole` has the
 reading of the prompts too, `first` is the time to the first token.
 """
 
@@ -59,6 +59,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--threads", type=int, default=1, help="of each side, in turn")
+    parser.add_argument("--new", type=int, default=NEW_TOKENS, help="tokens that every row says")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     unit = "tokens/core-s" if options.threads == 1 else "tokens/s"
@@ -81,6 +82,7 @@ def main() -> int:
                             batch,
                             context,
                             rounds=options.rounds,
+                            new=options.new,
                             continuous=options.continuous,
                         ),
                     }
@@ -159,14 +161,15 @@ def compare(
     context: int,
     *,
     rounds: int,
+    new: int,
     continuous: bool,
 ) -> dict[str, float]:
     asked = prompts(batch, context)
-    length = context + NEW_TOKENS
+    length = context + new
     engine = Batch(ours, slots=batch, length=length, eos_id=NO_TOKEN, pad_id=0, native=True)
     runs: dict[str, Callable[[], list[float]]] = {
-        "ours": lambda: ticks_of_ours(engine, asked),
-        "transformers": lambda: ticks_of_theirs(theirs, asked),
+        "ours": lambda: ticks_of_ours(engine, asked, new),
+        "transformers": lambda: ticks_of_theirs(theirs, asked, new),
     }
     found: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -175,20 +178,20 @@ def compare(
     figures: dict[str, float] = {}
     for name, ticks in found.items():
         figures[f"{name}_first_s"] = min(one[1] - one[0] for one in ticks)
-        figures[f"{name}_whole"] = batch * NEW_TOKENS / min(one[-1] - one[0] for one in ticks)
+        figures[f"{name}_whole"] = batch * new / min(one[-1] - one[0] for one in ticks)
         figures[f"{name}_decode"] = batch / min(median(one[1:]) for one in ticks)
     for kind in ("whole", "decode"):
         figures[f"{kind}_ratio"] = figures[f"ours_{kind}"] / figures[f"transformers_{kind}"]
     if continuous and ours.config.attention == "gqa":
-        figures["continuous_whole"] = batch * NEW_TOKENS / continuous_s(theirs, asked, rounds)
+        figures["continuous_whole"] = batch * new / continuous_s(theirs, asked, rounds, new)
     return figures
 
 
 @torch.inference_mode()
-def ticks_of_ours(engine: Batch, asked: list[list[int]]) -> list[float]:
+def ticks_of_ours(engine: Batch, asked: list[list[int]], new: int) -> list[float]:
     """The clock at the start and after every token that all rows said."""
     ticks = [clock()]
-    engine.join([[Row(prompt, Sampling(max_tokens=NEW_TOKENS), index=at)] for at, prompt in enumerate(asked)])  # fmt: skip
+    engine.join([[Row(prompt, Sampling(max_tokens=new), index=at)] for at, prompt in enumerate(asked)])  # fmt: skip
     ticks.append(clock())
     while engine.rows:
         engine.step()
@@ -197,7 +200,7 @@ def ticks_of_ours(engine: Batch, asked: list[list[int]]) -> list[float]:
 
 
 @torch.inference_mode()
-def ticks_of_theirs(theirs: torch.nn.Module, asked: list[list[int]]) -> list[float]:
+def ticks_of_theirs(theirs: torch.nn.Module, asked: list[list[int]], new: int) -> list[float]:
     """The same of `generate`, which asks its stopping criteria once a token."""
     tokens = torch.tensor(asked)
     ticks = [clock()]
@@ -208,12 +211,12 @@ def ticks_of_theirs(theirs: torch.nn.Module, asked: list[list[int]]) -> list[flo
 
     theirs.generate(
         tokens, attention_mask=torch.ones_like(tokens), stopping_criteria=transformers.StoppingCriteriaList([never]),
-        **_how(sample=True, new=NEW_TOKENS),
+        **_how(sample=True, new=new),
     )  # fmt: skip
     return ticks
 
 
-def continuous_s(theirs: torch.nn.Module, asked: list[list[int]], rounds: int) -> float:
+def continuous_s(theirs: torch.nn.Module, asked: list[list[int]], rounds: int, said: int) -> float:  # fmt: skip
     """Seconds of its continuous batching, prompts included; the first call, which builds its manager, does not count."""
 
     def run(new: int) -> float:
@@ -225,7 +228,7 @@ def continuous_s(theirs: torch.nn.Module, asked: list[list[int]], rounds: int) -
         return clock() - start
 
     run(1)
-    return min(run(NEW_TOKENS) for _ in range(rounds))
+    return min(run(said) for _ in range(rounds))
 
 
 def clock() -> float:
@@ -238,7 +241,7 @@ def median(ticks: list[float]) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(ticks))
 
 
-def _how(*, sample: bool, new: int = NEW_TOKENS) -> dict[str, object]:
+def _how(*, sample: bool, new: int) -> dict[str, object]:
     cut = {"top_k": 0} if sample else {}
     return {
         "max_new_tokens": new,

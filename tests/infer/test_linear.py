@@ -49,7 +49,7 @@ def test_laid_out_matrices_give_the_same_numbers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 11, 22, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 22, 300])
 @pytest.mark.parametrize("shape", [(37, 48), (200, 33), (1030, 70)])
 def test_the_compiled_product_is_the_plain_one(
     dtype: torch.dtype, rows: int, shape: tuple[int, int]

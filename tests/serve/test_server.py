@@ -267,6 +267,27 @@ def test_a_post_to_what_is_only_read_is_405_whatever_it_carries(server: Server) 
     assert server.post("/tokenize", b"x", **{"Content-Type": "text/plain"})[0] == 415
 
 
+def test_the_document_says_which_tokens_there_are_and_of_which_fields_there_is_one(
+    server: Server,
+) -> None:
+    schemas = server.get("/openapi.json")[1]["components"]["schemas"]
+    most = schemas["DetokenizeBody"]["properties"]["tokens"]["items"]["maximum"]
+    assert server.post("/detokenize", {"tokens": [0, most]})[0] == 200
+    assert server.post("/detokenize", {"tokens": [most + 1]})[0] == 400
+    assert schemas["CompletionBody"]["properties"]["best_of"]["anyOf"][0]["minimum"] == 1
+    one_of = schemas["TokenizeBody"]["oneOf"]
+    assert [one["required"] for one in one_of] == [["prompt"], ["messages"]]
+    assert server.post("/tokenize", {"prompt": "1", "messages": None})[0] == 200
+    assert server.post("/tokenize", {"prompt": None})[0] == 400
+
+
+def test_a_whole_number_may_be_written_with_a_point(server: Server) -> None:
+    status, said = server.post("/detokenize", b'{"tokens": [5.0, 6]}')
+    assert (status, said) == server.post("/detokenize", {"tokens": [5, 6]}) and status == 200
+    for wrong in (b"[5.5]", b"[true]", b'["5"]', b"[1e300]"):
+        assert server.post("/detokenize", b'{"tokens": ' + wrong + b"}")[0] == 400
+
+
 def test_the_document_says_where_no_model_need_be_named(server: Server) -> None:
     schemas = server.get("/openapi.json")[1]["components"]["schemas"]
     assert schemas["DetokenizeBody"]["properties"]["model"] == {"enum": ["tiny", None]}

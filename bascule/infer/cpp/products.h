@@ -5,6 +5,7 @@
 // side: the CPU fetches each stream ahead by itself. More rows go panel by panel, and while one is multiplied the next one is asked for, without
 // which memory waits while arithmetic works (61 against 86 GFLOPS at 32 rows).
 #pragma once
+#include <algorithm>
 #include <initializer_list>
 #include "vectors.h"
 
@@ -21,16 +22,11 @@ template <class W>
 constexpr long width = sizeof(W) == 1 ? 64 : 2 * LANES;
 
 #ifdef __AVX512F__
-constexpr long MOST_TILE = 12;  // rows whose sums fit the registers
+constexpr long MOST_TILE = 12, LEAST_SHARE = 4;  // rows whose sums fit the registers; the fewest in a tile of more than 3 rows (next_tile)
 #else
-constexpr long MOST_TILE = 6;
+constexpr long MOST_TILE = 6, LEAST_SHARE = 2;
 #endif
 constexpr long WORTH_THREADS = 1 << 16;
-
-struct Fetch {
-  const char *from;
-  long pace;  // bytes for each k, in 256ths
-};
 
 static inline void finish(const Matrix &w, long column, vec sum, float *y, bool add) {
   if (column + LANES <= w.n) {
@@ -48,13 +44,14 @@ static inline void finish(const Matrix &w, long column, vec sum, float *y, bool 
   }
 }
 
-// M rows of x with V vectors of columns of P panels. What there are fewer of waits in registers: weights, or numbers of x.
-template <int M, int V, int P, class W>
-static inline void tile(const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
-  const long size = width<W> * matrix.k;
+// M rows of x with V vectors of columns of P panels. What there are fewer of waits in registers: weights, or numbers of x. Meanwhile `pace` bytes for
+// each k, in 256ths, are asked for from `ahead` on, in STREAMS places at once: a CPU that sees several streams fetches further by itself.
+template <int M, int V, int P, int STREAMS, class W>
+static inline void tile(const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, const char *ahead, long pace) {
+  const long size = width<W> * matrix.k, apart = STREAMS ? ((pace * matrix.k) >> 8) / STREAMS : 0;
   vec sum[P][M][V] = {};
   for (long j = 0; j < matrix.k; j++, w += width<W>) {
-    if constexpr (P == 1) __builtin_prefetch(fetch.from + ((j * fetch.pace) >> 8), 0, 2);
+    if constexpr (STREAMS > 0) __builtin_prefetch(ahead + j % STREAMS * apart + ((j / STREAMS * pace) >> 8), 0, 2);
     for (int p = 0; p < P; p++) {
       const W *here = w + p * size;
       if constexpr (M > V) {
@@ -83,26 +80,42 @@ constexpr int columns = M == 1 ? width<W> / LANES : M <= 3 && sizeof(W) == 1 ? 4
 template <int M, class W>
 constexpr int abreast = sizeof(W) == 1 || M > 3 ? 1 : M == 1 ? 4 : 5 - M;
 
-template <int M, int P, class W>
-static inline void strip(long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
-  if constexpr (P > 1) {
-    if (panels < P) return strip<M, P - 1, W>(panels, matrix, w, column, x, x_step, y, y_step, add, fetch);
+// M rows with some neighbouring panels, P at once. `share`: bytes to ask for, for each k, row and vector of columns, in 256ths.
+template <int M, int P, int STREAMS, class W>
+static inline void strip(long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, const char *&ahead, long share) {
+  constexpr int V = columns<M, W>;
+  const long pace = share * M * V * P;
+  for (; panels >= P; panels -= P, w += P * width<W> * matrix.k, column += P * width<W>) {
+    for (long c = 0; c < width<W>; c += V * LANES) {
+      tile<M, V, P, STREAMS, W>(matrix, w + c, column + c, x, x_step, y, y_step, add, ahead, pace);
+      ahead += (pace * matrix.k) >> 8;
+    }
   }
-  for (long c = 0; c < width<W>; c += columns<M, W> * LANES) {
-    tile<M, columns<M, W>, P, W>(matrix, w + c, column + c, x, x_step, y, y_step, add, fetch);
-    fetch.pace = 0;
+  if constexpr (P > 1) {
+    if (panels > 0) strip<M, P - 1, STREAMS, W>(panels, matrix, w, column, x, x_step, y, y_step, add, ahead, share);
   }
 }
 
-template <int M, class W>
-static inline void strips(long rows, long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, Fetch fetch) {
-  if (rows == M) return strip<M, abreast<M, W>, W>(panels, matrix, w, column, x, x_step, y, y_step, add, fetch);
-  if constexpr (M > 1) strips<M - 1, W>(rows, panels, matrix, w, column, x, x_step, y, y_step, add, fetch);
+template <int M, int LEAST, int STREAMS, class W>
+static inline void strips(long rows, long panels, const Matrix &matrix, const W *w, long column, const float *x, long x_step, float *y, long y_step, bool add, const char *&ahead, long share) {
+  if (rows == M) return strip<M, abreast<M, W>, STREAMS, W>(panels, matrix, w, column, x, x_step, y, y_step, add, ahead, share);
+  if constexpr (M > LEAST) strips<M - 1, LEAST, STREAMS, W>(rows, panels, matrix, w, column, x, x_step, y, y_step, add, ahead, share);
 }
 
 template <class W>
-static long most_abreast(long rows) {
+constexpr long most_abreast(long rows) {
   return rows == 1 ? abreast<1, W> : rows == 2 ? abreast<2, W> : rows == 3 ? abreast<3, W> : 1;
+}
+
+// How many of the rows that are left share the next tile.
+static inline long next_tile(long left) {
+  if (left <= MOST_TILE) return left;
+#ifdef __AVX512F__  // 5 rows have chains enough: even shares
+  const long tiles = (left + MOST_TILE - 1) / MOST_TILE;
+  return (left + tiles - 1) / tiles;
+#else  // tiles of 5 and 6 rows reach 84 and 90 GFLOP/s, of 4 only 60 (8 chains), of 2 and 3 with panels side by side 80 (EPYC, one thread)
+  return left % 6 == 1 || left % 6 == 4 ? 5 : 6;
+#endif
 }
 
 // One of several products that read the same rows: in one go threads wait for each other once, not after each.
@@ -113,56 +126,58 @@ struct Product {
   long panels() const { return w->scale ? (w->n + width<int8_t> - 1) / width<int8_t> : (w->n + width<float> - 1) / width<float>; }
 };
 
-// Panels `first` to `end` of one product.
-template <class W>
+// Panels `first` to `end` of one product, by as many at a time as its narrowest tile has side by side.
+template <int LEAST, int MOST, int STREAMS, class W>
 static void pass(const Product &one, long first, long end, const float *x, long x_step, long m, bool add) {
   const Matrix &matrix = *one.w;
-  const W *w = (const W *)matrix.w;
-  const long size = width<W> * matrix.k, tiles = (m + MOST_TILE - 1) / MOST_TILE, most = most_abreast<W>(m);
-  const long share = (long)sizeof(W) * width<W> * 256 / tiles;
+  const long size = width<W> * matrix.k, share = (long)sizeof(W) * LANES * 256 / m;
+  long most = 1;
+  for (long left = m; left > 0; left -= next_tile(left)) most = std::max(most, most_abreast<W>(next_tile(left)));
   for (long panel = first, count; panel < end; panel += count) {
-    count = end - panel < most ? end - panel : most;
-    const W *here = w + panel * size;
-    for (long t = 0; t < tiles; t++) {  // rows are shared out evenly: a tile of one row would wait for its own sums
-      const long from = m * t / tiles, rows = m * (t + 1) / tiles - from;
-      const Fetch fetch{(const char *)(here + size) + ((t * share * matrix.k) >> 8), share};
-      strips<MOST_TILE, W>(rows, count, matrix, here, panel * width<W>, x + from * x_step, x_step, one.y + from * one.y_step, one.y_step, add, fetch);
+    count = std::min(end - panel, most);
+    const W *here = (const W *)matrix.w + panel * size;
+    const char *ahead = (const char *)(here + count * size);
+    for (long from = 0, rows; from < m; from += rows) {
+      rows = next_tile(m - from);
+      strips<MOST, LEAST, STREAMS, W>(rows, count, matrix, here, panel * width<W>, x + from * x_step, x_step, one.y + from * one.y_step, one.y_step, add, ahead, share);
     }
   }
+}
+
+// Up to 3 rows of fp32 wait for memory alone, up to 8 still more for it than for arithmetic: asked for in four places 8 rows reach 64 GFLOP/s, in one
+// 55; 16 rows lose by it, 82 to 77 (EPYC, one thread).
+static void pass_rows(const Product &one, long first, long end, const float *x, long x_step, long m, bool add) {
+  if (one.w->scale) return pass<1, MOST_TILE, 1, int8_t>(one, first, end, x, x_step, m, add);
+  if (m <= 3) return pass<1, 3, 0, float>(one, first, end, x, x_step, m, add);
+  if (m <= 8) return pass<LEAST_SHARE, MOST_TILE, 4, float>(one, first, end, x, x_step, m, add);
+  return pass<LEAST_SHARE, MOST_TILE, 1, float>(one, first, end, x, x_step, m, add);
 }
 
 extern "C" int omp_get_thread_num(void);
 extern "C" int omp_get_num_threads(void);
 
-// Every thread takes its share of all panels, which have the same bytes for each k whatever they hold.
-static void pass_all(const Product *all, long count, const float *x, long x_step, long m, bool add) {
-  long panels = 0, work = 0;
-  for (long i = 0; i < count; i++) panels += all[i].panels(), work += m * all[i].w->n * all[i].w->k;
-#pragma omp parallel if (work > WORTH_THREADS)
-  {
-    const long me = omp_get_thread_num(), threads = omp_get_num_threads();
-    long first = panels * me / threads, end = panels * (me + 1) / threads;
-    for (long i = 0; i < count; i++) {
-      const long own = all[i].panels(), from = first > 0 ? first : 0, until = end < own ? end : own;
-      if (all[i].w->scale) pass<int8_t>(all[i], from, until, x, x_step, m, add);
-      else pass<float>(all[i], from, until, x, x_step, m, add);
-      first -= own, end -= own;
-    }
-  }
-}
-
 // Rows that go through a matrix together: their numbers stay in the second cache while the panels pass by. 4,096 rows in one go cost 1.4 times as much.
 constexpr long MOST_ROWS = 256;
 
-// Up to four matrices of the same k; m rows, `x_step` apart; `add` keeps what y holds.
+// Matrices of the same k; m rows, `x_step` apart; `add` keeps what y holds. Every thread takes its share of all panels, which have the same bytes for
+// each k whatever they hold, and passes all rows by it before it waits for the others: on a loaded machine every wait costs a turn of the scheduler.
 static void products(std::initializer_list<Product> all, const float *x, long x_step, long m, bool add = false) {
+  long panels = 0, work = 0;
+  for (const Product &one : all) panels += one.panels(), work += m * one.w->n * one.w->k;
   const long parts = (m + MOST_ROWS - 1) / MOST_ROWS;
-  for (long part = 0; part < parts; part++) {
-    const long from = m * part / parts, rows = m * (part + 1) / parts - from;
-    Product moved[4];
-    long count = 0;
-    for (const Product &one : all) moved[count++] = {one.w, one.y + from * one.y_step, one.y_step};
-    pass_all(moved, count, x + from * x_step, x_step, rows, add);
+#pragma omp parallel if (work > WORTH_THREADS)
+  {
+    const long me = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (long part = 0; part < parts; part++) {
+      const long row = m * part / parts, rows = m * (part + 1) / parts - row;
+      long first = panels * me / threads, end = panels * (me + 1) / threads;
+      for (const Product &one : all) {
+        const long own = one.panels();
+        const Product moved{one.w, one.y + row * one.y_step, one.y_step};
+        pass_rows(moved, std::max(first, 0L), std::min(end, own), x + row * x_step, x_step, rows, add);
+        first -= own, end -= own;
+      }
+    }
   }
 }
 
