@@ -155,6 +155,10 @@ class Evidence(Record):
     seconds: float = 0.0
 
 
+CUT_OFF = "cut off by the time limit"
+"""What a question says that the battery's time did not suffice for: nothing against the chip, and it can be gone on with."""
+
+
 class Verdict(Record):
     """Bound to what was examined: chip, driver, libraries and model. Another of these, or age, makes it void (judge.outdated)."""
 
@@ -168,6 +172,10 @@ class Verdict(Record):
     simulated: bool
     libraries: str = ""
     model_sha256: str = ""
+
+    @property
+    def cut_off(self) -> bool:
+        return self.verdict == "unproven" and any(CUT_OFF in reason for reason in self.reasons)
 
 
 class Placement(Record):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import get_args
 
 from bascule.errors import NoPoolLeft
-from bascule.records import Placement, Role, Verdict
+from bascule.records import CUT_OFF, Placement, Role, Verdict
 
 Condemned = Collection[tuple[str, Role]]
 WORK = {"train": "training", "infer": "inference"}
@@ -74,6 +74,8 @@ def _nothing_left(role: Role, order: Sequence[str], refused: Sequence[str], requ
     another = "begin another run (--name) with another pool under [pools]"
     if required and any("unproven" in text or "no verdict" in text for text in refused):
         another += ", a longer qualify.time_limit_s, or qualify.required = false"
+    if required and any(CUT_OFF in text for text in refused):
+        another = f"Run the same command again: the examination goes on where it was cut off; or {another}"
     if any("condemned" in text for text in refused):
         another = f"Mend a condemned chip, let it back with `bascule qualify POOL --readmit RUN` and run the same command again; or {another}"
     return (

@@ -29,7 +29,7 @@ from bascule.qualify import kept
 from bascule.qualify.check import BOTH, Ask, asks, command
 from bascule.qualify.judge import Examined, verdicts
 from bascule.qualify.shortened import shortened
-from bascule.records import Evidence, Role, Verdict
+from bascule.records import CUT_OFF, Evidence, Role, Verdict
 
 START_LIMIT_S = (
     120.0  # importing torch and opening a chip; a cold NPU runtime takes most of a minute
@@ -299,7 +299,7 @@ class _Run:
         """Turn the child's end into evidence: stopped by us (`why`), or ended by itself with questions left. Our own slowness leaves
         the question open and accuses nobody."""
         if why == "limit":
-            self._skip_all(f"cut off by the time limit of {self.time_limit_s:g} s")
+            self._skip_all(f"{CUT_OFF} of {self.time_limit_s:g} s")
         elif why == "hang":
             limit_s = self._limit_s(self.at) if self.at else START_LIMIT_S
             self._lost(

@@ -20,7 +20,7 @@ from bascule.plan.needs import needs
 from bascule.qualify import page
 from bascule.qualify.battery import BatteryResult, run_battery
 from bascule.qualify.judge import outdated
-from bascule.records import Evidence, Verdict
+from bascule.records import Evidence, Placement, Verdict
 from bascule.stages import material, origin, reexamine
 from bascule.stages.answer import Answer, say
 from bascule.stages.progress import ProgressBar
@@ -112,12 +112,14 @@ def qualify_pools(
     *,
     check_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Examine every pool that has no verdict yet in this run; evidence and verdicts go to the ledger as they come."""
-    judged = _judged(recipe, ledger)
+    """Examine every pool that has no verdict yet in this run, and go on with what an earlier launch had no time for where nothing
+    could be placed for it; evidence and verdicts go to the ledger as they come."""
+    cut_off = _cut_off(ledger)
+    judged = _judged(recipe, ledger) - cut_off
     waiting = [pool for pool in recipe.order if pool not in judged]
     with ThreadPoolExecutor(recipe.qualify.parallel) as threads:
         for done in [
-            threads.submit(_qualify_pool, pool, recipe, folder, ledger, check_stop)
+            threads.submit(_qualify_pool, pool, recipe, folder, ledger, check_stop, pool in cut_off)
             for pool in waiting
         ]:
             done.result()
@@ -129,10 +131,11 @@ def _qualify_pool(
     folder: RunFolder,
     ledger: Ledger,
     check_stop: Callable[[], None],
+    resume: bool,
 ) -> None:
     check_stop()
     name = recipe.pools[pool].accelerator
-    say(f"qualify {pool} ({name})")
+    say(f"qualify {pool} ({name})" + (", going on where it was cut off" if resume else ""))
     result = run_battery(
         pool,
         name,
@@ -143,6 +146,7 @@ def _qualify_pool(
         seed=recipe.seed,
         threads=recipe.threads,
         chips=recipe.pools[pool].chips,
+        resume=resume,
         needs=needs(recipe, pool, material.lengths(recipe)),
         on_evidence=ledger.append,
         on_progress=lambda question, done, total: check_stop(),
@@ -153,6 +157,16 @@ def _qualify_pool(
     page.write(result.folder / "report.html", [result])
     for line in _lines(result):
         say(line)
+
+
+def _cut_off(ledger: Ledger) -> set[str | None]:
+    """Pools of a run that never began, whose examination an earlier launch could not finish: a busy machine must not make its folder
+    a dead end. Once a run has begun, its placement rests on the verdicts that it had."""
+    records = ledger.read()
+    if of_kind(records, Placement):
+        return set()
+    newest = {(one.pool, one.role): one for one in of_kind(records, Verdict)}
+    return {pool for (pool, _), one in newest.items() if one.cut_off}
 
 
 def _judged(recipe: Recipe, ledger: Ledger) -> set[str | None]:

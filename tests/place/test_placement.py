@@ -9,7 +9,7 @@ import pytest
 
 from bascule.errors import NoPoolLeft
 from bascule.place.placement import place
-from bascule.records import Role, Verdict, VerdictWord
+from bascule.records import CUT_OFF, Role, Verdict, VerdictWord
 
 
 def verdict(pool: str, role: Role, word: VerdictWord) -> Verdict:
@@ -66,6 +66,15 @@ def test_unproven_and_unasked_pools_are_taken_only_when_the_recipe_allows() -> N
         place([], order=("ascend",))
     assert place(facts, order=("ascend",), required=False).train == "ascend"
     assert place([], order=("ascend",), required=False).infer == "ascend"
+
+
+def test_what_was_cut_off_can_be_gone_on_with() -> None:
+    facts = [
+        one.model_copy(update={"reasons": (f"soak.training: {CUT_OFF} of 180 s",)})
+        for one in verdicts(ascend="unproven fit")
+    ]
+    with pytest.raises(NoPoolLeft, match="Run the same command again: the examination goes on"):
+        place(facts, order=("ascend",))
 
 
 def test_the_newest_verdict_counts() -> None:
