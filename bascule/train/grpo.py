@@ -152,7 +152,7 @@ class Grpo:
             metrics["router_agreement"] = (agree_LBT * mask_BT).sum() / mask_BT.sum() / len(agree_LBT)  # fmt: skip
         if "old_logprobs" not in tensors:
             found = self._mismatch({**tensors, "old_logprobs": old_BT})
-            metrics.update({name: torch.tensor(value) for name, value in found.items()})
+            metrics.update(found)
         return loss, metrics
 
     def state_dict(self) -> StateDict:
@@ -181,6 +181,8 @@ class Grpo:
             tensors = {
                 name.removeprefix(mine): t for name, t in state.items() if name.startswith(mine)
             }
+            if tensors and "counted" not in tensors:  # router replay's batches of before 2026-11-30
+                tensors["counted"] = tensors["mask"].flatten().nonzero()[:, 0]
             batches.append(Batch(self.phase, step, tensors, notes))
         self._before, self._dealt = batches[: state["before"]], batches[state["before"] :]
         self.curriculum.load_state_dict(state["curriculum"])
@@ -212,7 +214,10 @@ class Grpo:
                 self.phase,
                 step + turn,
                 each,
-                {**(notes if turn == 0 else {}), **self._mismatch(each)},
+                {
+                    **(notes if turn == 0 else {}),
+                    **{name: float(value) for name, value in self._mismatch(each).items()},
+                },
             )
             for turn, each in enumerate(tensors)
         ]
@@ -299,20 +304,21 @@ class Grpo:
         )
         if kept[0][1].routes:  # of each sample by itself, prompts included: nothing is shared
             tensors["routes"] = _routes(kept, tensors["tokens"].shape[1])
+            tensors["counted"] = tensors["mask"].flatten().nonzero()[:, 0]
         else:
             tensors |= seated(_ended(groups), tensors["tokens"].shape[1])
         return tensors
 
-    def _mismatch(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures over the tokens of one minibatch; nothing when they were not scored."""
+    def _mismatch(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Figures over the tokens of one minibatch, where they live; nothing when they were not scored."""
         if "old_logprobs" not in tensors:
             return {}
-        counted, pair = (
-            tensors["mask"].bool(),
-            (tensors["old_logprobs"], tensors["rollout_logprobs"]),
+        pair = (tensors["old_logprobs"], tensors["rollout_logprobs"])
+        weight_BT = correction.weights(*pair, tensors["mask"], self.config)
+        # by number, not by the mask: its ones would have to be counted first, which stops a GPU
+        trainer_N, rollout_N, weight_N = (
+            each.flatten()[tensors["counted"]] for each in (*pair, weight_BT)
         )
-        weight_N = correction.weights(*pair, tensors["mask"], self.config)[counted]
-        trainer_N, rollout_N = (each[counted] for each in pair)
         found = mismatch(trainer_N, rollout_N, weight_N, self.config.importance_cap)
         return {f"mismatch_{name}": value for name, value in found.items()}
 

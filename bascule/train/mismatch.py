@@ -11,8 +11,9 @@ from bascule.records import Mismatch
 
 def mismatch(
     trainer_N: Tensor, rollout_N: Tensor, weight_N: Tensor, cap: float
-) -> dict[str, float]:
-    """Trainer against rollout engine on the same sampled tokens; keys are those of records.Mismatch, without `step`.
+) -> dict[str, Tensor]:
+    """Trainer against rollout engine on the same sampled tokens; keys are those of records.Mismatch, without `step`. Scalars where the
+    arguments live, fp64: who wants them on the host fetches them together.
 
     With d = log pi_trainer - log pi_rollout and w = exp(d): K1 = mean(-d) and K3 = mean(w - 1 - d) estimate KL(rollout ||
     trainer) (Schulman 2020), chi2 = mean(w^2) - 1, effective sample ratio = mean(w)^2 / mean(w^2). `weight_N` is what the
@@ -21,15 +22,15 @@ def mismatch(
     d = trainer_N.double() - rollout_N.double()
     w = d.exp()
     return {
-        "mean_abs": float(d.abs().mean()),
-        "max_abs": float(d.abs().max()),
-        "k1_kl": float(-d.mean()),
-        "k3_kl": float((w - 1.0 - d).mean()),
-        "chi2": float((w * w).mean() - 1.0),
-        "effective_sample_ratio": float(w.mean() ** 2 / (w * w).mean()),
-        "capped_ratio": float((w > cap).double().mean()),
-        "masked_ratio": float((weight_N == 0).double().mean()),
-        "tokens": float(d.numel()),
+        "mean_abs": d.abs().mean(),
+        "max_abs": d.abs().max(),
+        "k1_kl": -d.mean(),
+        "k3_kl": (w - 1.0 - d).mean(),
+        "chi2": (w * w).mean() - 1.0,
+        "effective_sample_ratio": w.mean() ** 2 / (w * w).mean(),
+        "capped_ratio": (w > cap).double().mean(),
+        "masked_ratio": (weight_N == 0).double().mean(),
+        "tokens": d.new_full((), d.numel()),
     }
 
 

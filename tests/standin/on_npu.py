@@ -20,6 +20,8 @@ from bascule.errors import AcceleratorUnavailable
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.train.optimizer import SplitOptimizer
+from tests.train import steps
+from tests.waits import Waits
 
 STANDIN = getattr(torch.get_device_module("npu"), "extension", None)
 
@@ -170,3 +172,15 @@ def test_npu_weights_come_back_from_a_file_on_another_device(tmp_path: Path) -> 
     back = torch.load(tmp_path / "weights.pt", map_location="cpu", weights_only=True)
     assert all(torch.equal(tensor.cpu(), back[name]) for name, tensor in made.state_dict().items())
     assert weights.fingerprint_state(back) == weights.fingerprint(made)
+
+
+@pytest.mark.parametrize("phase", ["sft", "pretrain", "grpo"])
+def test_npu_a_step_waits_for_its_figures_once_and_for_each_expert_layers_loads(phase: str) -> None:
+    stepper = steps.stepper(open_accelerator("npu"))
+    objective = steps.objectives(stepper)[phase]
+    stepper.begin(objective)
+    for step in (1, 2):
+        batch = objective.next_batch(step)
+        with Waits("npu") as waits:
+            stepper.commit(stepper.propose(batch))
+        assert waits.seen == {"copy to the host": 1 + len(stepper.model.moe_layers())}
