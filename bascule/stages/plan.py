@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bascule.config.load import load_recipe
@@ -133,6 +133,23 @@ def plan_run(recipe: Recipe, ledger: Ledger) -> None:
     for option in price_pools(recipe, {}, measured, material.lengths(recipe)):
         ledger.append(option)
         say(f"plan: {_line(option)}")  # what it rests on is in the report and in `bascule plan`
+        if option.fits == "does not fit" and not _was_too_large(option.pool, priced):
+            ledger.warn("memory forecast", _too_large(option))
+
+
+def _was_too_large(pool: str | None, priced: Sequence[OptionPriced]) -> bool:
+    """Was that said already, when the pool was priced before? Once is enough."""
+    return any(one.pool == pool and one.fits == "does not fit" for one in priced)
+
+
+def _too_large(option: OptionPriced) -> str:
+    available = option.memory_available_bytes or 0.0
+    return (
+        f"pool {option.pool} ({option.accelerator}) is planned to take {option.memory_bytes / 2**30:.1f} GiB at its peak and has "
+        f"{available / 2**30:.1f}. A forecast stops nothing: the pool is examined and used in its turn. If memory runs out, that is an incident; the run "
+        "then goes on from a snapshot where its order allows, and ends with exit code 6 where no pool is left. Smaller steps: lower "
+        "sft.batch_sequences, pretrain.batch_sequences or grpo.prompts."
+    )
 
 
 def _line(option: OptionPriced) -> str:
