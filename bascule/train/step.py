@@ -397,9 +397,15 @@ def _forward_backward(
     return own, grads, output, told, figures[len(told) :]
 
 
+_WITHIN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def fetched(scalars: Iterable[Tensor]) -> list[float]:
-    """The values of `scalars` in one transfer: each by itself would make the host wait for the chip once more. fp64 holds them exactly."""
-    values: list[float] = torch.stack([one.double() for one in scalars]).tolist()
+    """The values of `scalars` in one transfer: each by itself would make the host wait for the chip once more. In fp64 only
+    where fp32 would not hold one of them (GRPO's mismatch): not every chip is quick at it, or has it."""
+    given = list(scalars)
+    wide = torch.float32 if all(one.dtype in _WITHIN_FP32 for one in given) else torch.float64
+    values: list[float] = torch.stack([one.to(wide) for one in given]).tolist()
     return values
 
 
