@@ -32,7 +32,7 @@ class Head(nn.Linear):
         if targets_M is None:
             return super().forward(input)
         rows = max(1, count.LOGITS_CHUNK_BYTES // (4 * self.out_features))
-        return _Readout.apply(input, self.weight, targets_M, temperature, rows)
+        return _Readout.apply(input, self.weight, targets_M, temperature, rows)  # type: ignore[no-untyped-call]
 
 
 class _Readout(Function):
@@ -41,7 +41,9 @@ class _Readout(Function):
         ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, temperature: float, rows: int
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logp, entropy, total = [], [], []
-        for part, target in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True):
+        for part, target in zip(
+            torch.split(hidden_MD, rows), torch.split(targets_M, rows), strict=True
+        ):
             logits = _logits(part, weight_VD, temperature)
             total.append(logits.logsumexp(-1))
             logp.append(logits.gather(-1, target[:, None])[:, 0] - total[-1])
@@ -59,7 +61,7 @@ class _Readout(Function):
         hidden_MD, weight_VD, targets_M, total_M = ctx.saved_tensors
         dhidden, dweight_VD = [], torch.zeros_like(weight_VD, dtype=torch.float32)
         rows = zip(
-            *(each.split(ctx.rows) for each in (hidden_MD, targets_M, total_M, dlogp_M)),
+            *(torch.split(each, ctx.rows) for each in (hidden_MD, targets_M, total_M, dlogp_M)),
             strict=True,
         )
         for part, target, total, d in rows:
