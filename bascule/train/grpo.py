@@ -181,8 +181,6 @@ class Grpo:
             tensors = {
                 name.removeprefix(mine): t for name, t in state.items() if name.startswith(mine)
             }
-            if tensors and "counted" not in tensors:  # router replay's batches of before 2026-11-30
-                tensors["counted"] = tensors["mask"].flatten().nonzero()[:, 0]
             batches.append(Batch(self.phase, step, tensors, notes))
         self._before, self._dealt = batches[: state["before"]], batches[state["before"] :]
         self.curriculum.load_state_dict(state["curriculum"])
@@ -315,10 +313,10 @@ class Grpo:
             return {}
         pair = (tensors["old_logprobs"], tensors["rollout_logprobs"])
         weight_BT = correction.weights(*pair, tensors["mask"], self.config)
-        # by number, not by the mask: its ones would have to be counted first, which stops a GPU
-        trainer_N, rollout_N, weight_N = (
-            each.flatten()[tensors["counted"]] for each in (*pair, weight_BT)
-        )
+        # By number, not by the mask, whose ones would have to be counted first, which stops a GPU; the guard's cut of a batch and older
+        # batches have no numbers.
+        where = tensors["counted"] if "counted" in tensors else tensors["mask"].flatten().bool()
+        trainer_N, rollout_N, weight_N = (each.flatten()[where] for each in (*pair, weight_BT))
         found = mismatch(trainer_N, rollout_N, weight_N, self.config.importance_cap)
         return {f"mismatch_{name}": value for name, value in found.items()}
 

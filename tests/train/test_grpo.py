@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bascule.errors import UsageError
+from bascule.guard.replay import some_sequences
 from bascule.infer.routes import with_routes
 from bascule.train.grpo import Group, Grpo, deal
 from bascule.train.mismatch import mismatch_record
@@ -313,3 +314,15 @@ def test_router_replay_sends_tokens_where_the_engine_sent_them_and_records_the_a
     assert torch.equal(drifted.expert_loads, own.expert_loads)
     record = mismatch_record(FIRST, drifted.metrics)
     assert record is not None and record.router_agreement == drifted.metrics["router_agreement"]
+
+
+def test_the_guards_cut_of_a_rollout_is_a_step_too(tiny):
+    """Regression: the figures of mismatch asked for numbers that a cut batch does not have, and a whole run ended at its last certificate."""
+    run = tiny()
+    run.stepper.step = run.grpo.first_step - 1
+    run.stepper.begin(run.grpo)
+    batch = run.grpo.next_batch(run.grpo.first_step)
+    cut = some_sequences(batch, 3, 7)
+    assert len(cut.tensors["tokens"]) == 3 and "counted" not in cut.tensors
+    proposal = run.stepper.propose(cut)
+    assert proposal.metrics["mismatch_tokens"] == float(cut.tensors["mask"].sum())
