@@ -27,7 +27,7 @@ from bascule.model.seats import Seats, take
 class Output:
     """`logits_BTV` fp32; where they were left out (`head_later`) `head` can be asked for targets instead (head.py). `expert_loads` [MoE layers, experts] int64, tokens that chose each expert; None without experts.
 
-    `hidden_BTD` is what the head reads (after the last norm). `ahead_BTV` [B, T-1, V], or what the head reads for it, `ahead_BTD`, only when asked for: entry t predicts
+    `hidden_BTD` is what the head reads (after the last norm). `ahead_BTV` [B, T-1, V], and `ahead_BTD` that the head reads for it, only when asked for: entry t predicts
     token t+2, and the prediction layer's loads are then the last row of `expert_loads`. `routes_agree` [MoE layers, B*T] only where
     routes were replayed (routing.py).
     """
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         logits_BTV = self._logits(hidden_BTD)
         if every:
             hidden_BTD = self.model.norm(whole_BTD)
-        return Output(logits_BTV, loads_LE, hidden_BTD, ahead_BTV)
+        return Output(logits_BTV, loads_LE, hidden_BTD, ahead_BTV, ahead_BTD=ahead_BTD)
 
     def draft(
         self,

@@ -1,7 +1,7 @@
 """What of a large model the quick battery examines: every kind of layer, at its own width, but not every layer.
 
 A chip is asked about operators and shapes, and layers of one kind have the same. The fp64 twin, the noise floors and the short training
-runs cost in proportion to parameters, on this machine's CPU: SmolLM2's 135 M took ten times the battery's three minutes. What is lost:
+runs cost in proportion to parameters, on this machine's CPU: SmolLM2's 135 M met the battery's three minutes at its third question. What is lost:
 how errors add up over all layers, and what only shows at the last rows of a long vocabulary; the full battery (`--full`,
 `qualify.quick = false`) examines the whole model. No torch.
 """

@@ -16,6 +16,7 @@ from bascule.config.trust import PoolConfig
 from bascule.errors import CheckFailed, UsageError, nearest
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
+from bascule.plan.lengths import Lengths
 from bascule.plan.needs import needs
 from bascule.qualify import page
 from bascule.qualify.battery import BatteryResult, run_battery
@@ -117,9 +118,12 @@ def qualify_pools(
     cut_off = _cut_off(ledger)
     judged = _judged(recipe, ledger) - cut_off
     waiting = [pool for pool in recipe.order if pool not in judged]
+    texts = material.lengths(recipe) if waiting else None
     with ThreadPoolExecutor(recipe.qualify.parallel) as threads:
         for done in [
-            threads.submit(_qualify_pool, pool, recipe, folder, ledger, check_stop, pool in cut_off)
+            threads.submit(
+                _qualify_pool, pool, recipe, folder, ledger, check_stop, pool in cut_off, texts
+            )
             for pool in waiting
         ]:
             done.result()
@@ -132,6 +136,7 @@ def _qualify_pool(
     ledger: Ledger,
     check_stop: Callable[[], None],
     resume: bool,
+    texts: Lengths | None,
 ) -> None:
     check_stop()
     name = recipe.pools[pool].accelerator
@@ -147,7 +152,7 @@ def _qualify_pool(
         threads=recipe.threads,
         chips=recipe.pools[pool].chips,
         resume=resume,
-        needs=needs(recipe, pool, material.lengths(recipe)),
+        needs=needs(recipe, pool, texts),
         on_evidence=ledger.append,
         on_progress=lambda question, done, total: check_stop(),
     )

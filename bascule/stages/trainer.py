@@ -194,7 +194,7 @@ class Trainer:
         )
         judge: Judge = self.guard or NoJudge()
         state = loop.run(self.stepper, self.objectives, judge, state, self.plan, hooks, self.writer)
-        self._record_peak(state.phase)
+        self._record_peak()
         if self.guard:
             self._certify_last(state.step)
         self.writer.wait()
@@ -334,7 +334,7 @@ class Trainer:
 
     def _on_phase(self, phase: str, step: int) -> None:
         """A phase is about to begin: measure what the one before it reached, and refuse GRPO from a hopeless start."""
-        self._record_peak(self._phase)
+        self._record_peak()
         phases = list(self.recipe.phase_steps())
         if phases.index(phase) > 0:
             self.measure.if_due(phases[phases.index(phase) - 1], step - 1)
@@ -343,11 +343,11 @@ class Trainer:
         self._phase = phase
         self.accelerator.reset_peak_memory()
 
-    def _record_peak(self, phase: str | None) -> None:
+    def _record_peak(self) -> None:
         """What this launch's part of a phase took at most, measuring and loading aside."""
-        peak = self.accelerator.memory().peak_bytes if phase and phase == self._phase else None
-        if peak is not None:
-            self.ledger.append(MemoryPeak(pool=self.pool, phase=str(phase), peak_bytes=peak))
+        peak = self.accelerator.memory().peak_bytes
+        if self._phase and peak is not None:
+            self.ledger.append(MemoryPeak(pool=self.pool, phase=self._phase, peak_bytes=peak))
 
     def _on_sigterm(self, *_: object) -> None:
         self._stop = True

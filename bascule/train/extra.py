@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bascule.config.training import TrainConfig
 from bascule.model import seats
 from bascule.model.transformer import Output, Transformer
-from bascule.train.objective import Batch, Objective, ask_head, token_logprobs
+from bascule.train.objective import Batch, Objective, ask_head
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.state import StateDict
 
@@ -33,13 +33,9 @@ def ahead_weight(config: TrainConfig, index: int, steps: int) -> float:
 
 def ahead_loss(output: Output, tensors: dict[str, Tensor]) -> Tensor:
     """Mean nats of the token after the next, over targets that count; across no border between documents."""
-    targets_BT = tensors["targets"][:, 1:]
-    if output.head is not None and output.ahead_BTD is not None:
-        later = replace(output, hidden_BTD=output.ahead_BTD)
-        nats_BT = -ask_head(later, targets_BT)[0]
-    else:
-        assert output.ahead_BTV is not None
-        nats_BT = -token_logprobs(output.ahead_BTV, targets_BT)
+    assert output.ahead_BTD is not None
+    ahead = replace(output, kept_BTV=output.ahead_BTV, hidden_BTD=output.ahead_BTD)
+    nats_BT = -ask_head(ahead, tensors["targets"][:, 1:])[0]
     mask_BT = tensors["mask"][:, 1:]
     documents = tensors.get("documents")
     if documents is not None:
