@@ -1,10 +1,9 @@
 """DeepSeek-V3's mixture of experts: sigmoid router, group-limited choice, balancing by a bias, a shared expert.
 
 The bias steers which experts are chosen and never enters the weight they get (DeepSeek-V3 section 2.1.2). Router arithmetic
-is fp32 whatever the model's dtype. Tokens are sorted by expert and each expert works on its slice: on a CPU this beats
-`grouped_mm` two to one (training.md 3.1), at the price of one host synchronisation a layer to learn the slice lengths.
+is fp32 whatever the model's dtype. Tokens are sorted by the expert that each goes to; experts.py applies the experts to them.
 
-Letters: N tokens, D hidden, E experts, F expert size, K experts per token.
+Letters: N tokens, D hidden, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from bascule.config.model import ModelConfig
 from bascule.model import fused, kernels
+from bascule.model.experts import Experts
 from bascule.model.layers import SwiGLU, _same_dtype
 
 
@@ -75,32 +75,6 @@ class Router(nn.Module):
         self.e_score_correction_bias += speed * torch.sign(loads.mean() - loads).float()
 
 
-class Experts(nn.Module):
-    """All routed experts of a layer, stacked: `gate_up_proj` [E, 2F, D] (gate rows first), `down_proj` [E, D, F]."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        experts, hidden, size = (
-            config.n_routed_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-        )
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * size, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, size))
-
-    def forward(self, sorted_MD: Tensor, counts: list[int]) -> Tensor:
-        """Apply expert e to the e-th slice of `counts[e]` rows.
-
-        `unbind` once instead of indexing in the loop: autograd then builds one stacked gradient, not one per expert.
-        """
-        gate_up, down = self.gate_up_proj.unbind(), self.down_proj.unbind()
-        parts = []
-        for expert, rows in enumerate(torch.split(sorted_MD, counts)):
-            if counts[expert]:
-                parts.append(F.linear(gated_halves(F.linear(rows, gate_up[expert])), down[expert]))
-        return torch.cat(parts) if parts else sorted_MD
-
-
 class MoE(nn.Module):
     """Routed experts plus the shared expert every token passes."""
 
@@ -120,7 +94,7 @@ class MoE(nn.Module):
         if kernels.usable(x_ND, weights_NK):
             order, place, counts_E = torch.ops.bascule.expert_order(chosen_NK, experts)
             sorted_MD = fused.gather_rows(x_ND, order, place, per_token)
-            done_MD = self.experts(sorted_MD, counts_E.tolist())
+            done_MD = self.experts(sorted_MD, counts_E)
             shared_BTD = self.shared_experts(x_BTD)
             out_BTD = fused.combine(shared_BTD, done_MD, place, weights_NK)
             return out_BTD, counts_E if mask_BT is None else _count(
@@ -131,19 +105,11 @@ class MoE(nn.Module):
         edges = torch.searchsorted(by_expert, torch.arange(experts + 1, device=by_expert.device))
         counts_E = edges.diff()
         token_of = order if per_token == 1 else order.div(per_token, rounding_mode="floor")
-        done_MD = self.experts(x_ND.index_select(0, token_of), counts_E.tolist())
+        done_MD = self.experts(x_ND.index_select(0, token_of), counts_E)
         done_NKD = done_MD.index_select(0, _inverse(order)).unflatten(0, (-1, per_token))
         routed_ND = (done_NKD * weights_NK.unsqueeze(-1).to(done_NKD.dtype)).sum(1)
         loads_E = counts_E if mask_BT is None else _count(chosen_NK, mask_BT.flatten(), experts)
         return self.shared_experts(x_BTD) + routed_ND.view_as(x_BTD), loads_E
-
-
-def gated_halves(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of rows that hold the gate first, then up."""
-    if kernels.usable(gate_up):
-        return fused.swiglu_halves(gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 def _inverse(order: Tensor) -> Tensor:
