@@ -6,7 +6,7 @@ the model knowing. r has random signs and sizes: a vector of ones would not see 
 construction. The bound per row comes from numerics.checksum_bound (feasibility.md 6: 0 false alarms in 655,422 checks). What stays below
 it but in every output, such as a narrower accumulator, is seen by how exact the products are on average (guard/spot).
 
-Fused attention, softmax and RMS norm are held to laws of their own (guard/attention, guard/invariants). Not covered: routing, rotation
+Grouped products have the same checksum (guard/grouped). Fused attention, softmax and RMS norm are held to laws of their own (guard/attention, guard/invariants). Not covered: routing, rotation
 and other operators that have no law; audits and the replays at certification are for those. A chip whose matrix-vector product is wrong in the same way would check itself; the referee
 does not share that fault.
 """
@@ -28,11 +28,12 @@ from bascule import draws, numerics
 from bascule.dispatch import OperatorMode
 from bascule.guard import spot
 from bascule.guard.attention import FUSED, attention_ratio
+from bascule.guard.grouped import grouped_ratio
 from bascule.guard.invariants import LAWS, rms_norm_ratio
 
 aten, ours = torch.ops.aten, torch.ops.bascule
 
-_OTHER, _LAW, _NORM = (-1, -1, None), (-2, -2, None), (-3, -3, None)
+_OTHER, _LAW, _NORM, _GROUPED = (-1, -1, None), (-2, -2, None), (-3, -3, None), (-4, -4, None)
 
 # What each operator multiplies: positions of A and B among the arguments, and of the added term, if any. One table with the
 # fused operators (None): a step dispatches some 1,500 operators, and each look-up hashes one in Python.
@@ -41,6 +42,7 @@ _CHECKED: dict[Any, tuple[int, int, int | None] | None] = {
     aten.bmm.default: (0, 1, None),
     aten.addmm.default: (1, 2, 0),
     aten.baddbmm.default: (1, 2, 0),
+    aten._grouped_mm.default: _GROUPED,
     **dict.fromkeys(FUSED),
     **dict.fromkeys(LAWS, _LAW),
     **dict.fromkeys((ours.rms_norm.default, ours.add_rms_norm.default), _NORM),
@@ -147,7 +149,9 @@ class Checksums(OperatorMode):
             return output
         index, self._count = self._count, self._count + 1
         if self.only is None or self.only(index):
-            if places is None:
+            if places is _GROUPED:
+                self._check_grouped(index, args, kwargs or {}, output)
+            elif places is None:
                 self._check_attention(index, func, args, kwargs or {}, output)
             else:
                 self._check(index, func, places, args, kwargs or {}, output)
@@ -243,6 +247,22 @@ class Checksums(OperatorMode):
             self._checks[index] = _Check(
                 "attention", shape, torch._C._current_autograd_node(), (0, 0), ratio
             )
+
+    def _check_grouped(
+        self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        left, right = args[:2]
+        ends = args[2] if len(args) > 2 else kwargs.get("offs")
+        if ends is None or not output.numel() or not left.numel():
+            return
+        ratio = grouped_ratio(
+            left, right, ends, output, _probe(output.shape[-1], torch.float32, output.device)
+        )
+        shape = (left.shape[-2], left.shape[-1], right.shape[-1])
+        storages = (left.untyped_storage().data_ptr(), right.untyped_storage().data_ptr())
+        self._checks[index] = _Check(
+            "grouped_mm", shape, torch._C._current_autograd_node(), storages, ratio
+        )
 
     def _obey(self, op: str, ratio: Tensor, output: Tensor, touches: int = 0) -> None:
         """Note an operator that is no product; it is counted at the place of the product that follows it."""

@@ -56,9 +56,9 @@ class Experts(nn.Module):
             return self.chosen(sorted_MD, counts_E)
         if rows <= PADDED_TOKENS * self.per_token:
             return self.padded(sorted_MD, counts_E)
-        if self._aligned() and _groups(sorted_MD.device.type):
-            if (dtype := _product_dtype(sorted_MD)) == torch.bfloat16:
-                return self.grouped(sorted_MD.to(dtype), counts_E)
+        half = _product_dtype(sorted_MD) == torch.bfloat16
+        if half and self._aligned() and _groups(sorted_MD.device.type):
+            return self.grouped(sorted_MD.bfloat16(), counts_E)
         return self.sliced(sorted_MD, counts_E)
 
     def sliced(self, sorted_MD: Tensor, counts_E: Tensor) -> Tensor:
