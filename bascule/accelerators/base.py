@@ -18,6 +18,9 @@ import torch
 Result = TypeVar("Result")
 AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 Role = Literal["train", "infer"]
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+"""Runs what it is given, records what that queues on the chip, and returns what plays the recording: the same operators on the same memory.
+Raises RuntimeError where an operator cannot be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,10 @@ class Accelerator(ABC):
     def needs_operators(self, role: Role) -> bool:
         """Must `role` be computed in torch's operators, because a simulated fault acts on them? On a real chip never."""
         return False
+
+    def recorder(self, role: Role) -> Recorder | None:
+        """What records work of this role on this chip (CUDA graphs and their like); None where there is no such thing."""
+        return None
 
     def telemetry(self) -> dict[str, float]:
         """`power_w` and `temperature_c` where they can be read; an empty dict elsewhere. Never raises."""

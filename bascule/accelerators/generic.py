@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from bascule.accelerators.base import Accelerator, MemoryUse
+from bascule.accelerators.base import Accelerator, MemoryUse, Recorder, Role
 
 
 class GenericAccelerator(Accelerator):
@@ -33,6 +35,22 @@ class GenericAccelerator(Accelerator):
 
     def empty_cache(self) -> None:
         torch.accelerator.empty_cache()
+
+    def recorder(self, role: Role) -> Recorder | None:
+        """`torch.accelerator.Graph`, where this PyTorch has it; whether the back end does shows when it is asked to record."""
+        return self._record if hasattr(torch.accelerator, "Graph") else None
+
+    def _record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """First once unrecorded, aside: libraries set themselves up at their first call, which no recording may hold."""
+        stream = torch.Stream(self.device)
+        stream.wait_stream(torch.accelerator.current_stream(self.device))
+        with stream:
+            run()
+        self.synchronize()
+        graph = torch.accelerator.Graph()
+        with stream, graph:
+            run()
+        return graph.replay
 
 
 def device_index(name: str, count: int) -> int:

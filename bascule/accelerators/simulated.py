@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bascule.accelerators.base import Accelerator, ChipInfo, MemoryUse, Role, Work
+from bascule.accelerators.base import Accelerator, ChipInfo, MemoryUse, Recorder, Role, Work
 from bascule.dispatch import OperatorMode
 from bascule.faults.build import build
 from bascule.faults.catalogue import Profile, kinds
@@ -68,6 +68,10 @@ class SimulatedAccelerator(Accelerator):
 
     def needs_operators(self, role: Role) -> bool:
         return bool(self.profile.strikes_operators(role))
+
+    def recorder(self, role: Role) -> Recorder | None:
+        """A fault that acts on operators would act while recording, and never again."""
+        return None if self.needs_operators(role) else self.base.recorder(role)
 
     def synchronize(self) -> None:
         self.base.synchronize()

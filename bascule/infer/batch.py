@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bascule.accelerators.base import Recorder
 from bascule.errors import UsageError
 from bascule.infer.blocks import Blocks, OutOfBlocks, blocks_for
 from bascule.infer.linear import Precision
@@ -34,7 +35,7 @@ class Batch:
     then nothing is shared across requests, because a prefix read by another request was read in other chunks.
     `precision` is that of the large matrices of a larger model (linear.py). `preemptions` counts rows sent back for want of blocks.
     `native`: steps are compiled code where there is a compiler and the chip is a CPU in fp32 or int8 (decoder.py); never where a simulated fault of
-    inference has to act (engine.py).
+    inference has to act (engine.py). `record`: the chip's, to play steps back (recorded.py).
     `speculate`: while at most so many rows run, the prediction layer guesses a token ahead (draft.py); of `guessed` ones `kept` were
     right. A row that ran beside more rows than that goes on without guesses.
     """
@@ -53,6 +54,7 @@ class Batch:
         precision: Precision = "fp32",
         speculate: int = 0,
         native: bool = False,
+        record: Recorder | None = None,
     ) -> None:
         self.model = model
         self.slots = slots
@@ -66,6 +68,7 @@ class Batch:
         self.blocks = Blocks(count)
         self._runner = Runner(
             model, count, length=length, pad_id=pad_id, fixed=reproducible, precision=precision, speculate=speculate > 0, native=native,
+            record=record,
         )  # fmt: skip
         self._drafter = self._runner.drafter
         self._speculate = speculate
@@ -90,6 +93,16 @@ class Batch:
     def native(self) -> bool:
         """Are its steps compiled code?"""
         return self._runner.decoder is not None
+
+    @property
+    def records(self) -> bool:
+        """Are its steps recordings that the chip plays?"""
+        return self._runner.recorded is not None
+
+    @property
+    def trouble(self) -> str:
+        """Why a step could not be recorded; empty while none failed."""
+        return "" if self._runner.recorded is None else self._runner.recorded.trouble
 
     @property
     def free(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,6 +23,7 @@ class Engine:
 
     `native`: steps in compiled code (decoder.py) where the chip is a CPU in fp32 and there is a compiler. Raises UsageError on a simulated chip
     with faults of inference that act on operators: it would hide them.
+    `warn` is told why a step could not be recorded on a chip that plays recordings (recorded.py), once; none is tried any more then.
     `reproducible`: a completion's tokens and log-probabilities are the same bits whatever else is in the batch (runner.py).
     """
 
@@ -36,6 +38,7 @@ class Engine:
         reproducible: bool = False,
         native: bool = False,
         on_progress: Callable[[int], None] | None = None,
+        warn: Callable[[str], object] = warnings.warn,
     ) -> None:
         if native and accelerator.needs_operators("infer"):
             raise UsageError(
@@ -48,6 +51,8 @@ class Engine:
         self.reproducible = reproducible
         self.native = native
         self.requests = 0
+        self._warn = warn
+        self._recorder = accelerator.recorder("infer")
         self._eos_id = eos_id
         self._pad_id = pad_id
         self._on_progress = on_progress
@@ -113,6 +118,9 @@ class Engine:
         while batch.rows:
             batch.step()
             steps += 1
+            if batch.trouble and self._recorder is not None:
+                self._recorder = None
+                self._warn(batch.trouble)
             if self._on_progress is not None and steps % BEAT_EVERY_STEPS == 0:
                 self._on_progress(self.requests)
 
@@ -122,7 +130,7 @@ class Engine:
             length = self.model.config.max_position_embeddings
         return Batch(
             self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id, reproducible=self.reproducible,
-            native=self.native,
+            native=self.native, record=self._recorder,
         )  # fmt: skip
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -1,6 +1,7 @@
 """How the model is called: whole prompts together, one prompt in chunks, or one token for every row.
 
-`native`: one token for every row is one call of compiled code (decoder.py), whose rows do not depend on each other.
+`native`: one token for every row is one call of compiled code (decoder.py), whose rows do not depend on each other. `record`: it is a
+recording that the chip plays (recorded.py).
 
 `fixed` is the reproducible mode. In torch a product's bits depend on its shape (how many rows share the call), so every step is
 made of calls of one shape: TILE rows, missing ones filled up, and as many slots as the row's own length rounds up to. Then a row's
@@ -19,12 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bascule.accelerators.base import Recorder
 from bascule.infer.blocks import blocks_for
 from bascule.infer.compiled import compiled
 from bascule.infer.decoder import Decoder
 from bascule.infer.draft import Drafter
 from bascule.infer.linear import Precision, lay_out
 from bascule.infer.packed import pack, packable
+from bascule.infer.recorded import RecordedSteps
 from bascule.model.pages import PagedCache, Pages
 from bascule.model.transformer import Output, Transformer
 
@@ -46,6 +49,7 @@ class Runner:
         precision: Precision = "fp32",
         speculate: bool = False,
         native: bool = False,
+        record: Recorder | None = None,
     ) -> None:
         weight = model.lm_head.weight
         self.device = weight.device
@@ -66,6 +70,9 @@ class Runner:
             self.decoder = Decoder(self.reader, self.pages, ahead)
             if self.drafter is not None:
                 self.drafter.decoder = self.decoder
+        self.recorded: RecordedSteps | None = None
+        if record is not None and self._packed is None and self.decoder is None:
+            self.recorded = RecordedSteps(self.reader, self.pages, record, length=length)
         self._tile = 1 if self._packed is None and model.moe_layers() else TILE
 
     def read_together(
@@ -144,6 +151,8 @@ class Runner:
         read_B: NDArray[np.int64],
         width: int | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if self.recorded is not None:
+            return self.recorded.step(tokens_B, tables_BM, read_B, width)
         tokens = torch.tensor(tokens_B, device=self.device)
         if width is not None:
             tables_BM = tables_BM[:, : blocks_for(width)]

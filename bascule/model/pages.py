@@ -21,6 +21,8 @@ from bascule.model.cache import Cache
 
 BLOCK = 16  # tokens
 PART_BYTES = 2 << 20
+DEVICE_PART_BYTES = 256 << 20
+"""On the CPU what fits its cache; elsewhere the fewer calls the better, and this bounds the copy."""
 
 
 class Pages:
@@ -64,18 +66,21 @@ class Pages:
             pool[:, :, target] = pool[:, :, source]
 
     def gather(self, layer: int, tables_BM: Tensor) -> list[Tensor]:
-        """Blocks side by side, [K, B, M * BLOCK, E] of each pool: in a buffer that the next call writes over."""
+        """Blocks side by side, [K, B, M * BLOCK, E] of each pool: on the CPU in a buffer that the next call writes over."""
         found = []
         blocks = tables_BM.flatten()
         for at, pool in enumerate(self.pools):
             heads, width = pool.shape[1], pool.shape[4]
             size = heads * blocks.numel() * BLOCK * width
-            if (
-                self._scratch[at].numel() < size
-            ):  # fresh memory for every call costs more than the copy itself
-                self._scratch[at] = self._scratch[at].new_empty(size)
-            out = self._scratch[at][:size].view(heads, blocks.numel(), -1)
-            torch.index_select(self.blocks_KNA[at][layer], 1, blocks, out=out)
+            if pool.device.type != "cpu":  # its allocator keeps memory, and a recording its own
+                out = self.blocks_KNA[at][layer].index_select(1, blocks)
+            else:
+                if (
+                    self._scratch[at].numel() < size
+                ):  # fresh memory for every call costs more than the copy itself
+                    self._scratch[at] = self._scratch[at].new_empty(size)
+                out = self._scratch[at][:size].view(heads, blocks.numel(), -1)
+                torch.index_select(self.blocks_KNA[at][layer], 1, blocks, out=out)
             found.append(out.view(heads, tables_BM.shape[0], -1, width))
         return found
 
@@ -120,8 +125,9 @@ class PagedCache(Cache):
 
     def parts(self, layer: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """A few rows at a time, so that what was gathered is still in the CPU's cache when it is used."""
-        rows = len(self._read)
-        step = max(1, PART_BYTES // (self._pages.token_layer_bytes * self.capacity))
+        rows = self._tables_BM.shape[0]
+        bound = PART_BYTES if self._tables_BM.device.type == "cpu" else DEVICE_PART_BYTES
+        step = max(1, bound // (self._pages.token_layer_bytes * self.capacity))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             found = self._pages.gather(layer, self._tables_BM[part])
@@ -132,3 +138,24 @@ class PagedCache(Cache):
                 if self._pages.latent
                 else tuple(one.permute(1, 2, 0, 3) for one in cut),
             )
+
+
+class StandingCache(PagedCache):
+    """One more token for rows whose tables and lengths stand on the chip, in tensors that every call reads anew: a recording of a step
+    (infer/recorded.py) holds for whatever they say when it is played. `width` slots of every row are read, at least the longest after
+    the call. A row of length 0 with block 0 alone is nobody's."""
+
+    def __init__(self, pages: Pages, tables_BM: Tensor, read_B: Tensor, *, width: int) -> None:
+        self._pages, self._tables_BM, self._read_B = pages, tables_BM, read_B
+        self._first = 0
+        self.capacity = tables_BM.shape[1] * BLOCK
+        self.longest, self.ragged = width - 1, True
+
+    def open(self, tokens: int, *, ragged: bool) -> Tensor:
+        """Raises ValueError for more than one token."""
+        if tokens != 1:
+            raise ValueError(f"A standing cache takes one token a row and call, not {tokens}.")
+        block_B1 = self._tables_BM.gather(1, self._read_B[:, None] // BLOCK)
+        self._at = block_B1[:, 0] * BLOCK + self._read_B % BLOCK
+        self.longest += 1
+        return self._read_B[:, None]

@@ -16,8 +16,10 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ class Host:
         pad_id: int,
         heartbeat: Path,
         native: bool = False,
+        warn: Callable[[str], object] = warnings.warn,
     ) -> None:
         self.pool = pool
         self.accelerator = accelerator
@@ -68,7 +71,7 @@ class Host:
         self._heartbeat = heartbeat
         self.model = accelerator.move(Transformer(config)).eval()
         self.engine = Engine(
-            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, native=native, on_progress=self._beat
+            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, native=native, on_progress=self._beat, warn=warn
         )  # fmt: skip
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +239,7 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
         pad_id=tokenizer.pad_id,
         heartbeat=heartbeat,
         native=native,
+        warn=partial(Ledger(folder.ledger, pool=pool).warn, "steps run operator by operator"),
     )
 
 

@@ -389,6 +389,8 @@ class Broker:
     def _deliver(self, message: dict[str, Any]) -> None:
         self._heard_s = time.monotonic()
         self.load = message["load"]
+        if message.get("warned"):
+            self._note("steps run operator by operator", self.candidate, message["warned"])
         for job, cached in message["began"]:
             if job in self.tickets:
                 self.tickets[job].cached_tokens = cached

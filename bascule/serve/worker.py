@@ -4,7 +4,7 @@
 
 Lines of JSON both ways. In: `submit`, `score`, `cancel`. Out: `ready` once; after every tick `said` (a list of
 [job, choice, token, logprob, alternatives, finish]), `began` ([job, tokens found in the prefix store]), `refused` ([job, why] of
-forms that cannot be followed), `scored` and `load`;
+forms that cannot be followed), `scored`, `load` and `warned` (why a step could not be recorded, once);
 `fault` as the last line of a chip that failed. A process of its own, because a failing chip can take its process with it, and because
 the server must go on answering while the chip computes. It ends when the server closes the socket.
 """
@@ -90,6 +90,7 @@ class Desk:
             precision=precision,
             speculate=speculate,
             native=_real_cpu(accelerator),
+            record=accelerator.recorder("infer"),
         )
         self.accelerator = accelerator
         self.waiting: deque[list[Seat]] = deque()
@@ -101,6 +102,7 @@ class Desk:
         self._said: list[list[Any]] = []
         self._began: list[list[int]] = []
         self._refused: list[list[Any]] = []
+        self._warned = ""
 
     @property
     def busy(self) -> bool:
@@ -164,7 +166,13 @@ class Desk:
             "refused": self._refused,
             "scored": self._scored,
             "load": self.load(),
+            "warned": self._new_trouble(),
         }
+
+    def _new_trouble(self) -> str:
+        """What the batch has to complain of, once: each shape of step that cannot be recorded has its own words."""
+        told, self._warned = self._warned, self.batch.trouble
+        return "" if told == self._warned else self._warned
 
     def _score_one(self) -> None:
         if self.to_score:
@@ -368,7 +376,11 @@ def _about(desk: Desk, sha256: str, seconds: float) -> dict[str, Any]:
         "weights_sha256": sha256,
         "dtype": str(_dtype(desk.batch)).removeprefix("torch."),
         "precision": desk.batch.precision,
-        "decoder": "compiled" if desk.batch.native else "torch",
+        "decoder": "compiled"
+        if desk.batch.native
+        else "recorded"
+        if desk.batch.records
+        else "torch",
         "decoder_note": why_not() if _real_cpu(desk.accelerator) else "",
         "reproducible": desk.batch.reproducible,
         "slots": desk.batch.slots,

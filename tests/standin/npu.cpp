@@ -15,6 +15,7 @@
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -169,6 +170,7 @@ struct Crossing {
       c10::Storage fresh(c10::Storage::use_byte_size_t(), bytes, std::move(data), &allocator, true);
       found = npu_of.emplace(impl, fresh).first;
     }
+    c10::InferenceMode normal(false);  // a view of a parameter, which is no inference tensor, may be none either
     auto result = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(found->second), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), tensor.dtype());
     result.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     return result;

@@ -17,9 +17,14 @@ from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.model import ModelConfig
 from bascule.errors import AcceleratorUnavailable
+from bascule.infer.batch import Batch
+from bascule.infer.engine import Engine
+from bascule.infer.row import Row
+from bascule.infer.sampling import Sampling
 from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.train.optimizer import SplitOptimizer
+from tests.recordings import recorder
 from tests.train import steps
 from tests.waits import Waits
 
@@ -174,8 +179,13 @@ def test_npu_weights_come_back_from_a_file_on_another_device(tmp_path: Path) -> 
     assert weights.fingerprint_state(back) == weights.fingerprint(made)
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("phase", ["sft", "pretrain", "grpo"])
-def test_npu_a_step_waits_for_its_figures_once_and_for_each_expert_layers_loads(phase: str) -> None:
+def test_npu_a_step_waits_once_for_its_figures_and_where_tokens_are_many_for_each_expert_layer(
+    phase: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if many:
+        monkeypatch.setattr("bascule.model.experts.PADDED_TOKENS", 0)
     stepper = steps.stepper(open_accelerator("npu"))
     objective = steps.objectives(stepper)[phase]
     stepper.begin(objective)
@@ -183,4 +193,32 @@ def test_npu_a_step_waits_for_its_figures_once_and_for_each_expert_layers_loads(
         batch = objective.next_batch(step)
         with Waits("npu") as waits:
             stepper.commit(stepper.propose(batch))
-        assert waits.seen == {"copy to the host": 1 + len(stepper.model.moe_layers())}
+        layers = len(stepper.model.moe_layers()) if many else 0
+        assert waits.seen == {"copy to the host": 1 + layers}
+
+
+@torch.inference_mode()
+def said(made: Transformer, record: Any) -> list[list[int]]:
+    batch = Batch(made, slots=6, length=128, eos_id=-1, pad_id=0, record=record)
+    rows = [Row([5 + at, 7, 9], Sampling(max_tokens=30 + 4 * at), index=at) for at in range(6)]
+    batch.join([[row] for row in rows])
+    while batch.rows:
+        batch.step()
+    return [row.said for row in rows]
+
+
+def test_npu_a_decoding_step_with_experts_waits_for_nothing_and_can_be_recorded() -> None:
+    made, record = open_accelerator("npu").move(model()).eval(), recorder("npu")
+    assert made.moe_layers()
+    assert said(made, record) == said(made, None)
+    assert record.played > 20
+
+
+def test_npu_an_engine_goes_on_where_the_device_cannot_record_and_says_so() -> None:
+    chip, troubles = open_accelerator("npu"), []
+    engine = Engine(chip.move(model()).eval(), chip, eos_id=-1, pad_id=0, warn=troubles.append)
+    asked = [[5, 7, 9], [6, 7]], Sampling(max_tokens=30)
+    first, second = engine.generate(*asked), engine.generate(*asked, first_index=0)
+    assert [one.tokens for one in first] == [one.tokens for one in second]
+    if STANDIN is not None and hasattr(torch.accelerator, "Graph"):
+        assert len(troubles) == 1 and "could not be recorded" in troubles[0]

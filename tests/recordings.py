@@ -1,0 +1,55 @@
+"""What a chip's recordings do, for devices that have none: operators are noted once and later run again on the very same tensors.
+
+As with a CUDA graph, a value that the host knew while recording is fixed for ever, what is read from tensors is read anew, and every
+result lies where it lay when it was recorded. An operator that makes the host wait cannot be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.waits import Waits
+
+
+class _Noting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        done = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, done))
+        return done
+
+
+def recorder(device: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """An Accelerator.recorder for tensors on `device`. `recorder.played` counts."""
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        with _Noting() as noting, Waits(device) as waits:
+            run()
+        if waits.seen:
+            raise RuntimeError(f"operation not permitted while recording: {dict(waits.seen)}")
+
+        def play() -> None:
+            record.played += 1  # type: ignore[attr-defined]
+            for func, args, kwargs, kept in noting.calls:
+                again = func(*args, **kwargs)
+                for place, value in zip(_tensors(kept), _tensors(again), strict=True):
+                    if place.data_ptr() != value.data_ptr():
+                        place.copy_(value)
+
+        return play
+
+    record.played = 0  # type: ignore[attr-defined]
+    return record
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [one for one in value if isinstance(one, Tensor)] if isinstance(value, tuple | list) else []  # fmt: skip
