@@ -49,12 +49,13 @@ class Panels:
         )
         return cls(record, tuple(one for one in (panels, scale, bias) if one is not None))
 
-    def product(self, x: Tensor) -> Tensor:
-        """x @ weight^T * scale + bias for an fp32 x on the CPU, rows of x in any shape. A row's bits do not depend on the others."""
+    def product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x @ weight^T * scale + bias for an fp32 x on the CPU, rows of x in any shape, into `out` where it is given. A row's bits do not
+        depend on the others."""
         library = compiled()
         assert library is not None
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.record.n)
+        y = x.new_empty(*x.shape[:-1], self.record.n) if out is None else out
         library.multiply(ctypes.byref(self.record), x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1])  # fmt: skip
         return y
 

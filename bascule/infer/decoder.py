@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bascule.infer import large_pages
 from bascule.infer.compiled import Matrix, Panels, compiled, laid
 from bascule.infer.linear import LEAST_WEIGHTS, PanelLinear
 from bascule.model.attention import GroupedQueryAttention, LatentAttention
@@ -24,6 +25,7 @@ from bascule.model.moe import MoE
 from bascule.model.pages import Pages
 from bascule.model.transformer import Transformer
 
+KEPT_LOGITS = 1 << 20
 Pointer, Number, Real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -70,6 +72,7 @@ class Decoder:
     def __init__(self, model: Transformer, pages: Pages, ahead: Pages | None = None) -> None:
         self._width = model.config.hidden_size
         self._kept: list[object] = [pages, ahead]
+        self._logits_BV: Tensor | None = None
         self._coarse = False
         self._head = self._panels(model.lm_head)
         library = compiled()
@@ -93,9 +96,17 @@ class Decoder:
         self, tokens_B: Sequence[int], tables_BM: NDArray[np.int64], read_B: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor]:
         """One more token for every row, which has `read_B` tokens in its blocks; the logits after it, (B, V), and the hidden state,
-        (B, D). A row may follow another of the same blocks, one token further."""
+        (B, D). A row may follow another of the same blocks, one token further. The next step may write over the logits."""
         hidden_BD = self._run(self._trunk, tokens_B, None, tables_BM, read_B, first=0)
-        return self._head.product(hidden_BD), hidden_BD
+        return self._head.product(hidden_BD, self._room(len(tokens_B))), hidden_BD
+
+    def _room(self, rows: int) -> Tensor | None:
+        """Where many logits go: fresh memory of some 50 MB is 12,000 page faults a step, 2 % of it. Few are cheaper where they come."""
+        if rows * self._head.record.n < KEPT_LOGITS:
+            return None
+        if self._logits_BV is None or self._logits_BV.shape[0] < rows:
+            self._logits_BV = large_pages.take((rows, self._head.record.n), torch.float32)
+        return self._logits_BV[:rows]
 
     def draft(
         self, hidden_ND: Tensor, tokens_N: Sequence[int], tables_NM: NDArray[np.int64], slots_N: NDArray[np.int64], last: Sequence[int]

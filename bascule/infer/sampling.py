@@ -52,6 +52,16 @@ class Knobs:
     top_p_B1: Tensor | None
     min_p_B1: Tensor | None
 
+    def of_rows(self, part: slice) -> Knobs:
+        """Those of some rows."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return values if values is None or len(values) == 1 else values[part]
+
+        return Knobs(
+            cut(self.temperature_B1), cut(self.greedy_B), self.all_greedy, cut(self.top_k_B1), cut(self.top_p_B1), cut(self.min_p_B1)
+        )  # fmt: skip
+
     @property
     def cuts(self) -> bool:
         """Does any row leave unlikely tokens out?"""
@@ -77,6 +87,10 @@ class Knobs:
         )
 
 
+TOGETHER = 2 << 20
+"""Logits that are worked on at once. Larger blocks come fresh from the system at every call, a page fault for each 4 KiB."""
+
+
 def choose(
     logits_BV: Tensor, knobs: Knobs, uniform_B: Sequence[float], edits_BV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -86,6 +100,9 @@ def choose(
     for what a grammar forbids) and before the cuts. A renormalised one would bias an importance ratio by the log of the mass
     that was cut away (vLLM RFC 42259).
     """
+    most = max(1, TOGETHER // logits_BV.shape[1])
+    if len(logits_BV) > most:
+        return _in_parts(logits_BV, knobs, uniform_B, edits_BV, most)
     scaled_BV = logits_BV.float()
     if knobs.temperature_B1 is not None:
         scaled_BV = scaled_BV / knobs.temperature_B1
@@ -102,6 +119,18 @@ def choose(
         if knobs.greedy_B is not None:
             tokens_B = torch.where(knobs.greedy_B, source_BV.argmax(dim=-1), tokens_B)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+
+
+def _in_parts(
+    logits_BV: Tensor, knobs: Knobs, uniform_B: Sequence[float], edits_BV: Tensor | None, most: int
+) -> tuple[Tensor, Tensor]:
+    """Some rows at a time, in memory that is still there from the rows before; a row's numbers are its own."""
+    parts = [slice(at, at + most) for at in range(0, len(logits_BV), most)]
+    chosen = [
+        choose(logits_BV[part], knobs.of_rows(part), uniform_B[part], None if edits_BV is None else edits_BV[part])
+        for part in parts
+    ]  # fmt: skip
+    return torch.cat([tokens for tokens, _ in chosen]), torch.cat([found for _, found in chosen])
 
 
 def edits(

@@ -186,3 +186,18 @@ def test_a_batch_says_the_same_with_and_without_it() -> None:
     for plain, quick in zip(*said, strict=True):
         assert plain.said == quick.said
         assert quick.logprobs == pytest.approx(plain.logprobs, abs=2e-5)
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_many_logits_lie_in_memory_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(**SHAPES["nano"])
+    lengths = [9, 3, 5]
+    pages, tables = filled(model, lengths, 4)
+    decoder, read = Decoder(model, pages), np.array(lengths)
+    fresh = decoder.step([3, 4, 5], tables, read)[0].clone()
+    monkeypatch.setattr("bascule.infer.decoder.KEPT_LOGITS", 1)
+    first = decoder.step([3, 4, 5], tables, read)[0]
+    assert torch.equal(first, fresh)
+    fewer = decoder.step([3, 4], tables[:2], read[:2])[0]
+    assert torch.equal(fewer, fresh[:2]) and fewer.data_ptr() == first.data_ptr()

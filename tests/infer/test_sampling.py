@@ -123,3 +123,18 @@ def test_the_numbers_of_a_sequence_depend_on_its_index_and_position_alone() -> N
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_rows_drawn_some_at_a_time_are_those_drawn_together(
+    alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Sampling(temperature=0.7, top_k=9, top_p=0.9)
+    rows = [one] * 7 if alike else [Sampling(temperature=t / 3, min_p=0.05 * t, top_k=t) for t in range(7)]  # fmt: skip
+    logits_BV = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    edits_BV = torch.randn(7, 50, generator=torch.Generator().manual_seed(1))
+    knobs, numbers = Knobs.of(rows, torch.device("cpu")), [at / 7 for at in range(7)]
+    together = choose(logits_BV, knobs, numbers, edits_BV)
+    monkeypatch.setattr("bascule.infer.sampling.TOGETHER", 100)
+    in_parts = choose(logits_BV, knobs, numbers, edits_BV)
+    assert all(torch.equal(a, b) for a, b in zip(together, in_parts, strict=True))
