@@ -77,6 +77,7 @@ def run(
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, turned, folder, ledger, records)
         try:
+            material.warn_of_threads(recipe, ledger)
             origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
