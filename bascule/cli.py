@@ -26,6 +26,7 @@ from bascule.errors import (
     UsageError,
     nearest,
 )
+from bascule.terminal import laid_out, width_of
 from bascule.verbs import VERBS
 
 BEGIN = """begin with:
@@ -100,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT
-    _print(json.dumps(answer.data, indent=1) if as_json else answer.text)
+    text = laid_out(answer.text, width_of(sys.stdout))
+    _print(json.dumps(answer.data, indent=1) if as_json else text)
     return int(answer.exit_code)
 
 
