@@ -418,6 +418,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "SIGKILL (from a chip's runtime, from somebody, or from the kernel where memory ran out: its log says so)"
     if code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
