@@ -26,7 +26,7 @@ from bascule.errors import (
     UsageError,
     nearest,
 )
-from bascule.terminal import laid_out, width_of
+from bascule.terminal import laid_out, take_any_letter, width_of
 from bascule.verbs import VERBS
 
 BEGIN = """begin with:
@@ -71,6 +71,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Answers go to stdout, progress and warnings to stderr. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    take_any_letter(sys.stdout)
     as_json = "--json" in words
     try:
         arguments = _read(words)

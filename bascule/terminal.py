@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -16,6 +17,12 @@ NARROW = 40
 _COMMAND = re.compile(r"\bbascule [a-z]")
 _LABEL = re.compile(r" *(\S+(?: \S+)* {2,})?")
 """The spaces a line begins with, and the first column of a table."""
+
+
+def take_any_letter(stream: TextIO) -> None:
+    """A locale without a letter (`…` in ASCII) shows `?` for it; an answer that was worked out is not lost over it."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
 
 
 def width_of(stream: TextIO) -> int | None:

@@ -64,6 +64,15 @@ def test_the_bar_fits_its_terminal_and_a_dumb_one_gets_none(
     os.close(theirs)
 
 
+def test_a_locale_without_a_letter_shows_something_else_for_it() -> None:
+    """The help has none of them, a report has: `…` in the digests."""
+    told = "import sys; from bascule import cli, terminal; terminal.take_any_letter(sys.stdout); cli._print('a…b')"
+    done = subprocess.run(
+        [sys.executable, "-c", told], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True
+    )  # fmt: skip
+    assert done.stdout == b"a?b\n"
+
+
 HANGS_UP = """
 import fcntl, signal, sys, termios
 from pathlib import Path
