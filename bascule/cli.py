@@ -26,6 +26,7 @@ from bascule.errors import (
     UsageError,
     nearest,
 )
+from bascule.terminal import laid_out, take_any_letter, width_of
 from bascule.verbs import VERBS
 
 BEGIN = """begin with:
@@ -70,6 +71,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Answers go to stdout, progress and warnings to stderr. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    take_any_letter(sys.stdout)
     as_json = "--json" in words
     try:
         arguments = _read(words)
@@ -100,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
         return EXIT_SIGINT
-    _print(json.dumps(answer.data, indent=1) if as_json else answer.text)
+    text = laid_out(answer.text, width_of(sys.stdout))
+    _print(json.dumps(answer.data, indent=1) if as_json else text)
     return int(answer.exit_code)
 
 

@@ -16,9 +16,7 @@ from bascule.qualify.battery import run_battery
 
 def main(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        result = run_battery(
-            "mine", name, ModelConfig(preset="tick"), Path(folder), time_limit_s=120
-        )
+        result = run_battery("mine", name, ModelConfig(preset="tick"), Path(folder))
     for item in result.evidence:
         if item.outcome != "pass":
             print(f"{item.outcome:>7}  {item.check}: {item.detail}")

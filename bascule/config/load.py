@@ -86,6 +86,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     here[leaf] = value
 
 
+TYPES = {
+    "int_type": "must be a whole number, without quotes and without a point",
+    "float_type": "must be a number, without quotes",
+    "bool_type": "must be true or false, without quotes",
+    "string_type": "must be text in quotes (--set KEY='\"TEXT\"' where it looks like a number)",
+    "tuple_type": 'must be a list, for instance ["one", "two"]',
+    "dict_type": "must be a section: a [TABLE] or { KEY = VALUE }",
+    "model_type": "must be a section: a [TABLE] or { KEY = VALUE }",
+    "too_short": "must hold one at least",
+    "finite_number": "must be a finite number",
+}
+"""pydantic's names for a value of the wrong type, in the words of TOML."""
+
+
 def _explain(error: ValidationError) -> list[str]:
     lines = []
     refused: dict[tuple[str, str], list[str]] = {}
@@ -99,23 +113,30 @@ def _explain(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"  {where}: is required and missing.")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = (
-                ""
-                if isinstance(item.get("input"), (dict, list))
-                else f" (given: {item.get('input')!r})"
-            )
+            message = TYPES.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+            given = _given(item.get("input"))
             refused.setdefault((where, given), []).append(message)
     return lines + [
         f"  {where}: {', or '.join(why)}{given}" for (where, given), why in refused.items()
     ]
 
 
+def _given(value: object) -> str:
+    """As it stands in the recipe. Whole sections and lists are too long to be told."""
+    if isinstance(value, dict | list | tuple):
+        return ""
+    if isinstance(value, bool | str):
+        return f" (given: {json.dumps(value, ensure_ascii=False)})"
+    return f" (given: {value})"
+
+
 def _path(location: tuple[int | str, ...]) -> list[str]:
-    """Without the name that pydantic gives to one type of several that a setting may have (`constrained-float`, `literal['full']`)."""
+    """Without the name that pydantic gives to one type of several that a setting may have (`constrained-float`, `literal['full']`, `int`)."""
     path = [str(part) for part in location]
-    names_a_type = len(path) > 1 and not path[-1].isidentifier() and not path[-1].isdecimal()
-    return path[:-1] if names_a_type and path[-2] not in ("pools", "options") else path
+    if len(path) < 2 or path[-2] in ("pools", "options"):
+        return path
+    odd = not path[-1].isidentifier() and not path[-1].isdecimal()
+    return path[:-1] if odd or path[-1] in ("int", "float", "str", "bool") else path
 
 
 def _allowed_at(location: tuple[int | str, ...]) -> list[str]:

@@ -98,7 +98,7 @@ class ModelConfig(Section):
             raise ValueError(
                 f"depth = {depth} gives the whole shape; leave {'from' if existing else 'preset'} out"
             )
-        if isinstance(depth, int) and 1 <= depth <= 128:
+        if type(depth) is int and 1 <= depth <= 128:
             shape = shape_of_depth(depth)
             if (data.get("attention", "mla"), data.get("ffn", "moe")) != ("mla", "moe"):
                 shape["num_nextn_predict_layers"] = 0  # no family has that layer without both
@@ -109,7 +109,7 @@ class ModelConfig(Section):
             )
         if preset == "custom":
             return {**data, "preset": preset}
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(
                 f"'{preset}' is not a preset; allowed: custom, {', '.join(PRESETS)}.{nearest(str(preset), PRESETS)}"
             )

@@ -21,7 +21,10 @@ class Recipe(Section):
     name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
     threads: int = Field(
-        1, ge=1, description="CPU threads of each worker; part of what makes two runs bit-equal"
+        1,
+        ge=1,
+        le=1024,
+        description="CPU threads of each worker; part of what makes two runs bit-equal",
     )
     strict: bool = Field(False, description="every warning is an error")
     prefer: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    tasks: tuple[TaskConfig, ...] = (TaskConfig(name="chain_sum"),)
+    tasks: tuple[TaskConfig, ...] = Field((TaskConfig(name="chain_sum"),), min_length=1)
     train_problems: int = Field(
         20_000, ge=16, description="distinct training problems made at most"
     )
@@ -152,7 +152,7 @@ class TrainConfig(Section):
         description="how rollouts decode on CPU pools, the same for all pools: one compiled call a step, or torch's operators, "
         "which simulated faults of inference need; auto = compiled unless a pool simulates such a fault",
     )
-    phases: tuple[Literal["pretrain", "sft", "grpo"], ...] = ("sft", "grpo")
+    phases: tuple[Literal["pretrain", "sft", "grpo"], ...] = Field(("sft", "grpo"), min_length=1)
     steps: int | None = Field(
         None,
         ge=0,

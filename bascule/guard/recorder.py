@@ -120,15 +120,46 @@ def read_dumps(folder: Path) -> tuple[dict[int, Rank], dict[int, str]]:
 
 
 def _refusal(path: Path, error: BaseException) -> str:
-    why = str(error) or type(error).__name__
-    return f"'{path}' is not a Flight Recorder dump: {why}. Remove it or dump that rank again."
+    told = str(error) if isinstance(error, _NoDump | _AsksForClass) else f"a record in it is not as the recorder writes it ({type(error).__name__})"  # fmt: skip
+    return (
+        f"'{path}' is not a Flight Recorder dump: {told}. Asked for is the file that PyTorch's recorder leaves for each rank, a pickle, or its "
+        "JSON. Remove this one or dump that rank again."
+    )
+
+
+class _NoDump(ValueError):
+    """In words for people what was found instead: those of pickle tell nobody anything."""
 
 
 def _load(data: bytes) -> dict[str, Any]:
-    value = json.loads(data) if data.lstrip()[:1] == b"{" else _Plain(io.BytesIO(data)).load()
+    if not data.strip():
+        raise _NoDump("it is empty")
+    value = _json(data) if data.lstrip()[:1] == b"{" else _unpickle(data)
     if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, not a table")
+        raise _NoDump(f"it holds a {type(value).__name__}, not a table")
+    if not value.keys() & {"entries", "pg_config", "pg_status"}:
+        raise _NoDump("it holds none of the tables entries, pg_config and pg_status")
     return value
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        raise _NoDump(f"it begins as JSON, which breaks off or goes wrong at line {error.lineno}, column {error.colno}") from None  # fmt: skip
+    except UnicodeDecodeError as error:
+        raise _NoDump(f"it begins as JSON and is no text at byte {error.start}") from None
+
+
+def _unpickle(data: bytes) -> Any:
+    try:
+        return _Plain(io.BytesIO(data)).load()
+    except _AsksForClass:
+        raise
+    except DAMAGE:
+        if data[:1] == pickle.PROTO:
+            raise _NoDump(f"it begins as a pickle, and its {len(data):,} bytes are cut off or overwritten") from None  # fmt: skip
+        raise _NoDump(f"it is neither a pickle nor JSON; it begins with {data[:12]!r}") from None
 
 
 def rank_of(number: int, dump: Mapping[str, Any]) -> Rank:

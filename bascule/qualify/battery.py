@@ -27,6 +27,7 @@ from bascule.folder import write_json_atomic
 from bascule.model import count
 from bascule.qualify import kept
 from bascule.qualify.check import BOTH, Ask, asks, command
+from bascule.qualify.disk import EXIT_UNWRITABLE, refusal
 from bascule.qualify.judge import Examined, verdicts
 from bascule.qualify.shortened import shortened
 from bascule.records import CUT_OFF, Evidence, Role, Verdict
@@ -89,7 +90,7 @@ def run_battery(
     overrides how long the chip may be silent in one question before that counts as a hang. `needs` (plan/needs.py) is shown beside the
     measured speed. `on_progress(question, done, total)` is
     called when a question begins and, with a fraction of it in `done`, when a long one says how far it is. Raises UsageError when the
-    accelerator's name is not one; a chip that is not there is evidence (nothing can be proven about it).
+    accelerator's name is not one, or the disk takes no more; a chip that is not there is evidence (nothing can be proven about it).
     """
     folder.mkdir(parents=True, exist_ok=True)
     time_limit_s = time_limit_s or _default_limit_s(model, quick=quick, wide=wide)
@@ -311,6 +312,8 @@ class _Run:
             words = f"our own side of this check (the reference, not the chip) gave no answer within {limit_s:g} s on this machine"
             self._add(self._against(self.at, "skipped", words))
             self.left.remove(self.at)
+        elif code == EXIT_UNWRITABLE:
+            raise refusal(self.pool, self.folder)
         elif self.left:
             self._lost(f"death: the process ended with {_ending(code)}")
 
@@ -415,6 +418,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "SIGKILL (from a chip's runtime, from somebody, or from the kernel where memory ran out: its log says so)"
     if code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name

@@ -22,12 +22,22 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.config.model import ModelConfig
 from bascule.errors import DeviceFault, UsageError
 from bascule.qualify.check import CHECKS, DTYPES, Ask
+from bascule.qualify.disk import EXIT_UNWRITABLE, is_unwritable
 from bascule.qualify.examine import examined, open_context, put
 
 
 def main(request: dict[str, Any]) -> int:
     """Answer the questions listed in `request` (see battery._Run). Returns the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
+    try:
+        return _with_answers(request)
+    except OSError as error:
+        if not is_unwritable(error):
+            raise
+        return EXIT_UNWRITABLE
+
+
+def _with_answers(request: dict[str, Any]) -> int:
     with open(request["answers"], "a", encoding="utf-8") as out:
 
         def write(line: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from bascule.config.model import ModelConfig
 from bascule.errors import OperatorMissing
 from bascule.qualify.check import BOTH, Ask, asks
 from bascule.qualify.context import CheckContext, ChipFailed, describe, dtype_name
+from bascule.qualify.disk import is_unwritable
 from bascule.qualify.judge import Examined, model_sha256, verdicts
 from bascule.qualify.shortened import shortened, what_is_examined
 from bascule.qualify.workload import Workload
@@ -71,13 +72,18 @@ def open_context(
 
 
 def put(context: CheckContext, ask: Ask) -> list[Evidence]:
-    """Ask one question. Never raises: what the chip raised is evidence against it, what we raised leaves the question open."""
+    """Ask one question. What the chip raised is evidence against it, what we raised leaves the question open. Raises only the OSError of a
+    disk that takes no more: later questions would meet it too."""
     context.asked(ask)
     started_s = time.perf_counter()
     try:
         found = ask.check.function()(context)
     except ChipFailed as failure:
         found = [context.errored(_blame(failure))]
+    except OSError as error:
+        if is_unwritable(error):
+            raise
+        found = [context.skipped(f"the check itself failed: {describe(error)}")]
     except Exception as error:  # a bug or limit of the check itself must not condemn a chip, and must not be lost either
         found = [context.skipped(f"the check itself failed: {describe(error)}")]
     seconds = (time.perf_counter() - started_s) / max(len(found), 1)

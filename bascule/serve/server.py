@@ -43,6 +43,7 @@ from bascule.serve.inflight import Candidate
 from bascule.serve.openai import Renew, application
 from bascule.serve.renewal import Renewal
 from bascule.serve.service import Service
+from bascule.terminal import let_go_of_dead_terminal
 
 BODY_LIMIT_BYTES = 1 << 20
 DRAIN_S = 30
@@ -213,9 +214,15 @@ async def _serve(
             ),
             asyncio.create_task(server.drain()),
         ]
-        asyncio.get_running_loop().add_signal_handler(
-            signal.SIGHUP, lambda: beside.append(asyncio.create_task(_renew_and_say(renew)))
-        )
+
+        def on_hangup() -> None:
+            """A terminal that closed ends what was started in it; sent by hand, or to a server without one, SIGHUP renews."""
+            if let_go_of_dead_terminal():
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                beside.append(asyncio.create_task(_renew_and_say(renew)))
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
         with contextlib.suppress(asyncio.CancelledError):
             await server.serve(sockets=[listener])
         for task in beside:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from bascule.terminal import laid_out, width_of
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -16,8 +18,10 @@ class Answer:
 
 
 def say(line: str) -> None:
-    """One line of progress, to stderr, with the local time; stdout is kept for the answer."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+    """One line of progress, to stderr, with the local time; stdout is kept for the answer. In one write: pools are examined side by side."""
+    clock = time.strftime("%H:%M:%S ")
+    told = laid_out(clock + line, width_of(sys.stderr), indent=len(clock))
+    print(f"{told}\n", end="", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from bascule.errors import UsageError
 from bascule.infer.sampling import Sampling
 from bascule.stages.answer import Answer
 from bascule.stages.finished import Finished, open_finished
+from bascule.terminal import colours
 
 
 def main(arguments: Namespace) -> Answer:
@@ -63,7 +64,7 @@ def _ask(
         raise UsageError(
             f"The conversation has {len(prompt)} tokens, the model's context holds {run.engine.model.config.max_position_embeddings}. Begin a new chat."
         )
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    dim, plain = ("\x1b[2m", "\x1b[0m") if colours(sys.stdout) else ("", "")
     speller = run.tokenizer.speller()
     splitter, thought, answer = chat.ReasoningSplitter(opened=run.tokenizer.opens_thought), "", ""
     sampling = Sampling(

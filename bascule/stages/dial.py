@@ -28,17 +28,18 @@ RATES_FROM_PARAMETERS = 10_000_000
 BILLION = 1_000_000_000
 
 
-def turn(recipe: Recipe) -> tuple[Recipe, DialTurned]:
-    """(recipe with the derived settings, what was derived). The vocabulary's size must be the real one."""
-    model = recipe.model
+def turn(recipe: Recipe, vocabulary: int) -> tuple[Recipe, DialTurned]:
+    """(recipe with the derived settings, what was derived). `vocabulary` is the tokenizer's size: parameters are counted with it, whatever
+    the recipe says, since a run's model has it."""
+    model = recipe.model.model_copy(update={"vocab_size": vocabulary})
     found: list[Derivation] = []
     if model.depth:
         found += _of_shape(model, model.depth)
     if "pretrain" in recipe.train.phases:
-        found += _of_pretraining(recipe)
+        found += _of_pretraining(recipe, model)
         recipe = _with(recipe, found)
     if count.parameters(model) >= RATES_FROM_PARAMETERS:
-        found += [*_of_sft(recipe), *_of_grpo(recipe)]
+        found += [*_of_sft(recipe), *_of_grpo(recipe, model)]
     name = f"depth {model.depth}" if model.depth else f"preset {model.preset}"
     return _with(recipe, found), DialTurned(dial=name, shape=_shape(model), derived=tuple(found))
 
@@ -75,8 +76,8 @@ def _of_shape(model: ModelConfig, depth: int) -> Iterator[Derivation]:
             yield Derivation(setting=f"model.{key}", value=value, rule="config.shape_of_depth")
 
 
-def _of_pretraining(recipe: Recipe) -> Iterator[Derivation]:
-    model, pretrain = recipe.model, recipe.pretrain
+def _of_pretraining(recipe: Recipe, model: ModelConfig) -> Iterator[Derivation]:
+    pretrain = recipe.pretrain
     length = pretrain.sequence_length
     learned = count.active_parameters(model) - model.vocab_size * model.hidden_size
     tokens = TOKENS_PER_PARAMETER * max(1, learned)
@@ -105,10 +106,10 @@ def _of_sft(recipe: Recipe) -> Iterator[Derivation]:
         yield _derive("sft", recipe.sft, key, rate, "a tenth of pretraining's (SmolLM3)")
 
 
-def _of_grpo(recipe: Recipe) -> Iterator[Derivation]:
+def _of_grpo(recipe: Recipe, model: ModelConfig) -> Iterator[Derivation]:
     if "grpo" not in recipe.train.phases:
         return
-    large = count.parameters(recipe.model) >= BILLION
+    large = count.parameters(model) >= BILLION
     rule = "1e-6 from a billion parameters on (DAPO, arXiv 2503.14476), 1e-5 below"
     yield _derive("grpo", recipe.grpo, "learning_rate", 1e-6 if large else 1e-5, rule)
 
@@ -116,7 +117,7 @@ def _of_grpo(recipe: Recipe) -> Iterator[Derivation]:
 def _shape(model: ModelConfig) -> str:
     latent = model.attention == "mla"
     parts = [
-        f"{model.num_hidden_layers} layers, width {model.hidden_size}",
+        f"{model.num_hidden_layers} layers, width {model.hidden_size}, vocabulary {model.vocab_size:,}",
         f"{model.num_attention_heads} heads of {model.v_head_dim if latent else model.head_dim}",
     ]
     if latent:

@@ -4,6 +4,7 @@ otherwise end it only after its chips were examined, in a folder that the mended
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
+from bascule.ledger import Ledger
 from bascule.plan.lengths import Lengths, assumed, counted
 from bascule.stages import origin
 
@@ -43,6 +45,16 @@ def check(recipe: Recipe) -> None:
     if {"sft", "grpo"} & set(phases):
         problems = [one for task in recipe.data.tasks for one in _some(task, recipe.data.eval_seed)]
         refuse_too_long(recipe, problems, origin.tokenizer(recipe))
+
+
+def warn_of_threads(recipe: Recipe, ledger: Ledger) -> None:
+    """A recipe of a larger machine runs here all the same, with the same bits: but its threads wait for each other."""
+    cores = os.cpu_count() or 1
+    if recipe.threads > cores:
+        ledger.warn(
+            "threads", f"threads = {recipe.threads} and this machine has {cores} cores: threads that share a core wait for each other, and a step "
+            f"may take many times as long. threads = {cores} is the most that helps; it is part of the bits, so it cannot change within a run.",
+        )  # fmt: skip
 
 
 def _some(task: TaskConfig, seed: int) -> list[Problem]:

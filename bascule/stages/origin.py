@@ -42,7 +42,7 @@ def resolve_and_derive(recipe: Recipe) -> tuple[Recipe, DialTurned | None]:
     if recipe.model.from_ is None:
         if recipe.model.depth is None and recipe.model.preset == "custom":
             return recipe, None
-        recipe, turned = dial.turn(recipe)
+        recipe, turned = dial.turn(recipe, tokenizer(recipe).vocab_size)
         for line in dial.lines(turned):
             say(line)
         return recipe, turned

@@ -9,6 +9,7 @@ from pathlib import Path
 from bascule.ledger import parse_line
 from bascule.records import AnyRecord, StepStats
 from bascule.stages.answer import duration, say
+from bascule.terminal import draws, width_of
 
 
 class LedgerTail:
@@ -35,7 +36,7 @@ class ProgressBar:
     WIDTH = 24
 
     def __init__(self) -> None:
-        self._on = sys.stderr.isatty()
+        self._on = draws(sys.stderr)
         self._began_s = time.monotonic()
 
     def show(self, what: str, done: float, total: int) -> None:
@@ -47,7 +48,11 @@ class ProgressBar:
         eta = f"  ETA {duration(spent_s * (1 - share) / share)}" if share > 0.05 else ""
         full = round(self.WIDTH * share)
         bar = "#" * full + "·" * (self.WIDTH - full)
-        print(f"\r\x1b[K[{bar}] {int(done):3d}/{total}  {what}{eta}", end="", file=sys.stderr, flush=True)  # fmt: skip
+        line = f"[{bar}] {int(done):3d}/{total}  {what}{eta}"
+        room = (
+            width_of(sys.stderr) or len(line) + 1
+        ) - 1  # a line that breaks cannot be taken back
+        print(f"\r\x1b[K{line[:room]}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Before anything else is said."""

@@ -45,6 +45,7 @@ from bascule.report.story import summary
 from bascule.stages import material, origin, place, plan, qualify, report, train
 from bascule.stages.answer import Answer, say
 from bascule.stages.hold import sole_supervisor
+from bascule.terminal import let_go_of_dead_terminal
 from bascule.train.store import check_url
 
 
@@ -77,6 +78,7 @@ def run(
         ledger = Ledger(folder.ledger, attempt=attempt, strict=recipe.strict)
         _open_run(recipe, turned, folder, ledger, records)
         try:
+            material.warn_of_threads(recipe, ledger)
             origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)
@@ -166,7 +168,8 @@ def _finished(recipe: Recipe, folder: RunFolder, how: str) -> Answer:
 
 
 class _Stop:
-    """Whether someone asked the run to stop, and how. SIGTERM preempts (75); Ctrl-C snapshots too, then ends with 130."""
+    """Whether someone asked the run to stop, and how. SIGTERM preempts (75), and so does a terminal that closes (SIGHUP); Ctrl-C snapshots
+    too, then ends with 130."""
 
     def __init__(self) -> None:
         self.terminated = False
@@ -186,8 +189,10 @@ class _Stop:
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.asked_s = self.asked_s or time.time()
-        self.terminated |= number == signal.SIGTERM
+        self.terminated |= number in (signal.SIGTERM, signal.SIGHUP)
         self.interrupted |= number == signal.SIGINT
+        if number == signal.SIGHUP:
+            let_go_of_dead_terminal()
         say("asked to stop: the step in progress is finished and a snapshot taken first")
 
     def exit_code(self, error: BasculeError) -> int:
@@ -197,9 +202,12 @@ class _Stop:
 @contextmanager
 def _signals() -> Iterator[_Stop]:
     stop = _Stop()
-    old = {
-        number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    heard = [signal.SIGTERM, signal.SIGINT]
+    if (
+        signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    ):  # nohup's wish: go on without a terminal
+        heard.append(signal.SIGHUP)
+    old = {number: signal.signal(number, stop.on_signal) for number in heard}
     try:
         yield stop
     finally:

@@ -136,6 +136,11 @@ def _read(path: Path) -> list[tuple[dict[str, Any], Stamp]]:
         wrong = [stamp.dtype for _, stamp in found if stamp.dtype not in DTYPES]
         for _, stamp in found:
             settings(stamp.sampling)
+    except OSError as error:
+        raise UsageError(
+            f"The stamped answer '{path}' cannot be read ({error.strerror}). Give the file that holds the whole reply to a chat completion asked "
+            'for with "stamp": true.'
+        ) from None
     except (
         json.JSONDecodeError,
         UnicodeDecodeError,

@@ -124,11 +124,27 @@ def test_pickles_are_read_and_those_that_would_run_something_are_refused(tmp_pat
         blame.blame(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{broken", b"\x80\x05N.", b"not a dump"])
-def test_damaged_dumps_are_refused_with_their_name(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "it is empty"),
+        (b"{broken", "it begins as JSON, which breaks off or goes wrong at line 1, column 2"),
+        (b"\x80\x05N.", "it holds a NoneType, not a table"),
+        (b"\x80\x05]q", "it begins as a pickle, and its 4 bytes are cut off or overwritten"),
+        (b"not a dump", "it is neither a pickle nor JSON; it begins with b'not a dump'"),
+        (b"[1]", "it is neither a pickle nor JSON"),
+        (b"{}", "it holds none of the tables entries"),
+        (b'{"entries": 5}', "a record in it is not as the recorder writes it"),
+    ],
+)
+def test_damaged_dumps_are_refused_with_their_name_and_what_they_are(
+    tmp_path: Path, content: bytes, found: str
+) -> None:
     (tmp_path / "rank_0.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"rank_0\.json' is not a Flight Recorder dump"):
+    with pytest.raises(UsageError) as refusal:
         blame.blame(tmp_path)
+    assert "rank_0.json' is not a Flight Recorder dump" in str(refusal.value)
+    assert found in str(refusal.value) and "Remove this one or dump" in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"version": "2.9", "pg_con'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -288,3 +289,18 @@ def test_limits_grow_with_the_model_and_not_without_end(tmp_path: Path) -> None:
     runs = [under_way(tmp_path), *(under_way(tmp_path, ModelConfig(preset=preset)) for preset in ("mini", "v3"))]  # fmt: skip
     limits = [run._limit_s(run.left[0]) for run in runs]
     assert limits[0] == 60 and 180 < limits[1] < 240 and limits[2] == 1200
+
+
+def test_a_disk_that_takes_no_more_ends_the_battery_without_a_word_against_the_chip(
+    tmp_path: Path,
+) -> None:
+    """A limit on file sizes stands for the full disk: both are an OSError of the write."""
+    small = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, small[1]))  # the child inherits it
+    try:
+        with pytest.raises(UsageError, match="could not write into .* says nothing about the chip"):
+            run_battery("spare", "cpu", TICK, tmp_path, only=["resume.roundtrip"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, small)
+    found = run_battery("spare", "cpu", TICK, tmp_path, only=["resume.roundtrip"], resume=True)
+    assert {item.outcome for item in found.evidence} == {"pass"}

@@ -12,6 +12,8 @@ from bascule.cli import main
 from bascule.config.load import recipe_from
 from bascule.errors import RecipeError
 from bascule.folder import RunFolder
+from bascule.ledger import Ledger, of_kind
+from bascule.records import Warned
 from bascule.stages import material, origin
 from tests.existing import make_llama
 
@@ -108,3 +110,16 @@ def test_the_plan_counts_a_few_of_the_recipes_own_texts_in_its_own_tokens() -> N
     assert found.basis == "lengths of 16 of the recipe's own problems"
     reads = {"train": {"phases": ["pretrain"]}, "pretrain": {"data": "x"}}
     assert "assumed" in material.lengths(recipe_from({**raw, **reads}, source="test")).basis
+
+
+def test_more_threads_than_cores_are_a_warning_that_says_how_many_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    material.warn_of_threads(recipe_from({**raw, "threads": 4}, source="test"), ledger)
+    assert ledger.read() == []
+    material.warn_of_threads(recipe_from({**raw, "threads": 5}, source="test"), ledger)
+    (told,) = of_kind(ledger.read(), Warned)
+    assert told.what == "threads" and "threads = 4 is the most that helps" in told.detail

@@ -93,3 +93,11 @@ def test_chat_says_when_all_was_thought(
     run: Any = SimpleNamespace(tokenizer=tokenizer, engine=engine)
     chat._ask(run, [], Namespace(temperature=0.0, seed=0), show=True)
     assert ("never came to an answer" in capsys.readouterr().err) == noted
+
+
+def test_a_stamped_answer_that_is_not_there_is_named_before_the_model_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify-answer", str(tmp_path / "a.json"), "--run", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "a.json' cannot be read (No such file or directory). Give the file that holds" in said
