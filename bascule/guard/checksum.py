@@ -32,7 +32,7 @@ from bascule.guard.invariants import LAWS, rms_norm_ratio
 
 aten, ours = torch.ops.aten, torch.ops.bascule
 
-_OTHER, _LAW, _NORM = (-1, -1, None), (-2, -2, None), (-3, -3, None)
+_OTHER, _LAW, _NORM, _CAST = (-1, -1, None), (-2, -2, None), (-3, -3, None), (-4, -4, None)
 
 # What each operator multiplies: positions of A and B among the arguments, and of the added term, if any. One table with the
 # fused operators (None): a step dispatches some 1,500 operators, and each look-up hashes one in Python.
@@ -44,6 +44,7 @@ _CHECKED: dict[Any, tuple[int, int, int | None] | None] = {
     **dict.fromkeys(FUSED),
     **dict.fromkeys(LAWS, _LAW),
     **dict.fromkeys((ours.rms_norm.default, ours.add_rms_norm.default), _NORM),
+    aten._to_copy.default: _CAST,
 }
 
 
@@ -102,7 +103,7 @@ class Checksums(OperatorMode):
     wrong product; costs one wait per product, so only replays ask for it. `turn`: which outputs are computed again (guard/spot); the step.
     """
 
-    names: Mapping[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     only: Callable[[int], bool] | None = None
     keep: bool = False
     turn: int = 0
@@ -111,10 +112,12 @@ class Checksums(OperatorMode):
     _laws: list[tuple[int, _Check]] = field(default_factory=list)
     _samples: dict[int, spot.Sample] = field(default_factory=dict)
     _squares: dict[int, Tensor] = field(default_factory=dict)
+    _copies: list[Tensor] = field(default_factory=list)
     _count: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.names = dict(self.names)
         self._norms = _Norms(self)
 
     def __enter__(self) -> Checksums:
@@ -125,6 +128,7 @@ class Checksums(OperatorMode):
     def __exit__(self, *error: Any) -> None:
         self._norms.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._copies.clear()
 
     def __torch_dispatch__(
         self,
@@ -136,6 +140,9 @@ class Checksums(OperatorMode):
         output = func(*args, **(kwargs or {}))
         places = _CHECKED.get(func, _OTHER)
         if places is _OTHER:
+            return output
+        if places is _CAST:
+            self._follow(args[0], output)
             return output
         if places is _LAW:
             first = output[0] if isinstance(output, tuple) else output
@@ -244,6 +251,13 @@ class Checksums(OperatorMode):
                 "attention", shape, torch._C._current_autograd_node(), (0, 0), ratio
             )
 
+    def _follow(self, source: Tensor, copy: Tensor) -> None:
+        """A parameter's copy in another type (model/precision.py) goes by its name. It is held to the end of the step: its address must not
+        become another tensor's."""
+        if name := self.names.get(source.untyped_storage().data_ptr()):
+            self.names[copy.untyped_storage().data_ptr()] = name
+            self._copies.append(copy)
+
     def _obey(self, op: str, ratio: Tensor, output: Tensor, touches: int = 0) -> None:
         """Note an operator that is no product; it is counted at the place of the product that follows it."""
         n = output.shape[-1] if output.dim() else 1
@@ -279,7 +293,7 @@ class Checksums(OperatorMode):
                 following is not None
                 and depth
                 and following.name().startswith(
-                    ("TBackward", "Transpose", "View", "Select", "Unbind", "Unsafe")
+                    ("TBackward", "Transpose", "View", "Select", "Unbind", "Unsafe", "ToCopy")
                 )
             ):
                 found = self._parameter_behind(following, depth - 1)

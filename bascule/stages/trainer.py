@@ -22,6 +22,7 @@ import torch
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.load import read_resolved
+from bascule.config.training import Precision
 from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
     AcceleratorUnavailable,
@@ -51,6 +52,7 @@ from bascule.records import (
     SnapshotEvent,
     SnapshotState,
     StepStats,
+    TrainPrecision,
 )
 from bascule.stages.course import Course, course
 from bascule.stages.launch import ENDING_FILE, STACKS_FILE
@@ -58,7 +60,7 @@ from bascule.stages.material import refuse_too_long
 from bascule.stages.measure import Measure
 from bascule.stages.phases import objectives
 from bascule.stages.rollouts import Rollouts
-from bascule.train import checkpoint, fused_adamw, loop
+from bascule.train import checkpoint, fused_adamw, loop, precision
 from bascule.train.advice import signs
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
@@ -189,7 +191,7 @@ class Trainer:
             on_phase=self._on_phase,
             on_skip=lambda step, why: self.ledger.warn("batch skipped", why, step=step),
             should_stop=lambda: self._stop,
-            extra=lambda: {"pool": self.pool},
+            extra=lambda: {"pool": self.pool, "precision": self.stepper.precision},
             tried=self._tried().__getitem__,
         )
         judge: Judge = self.guard or NoJudge()
@@ -222,6 +224,7 @@ class Trainer:
             path, passed_over = checkpoint.newest(self.folder.snapshots, at_least=trusted)
         for reason in passed_over:
             self.ledger.warn("snapshot passed over", reason)
+        self.stepper.precision = self._precision(path)
         if path is None:
             if last(self.ledger.read(), StepStats):
                 self.ledger.warn(
@@ -240,6 +243,19 @@ class Trainer:
         if self.guard and checkpoint.trust(path).state != "certified":
             self.guard.after_snapshot(state.step, path)
         return state
+
+    def _precision(self, path: Path | None) -> Precision:
+        """The run's, decided once. A snapshot that comes without its ledger (from a store) brings it; one of before there was a choice
+        is of fp32."""
+        settled = last(self.ledger.read(), TrainPrecision)
+        if settled is None:
+            if path is None:
+                settled = precision.decide(self.recipe.train.precision, self.accelerator, self.course.model)  # fmt: skip
+            else:
+                kept = checkpoint.load(path).extra.get("precision", "fp32")
+                settled = TrainPrecision(precision=kept, reason=f"so were the steps before {path.name}")  # fmt: skip
+            self.ledger.append(settled)
+        return settled.precision
 
     def _remember(self, state: TrainState) -> None:
         """Give the guard the memory it would have had without the interruption. Of GRPO's batches the snapshot holds the last."""
