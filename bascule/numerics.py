@@ -176,7 +176,8 @@ def _moved_as_bf16(source: Tensor, up: Tensor) -> Tensor:
     """bf16 is the upper half of fp32: one in its last place is 2^16 in fp32's, towards zero or away from it."""
     size = source.abs().contiguous().view(torch.int32)
     moved = (size + torch.where(up, 2**16, -(2**16)).int()).view(torch.float32).copysign(source)
-    return torch.where(torch.isfinite(moved) & (size >= 2**16), moved, source)
+    stays = ~torch.isfinite(source) | ~torch.isfinite(moved) | (size < 2**16)
+    return torch.where(stays, source, moved)
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------------

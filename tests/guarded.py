@@ -124,7 +124,9 @@ def rig(
             for path in checkpoint.since_certified(folder.snapshots, step, phase)
         ],
     )
-    stepper = Stepper(chip.move(model), chip, judge=guard, router_bias_speed=1e-3, precision=precision)
+    stepper = Stepper(
+        chip.move(model), chip, judge=guard, router_bias_speed=1e-3, precision=precision
+    )
     return Rig(stepper, guard, Sft(sft, rows(), seed=seed, pad_id=0), folder, ledger)
 
 

@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from bascule import draws, numerics
 from bascule.accelerators.base import Accelerator, Work
 from bascule.config.training import Precision
+from bascule.guard.noise import Measuring
 from bascule.model.precision import DTYPE, computing, present, rounded
 
-PERTURBATIONS = 2
-DEEP_PERTURBATIONS = 8
-MARGIN = 8.0
-"""Error over response that two right chips may show. The response to one ulp at the inputs is about the error of one rounding
-per input element; a part rounds some ten times in a row."""
+MEASURING: dict[Precision, Measuring] = {
+    "fp32": Measuring(8.0, ((2, 1), (8, 4))),
+    "bf16": Measuring(4.0, ((2, 1), (8, 2))),
+}
+"""By the type in which a part's products are. Error over response that two right chips may show: the response to one ulp at the inputs is about
+the error of one rounding per input element; a part rounds some ten times in a row."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,10 @@ def judge(
     right = _recompute(capture, inputs, referee, chip.keys())
     if all(torch.equal(chip[name], right[name]) for name in chip):
         return Finding(capture.part.name, capture.step, None, True, len(chip))
-    worst = None
-    for repeats, ulps in ((PERTURBATIONS, 1), (DEEP_PERTURBATIONS, 4)):
+    worst, products = None, _products(capture)
+    for repeats, ulps in MEASURING[products].perturbations:
         floors = _response(capture, inputs, right, referee, key, repeats, ulps)
-        worst = _worst(chip, right, floors, _least(capture))
+        worst = _worst(chip, right, floors, products)
         if worst is None:
             break
     return Finding(capture.part.name, capture.step, worst, False, len(chip))
@@ -274,10 +276,10 @@ def _response(
 
 def _units(capture: Capture, inputs: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Of which type's unit each input and weight is moved: the one in which a product reads it."""
-    narrow = DTYPE[capture.precision]
+    products = DTYPE[_products(capture)]
     names = {f"weight.{name}" for name in rounded(capture.part.module)}
     return {
-        name: narrow if names and (name in names or name.startswith("input.")) else x.dtype
+        name: products if name in names or name.startswith("input.") else x.dtype
         for name, x in inputs.items()
     }
 
@@ -286,15 +288,16 @@ def _worst(
     chip: Mapping[str, Tensor],
     right: Mapping[str, Tensor],
     floors: Mapping[str, numerics.Comparison],
-    least: float,
+    products: Precision,
 ) -> Disagreement | None:
-    """The tensor furthest above its bound; None when all are within. `least`: unit roundoff of the narrowest type on the way."""
+    """The tensor furthest above its bound; None when all are within."""
+    margin, least = MEASURING[products].margin, numerics.tolerance(DTYPE[products]).unit
     worst: tuple[float, Disagreement] | None = None
     for name, value in chip.items():
         found = numerics.compare(value, right[name])
         unit = max(least, numerics.tolerance(value.dtype).unit)
-        bound = MARGIN * max(floors[name].rms, unit)
-        tail = MARGIN * max(floors[name].tail, unit)
+        bound = margin * max(floors[name].rms, unit)
+        tail = margin * max(floors[name].tail, unit)
         excess = max(found.rms / bound, found.tail / tail, float("inf") if found.nonfinite else 0.0)
         if excess > 1.0 and (worst is None or excess > worst[0]):
             reason = (
@@ -306,9 +309,9 @@ def _worst(
     return None if worst is None else worst[1]
 
 
-def _least(capture: Capture) -> float:
-    narrowed = capture.precision if rounded(capture.part.module) else "fp32"
-    return numerics.tolerance(DTYPE[narrowed]).unit
+def _products(capture: Capture) -> Precision:
+    """Of what type the part's products are: a norm, a table or the head has none of the narrower."""
+    return capture.precision if rounded(capture.part.module) else "fp32"
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

@@ -320,7 +320,11 @@ def _products(recipe: Recipe, family: str) -> str:
     if asked == "auto" and family != "cpu":
         return "fp32, and so is the time (the chip is asked for bf16 before the first step)"
     if asked == "bf16":
-        how = "many times slower on a CPU without a bf16 unit" if family == "cpu" else "faster on most chips"
+        how = (
+            "many times slower on a CPU without a bf16 unit"
+            if family == "cpu"
+            else "faster on most chips"
+        )
         return f"bf16; rates are fp32's unless steps were measured (bf16 is {how})"
     return "fp32"
 

@@ -22,7 +22,6 @@ import torch
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.load import read_resolved
-from bascule.config.training import Precision
 from bascule.data.text_tokenizer import open_or_own
 from bascule.errors import (
     AcceleratorUnavailable,
@@ -52,7 +51,6 @@ from bascule.records import (
     SnapshotEvent,
     SnapshotState,
     StepStats,
-    TrainPrecision,
 )
 from bascule.stages.course import Course, course
 from bascule.stages.launch import ENDING_FILE, STACKS_FILE
@@ -224,7 +222,13 @@ class Trainer:
             path, passed_over = checkpoint.newest(self.folder.snapshots, at_least=trusted)
         for reason in passed_over:
             self.ledger.warn("snapshot passed over", reason)
-        self.stepper.precision = self._precision(path)
+        self.stepper.precision = precision.settle(
+            self.ledger,
+            path,
+            lambda: precision.decide(
+                self.recipe.train.precision, self.accelerator, self.course.model
+            ),
+        )
         if path is None:
             if last(self.ledger.read(), StepStats):
                 self.ledger.warn(
@@ -243,19 +247,6 @@ class Trainer:
         if self.guard and checkpoint.trust(path).state != "certified":
             self.guard.after_snapshot(state.step, path)
         return state
-
-    def _precision(self, path: Path | None) -> Precision:
-        """The run's, decided once. A snapshot that comes without its ledger (from a store) brings it; one of before there was a choice
-        is of fp32."""
-        settled = last(self.ledger.read(), TrainPrecision)
-        if settled is None:
-            if path is None:
-                settled = precision.decide(self.recipe.train.precision, self.accelerator, self.course.model)  # fmt: skip
-            else:
-                kept = checkpoint.load(path).extra.get("precision", "fp32")
-                settled = TrainPrecision(precision=kept, reason=f"so were the steps before {path.name}")  # fmt: skip
-            self.ledger.append(settled)
-        return settled.precision
 
     def _remember(self, state: TrainState) -> None:
         """Give the guard the memory it would have had without the interruption. Of GRPO's batches the snapshot holds the last."""

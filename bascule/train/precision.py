@@ -6,7 +6,8 @@ very step that was computed, so a pool that would rather have the other type get
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 from bascule.accelerators.base import Accelerator
 from bascule.config.model import ModelConfig
 from bascule.config.training import Precision
-from bascule.ledger import last
+from bascule.ledger import Ledger, last
 from bascule.model.precision import computing
 from bascule.records import AnyRecord, TrainPrecision
+from bascule.train import checkpoint
 
 FASTER = 1.5
 """How many times faster bf16 must be. Below it rounding is not worth the time: a guard sees less in bf16 (docs/guard.md)."""
@@ -41,6 +43,22 @@ def decide(
     taken: Precision = "bf16" if ratio >= FASTER else "fp32"
     reason = f"on {accelerator.name} a product of this model's width, forward and backward, is {ratio:.2f} times as fast in bf16 ({FASTER:g} wanted)"
     return TrainPrecision(precision=taken, reason=reason)
+
+
+def settle(
+    ledger: Ledger, snapshot: Path | None, decide: Callable[[], TrainPrecision]
+) -> Precision:
+    """The run's, from its ledger; decided and recorded where there is none yet. A `snapshot` to go on from that comes without its ledger (out of
+    a store) brings its own; one of before there was a choice is of fp32."""
+    settled = last(ledger.read(), TrainPrecision)
+    if settled is None:
+        if snapshot is None:
+            settled = decide()
+        else:
+            kept = checkpoint.load(snapshot).extra.get("precision", "fp32")
+            settled = TrainPrecision(precision=kept, reason=f"so were the steps before {snapshot.name}")  # fmt: skip
+        ledger.append(settled)
+    return settled.precision
 
 
 def precision_of(records: Sequence[AnyRecord]) -> Precision:
