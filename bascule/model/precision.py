@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bascule.config.training import Precision
 
-
 DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

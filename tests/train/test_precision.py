@@ -14,8 +14,8 @@ from bascule.errors import ChipCondemned
 from bascule.ledger import Ledger, of_kind
 from bascule.records import TrainPrecision
 from bascule.train import checkpoint, loop, precision
-from bascule.train.step import NoJudge
 from bascule.train.state import TrainState
+from bascule.train.step import NoJudge
 from tests import guarded
 from tests.train import steps
 
