@@ -70,7 +70,8 @@ def precision_of(records: Sequence[AnyRecord]) -> Precision:
 def _seconds(precision: Precision, accelerator: Accelerator, model: ModelConfig) -> float:
     """The best of some rounds after one to warm up: one linear layer's three products, with the casts that a step has around them."""
     width = max(LEAST_WIDTH, model.hidden_size)
-    wide = max(LEAST_WIDTH, model.intermediate_size if model.ffn == "dense" else width)
+    inner = model.moe_intermediate_size if model.ffn == "moe" else model.intermediate_size
+    wide = max(LEAST_WIDTH, inner)
     x = torch.ones(ROWS, width, device=accelerator.device, requires_grad=True)
     weight = torch.ones(wide, width, device=accelerator.device, requires_grad=True)
 

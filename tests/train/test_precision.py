@@ -10,6 +10,7 @@ import torch
 from bascule.accelerators.base import Accelerator
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.config.model import ModelConfig
+from bascule.dispatch import OperatorMode
 from bascule.errors import ChipCondemned
 from bascule.ledger import Ledger, of_kind
 from bascule.records import TrainPrecision
@@ -66,9 +67,27 @@ def test_another_chip_is_asked_and_must_be_half_as_fast_again(
     assert found.precision == taken and why in found.reason and "\n" not in found.reason
 
 
-def test_the_probe_times_both_types_on_the_chip_itself() -> None:
-    assert precision._seconds("fp32", CpuAccelerator(), MODEL) > 0.0
-    assert precision._seconds("bf16", CpuAccelerator(), MODEL) > 0.0
+class Shapes(OperatorMode):
+    """Of the first product's result, and its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: tuple[tuple[int, ...], torch.dtype] | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "mm" and self.first is None:
+            self.first = tuple(made.shape), made.dtype
+        return made
+
+
+@pytest.mark.parametrize(("ffn", "wide"), [("moe", 128), ("swiglu", 192)])
+def test_the_probe_times_both_types_on_the_chip_itself_in_the_models_width(ffn, wide: int) -> None:  # type: ignore[no-untyped-def]
+    model = ModelConfig(preset="tick", ffn=ffn, moe_intermediate_size=128)
+    for which, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with Shapes() as shapes:
+            assert precision._seconds(which, CpuAccelerator(), model) > 0.0
+        assert shapes.first == ((precision.ROWS, wide), dtype)
 
 
 def test_a_run_is_asked_once_and_a_snapshot_without_its_ledger_brings_its_own(
