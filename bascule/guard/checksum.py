@@ -32,7 +32,7 @@ from bascule.guard.invariants import LAWS, rms_norm_ratio
 
 aten, ours = torch.ops.aten, torch.ops.bascule
 
-_OTHER, _LAW, _NORM, _CAST = (-1, -1, None), (-2, -2, None), (-3, -3, None), (-4, -4, None)
+_OTHER, _LAW, _NORM = (-1, -1, None), (-2, -2, None), (-3, -3, None)
 
 # What each operator multiplies: positions of A and B among the arguments, and of the added term, if any. One table with the
 # fused operators (None): a step dispatches some 1,500 operators, and each look-up hashes one in Python.
@@ -44,7 +44,6 @@ _CHECKED: dict[Any, tuple[int, int, int | None] | None] = {
     **dict.fromkeys(FUSED),
     **dict.fromkeys(LAWS, _LAW),
     **dict.fromkeys((ours.rms_norm.default, ours.add_rms_norm.default), _NORM),
-    aten._to_copy.default: _CAST,
 }
 
 
@@ -141,10 +140,9 @@ class Checksums(OperatorMode):
         places = _CHECKED.get(func, _OTHER)
         if places is _OTHER:
             return output
-        if places is _CAST:
-            self._follow(args[0], output)
-            return output
         if places is _LAW:
+            if func is aten._to_copy.default:
+                self._follow(args[0], output)
             first = output[0] if isinstance(output, tuple) else output
             self._obey(func.overloadpacket.__name__, LAWS[func](args, output), first)
             return output
