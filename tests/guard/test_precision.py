@@ -28,32 +28,34 @@ aten = torch.ops.aten
 
 
 class OtherSums(OperatorMode):
-    """bf16 products as another right chip would have them: in one fp32 sum rounded once, or in two halves each rounded to bf16."""
+    """bf16 products in other orders of an fp32 sum rounded once: all of it, or in two halves. `rounded`: the halves are bf16 themselves,
+    which is less exact than a right chip (checksums may say so)."""
 
-    def __init__(self, halves: bool) -> None:
+    def __init__(self, halves: bool, rounded: bool = False) -> None:
         super().__init__()
-        self.halves = halves
+        self.halves, self.rounded = halves, rounded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.mm.default, aten.bmm.default) and args[0].dtype == torch.bfloat16:
-            a, b = args
-            half = a.shape[-1] // 2
-            if self.halves and half:
-                return func(a[..., :half], b[..., :half, :]) + func(a[..., half:], b[..., half:, :])
-            return func(a.float(), b.float()).bfloat16()
-        return func(*args, **(kwargs or {}))
+        if func not in (aten.mm.default, aten.bmm.default) or args[0].dtype != torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        a, b = args if self.rounded else (one.float() for one in args)
+        half = a.shape[-1] // 2
+        if self.halves and half:
+            first = func(a[..., :half], b[..., :half, :])
+            return (first + func(a[..., half:], b[..., half:, :])).bfloat16()
+        return func(a, b).bfloat16()
 
 
 class OtherKernels(CpuAccelerator):
     """A right chip of another make: other sums, attention in pieces, PyTorch's norms."""
 
-    def __init__(self, halves: bool) -> None:
+    def __init__(self, halves: bool, rounded: bool = False) -> None:
         super().__init__("other")
-        self.halves = halves
+        self.how = halves, rounded
 
     @contextmanager
     def session(self, work: Work) -> Iterator[None]:
-        with kernels.plain(), sdpa_kernel(SDPBackend.MATH), OtherSums(self.halves):
+        with kernels.plain(), sdpa_kernel(SDPBackend.MATH), OtherSums(*self.how):
             yield
 
 
@@ -67,6 +69,18 @@ def test_a_right_chip_with_other_kernels_raises_no_alarm(ffn: Any, halves: bool,
     first = rig.objective.next_batch(1)
     mine, right = rig.stepper.recompute(first), rig.stepper.recompute(first, REFEREE)
     assert any(not torch.equal(g, right.grads[n]) for n, g in mine.grads.items())
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "moe"])
+def test_whole_steps_of_a_chip_that_rounds_more_often_stay_within_the_floor(ffn: Any, tmp_path: Path) -> None:  # fmt: skip
+    rig = guarded.rig(tmp_path, ffn=ffn, precision="bf16")
+    rig.stepper.begin(rig.objective)
+    for step in (1, 2, 3):
+        right = rig.stepper.recompute(rig.objective.next_batch(step), REFEREE)
+        other = rig.stepper.recompute(right.batch, OtherKernels(True, rounded=True))
+        found = NoiseFloor(REFEREE).compare(other, right, rig.stepper)
+        assert found.agrees and found.error > 0.0, found
+        rig.stepper.commit(right)
 
 
 def test_a_floor_measured_in_fp32s_unit_would_condemn_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
