@@ -154,19 +154,30 @@ def verdict(found: Comparison, floor: Comparison, dtype: torch.dtype) -> str | N
 # --- measured noise floors ------------------------------------------------------------------------------------------------
 
 
-def perturb_one_ulp(tensor: Tensor, key: int) -> Tensor:
+def perturb_one_ulp(tensor: Tensor, key: int, narrower: torch.dtype | None = None) -> Tensor:
     """Every element moved to its next or previous representable number, the direction drawn from `key`. Same dtype, on CPU.
 
-    Zeros and non-finite elements stay: a zero's neighbour is a subnormal, which would test flushing, not rounding.
+    Zeros and non-finite elements stay: a zero's neighbour is a subnormal, which would test flushing, not rounding. fp32 that is read
+    through bf16 (`narrower`) moves by bf16's unit: fp32's own would be lost in the rounding.
     """
     source = tensor.detach().cpu()
     count = source.numel()
     up = torch.from_numpy(
         (draws.bits(key, np.arange(count, dtype=np.uint64)) & np.uint64(1)).astype(np.bool_)
     ).reshape(source.shape)
+    if narrower == torch.bfloat16 and source.dtype == torch.float32:
+        return _moved_as_bf16(source, up)
     toward = torch.where(up, math.inf, -math.inf).to(source.dtype)
     moved = torch.nextafter(source, toward)
     return torch.where(torch.isfinite(source) & (source != 0), moved, source)
+
+
+def _moved_as_bf16(source: Tensor, up: Tensor) -> Tensor:
+    """bf16 is the upper half of fp32: one in its last place is 2^16 in fp32's, towards zero or away from it."""
+    size = source.abs().contiguous().view(torch.int32)
+    moved = (size + torch.where(up, 2**16, -(2**16)).int()).view(torch.float32).copysign(source)
+    stays = ~torch.isfinite(source) | ~torch.isfinite(moved) | (size < 2**16)
+    return torch.where(stays, source, moved)
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------------

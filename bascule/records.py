@@ -195,6 +195,14 @@ class RolloutDecoder(Record):
     reason: str
 
 
+class TrainPrecision(Record):
+    """What every step of the run computes its products in (train/precision.py), decided before the first one, and why."""
+
+    kind: Literal["train_precision"] = "train_precision"
+    precision: Literal["fp32", "bf16"]
+    reason: str
+
+
 class StepStats(Record):
     """One optimizer step that was committed. Losses are nats per token; `seconds` is the whole step. `layer_grad_norms`: 2-norm of
     each layer's gradient in the order of the model, four digits; empty in ledgers of before December 2026."""
@@ -439,7 +447,7 @@ class Telemetry(Record):
 
 
 AnyRecord = Annotated[
-    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder
+    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder | TrainPrecision
     | StepStats | MemoryPeak | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
     | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from bascule import draws
+from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.model import ModelConfig
-from bascule.config.training import SftConfig
+from bascule.config.training import Precision, SftConfig
 from bascule.config.trust import GuardConfig
 from bascule.folder import RunFolder
 from bascule.guard.backwards import Older
@@ -83,7 +85,7 @@ class Rig:
 
 def rig(
     root: Path,
-    accelerator: str = "cpu",
+    accelerator: str | Accelerator = "cpu",
     *,
     config: GuardConfig | None = None,
     seed: int = 0,
@@ -91,12 +93,15 @@ def rig(
     learning_rate: float = 3e-3,
     muon: float = 0.02,
     preset: str = "tick",
+    ffn: Literal["moe", "swiglu"] = "moe",
+    precision: Precision = "fp32",
 ) -> Rig:
     folder = RunFolder(root).create()
     ledger = Ledger(folder.ledger, attempt=1, pool="chip")
-    chip = open_accelerator(accelerator, seed=seed, fault_log=folder.ground_truth / "chip.jsonl")
+    log = folder.ground_truth / "chip.jsonl"
+    chip = open_accelerator(accelerator, seed=seed, fault_log=log) if isinstance(accelerator, str) else accelerator  # fmt: skip
     chip.prepare(1)
-    model = Transformer(ModelConfig(preset=preset, vocab_size=VOCABULARY))
+    model = Transformer(ModelConfig(preset=preset, ffn=ffn, vocab_size=VOCABULARY))
     weights.initialise(model, seed)
     sft = SftConfig(
         steps=400,
@@ -119,7 +124,9 @@ def rig(
             for path in checkpoint.since_certified(folder.snapshots, step, phase)
         ],
     )
-    stepper = Stepper(chip.move(model), chip, judge=guard, router_bias_speed=1e-3)
+    stepper = Stepper(
+        chip.move(model), chip, judge=guard, router_bias_speed=1e-3, precision=precision
+    )
     return Rig(stepper, guard, Sft(sft, rows(), seed=seed, pad_id=0), folder, ledger)
 
 

@@ -142,3 +142,17 @@ def test_checksum_bound_holds_on_right_products_and_is_finite_for_underflow() ->
     assert worst < 0.6
     tiny = numerics.checksum_bound(torch.zeros(1), torch.ones(()), 4, 4, None, torch.float32)
     assert float(tiny) == pytest.approx(1e-18)
+
+
+def test_fp32_read_through_bf16_moves_by_bf16s_unit() -> None:
+    values = torch.randn(500).bfloat16()
+    moved = numerics.perturb_one_ulp(values.float(), 3, torch.bfloat16)
+    neighbours = [torch.nextafter(values, torch.tensor(to).bfloat16()) for to in (-math.inf, math.inf)]  # fmt: skip
+    assert ((moved == neighbours[0].float()) | (moved == neighbours[1].float())).all()
+    edges = torch.tensor([0.0, 1e-44, math.inf, -math.inf, torch.finfo(torch.float32).max])
+    for key in range(4):
+        kept = numerics.perturb_one_ulp(edges, key, torch.bfloat16)
+        assert torch.equal(kept[:4], edges[:4]) and math.isfinite(kept[4])
+    assert torch.equal(
+        numerics.perturb_one_ulp(values, 3, torch.bfloat16), numerics.perturb_one_ulp(values, 3)
+    )

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from bascule.config.section import Section
 
+Precision = Literal["fp32", "bf16"]
+"""What a training step computes its matrix products in (model/precision.py)."""
+
 
 class TaskConfig(Section):
     """One family of problems. `name` is a built-in task or an entry point `package.module:task`."""
@@ -147,6 +150,11 @@ class GrpoConfig(Section):
 
 
 class TrainConfig(Section):
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="of a step's matrix products; bf16 keeps weights, gradients, optimizer, router, head and loss in fp32. auto, decided once for "
+        "the whole run: fp32 where a CPU trains first, else bf16 where the first chip is at least 1.5 times faster with it",
+    )
     rollout_decoder: Literal["auto", "compiled", "operators"] = Field(
         "auto",
         description="how rollouts decode on CPU pools, the same for all pools: one compiled call a step, or torch's operators, "

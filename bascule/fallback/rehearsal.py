@@ -17,7 +17,14 @@ from pathlib import Path
 from bascule.config.recipe import Recipe
 from bascule.folder import RunFolder, sha256_of, write_json_atomic
 from bascule.ledger import Ledger, last, of_kind, read_ledger
-from bascule.records import Evidence, RecipeResolved, RunFinished, RunStarted, Verdict
+from bascule.records import (
+    Evidence,
+    RecipeResolved,
+    RunFinished,
+    RunStarted,
+    TrainPrecision,
+    Verdict,
+)
 
 
 def copy_run(owner: RunFolder, to: RunFolder, planted: Recipe) -> str | None:
@@ -47,7 +54,7 @@ def fresh_run(examined: RunFolder, to: RunFolder, planted: Recipe) -> None:
     to.create()
     _write_recipe(to, planted)
     records = read_ledger(examined.ledger)
-    kept = [one for one in records if isinstance(one, RunStarted | Evidence | Verdict)]
+    kept = [one for one in records if isinstance(one, RunStarted | Evidence | Verdict | TrainPrecision)]  # fmt: skip
     resolved = of_kind(records, RecipeResolved)[0]
     Ledger(to.ledger).append(
         kept[0],

@@ -23,12 +23,16 @@ from torch import Tensor, nn
 
 from bascule import draws, numerics
 from bascule.accelerators.base import Accelerator, Work
+from bascule.config.training import Precision
+from bascule.guard.noise import Measuring
+from bascule.model.precision import DTYPE, computing, present, rounded
 
-PERTURBATIONS = 2
-DEEP_PERTURBATIONS = 8
-MARGIN = 8.0
-"""Error over response that two right chips may show. The response to one ulp at the inputs is about the error of one rounding
-per input element; a part rounds some ten times in a row."""
+MEASURING: dict[Precision, Measuring] = {
+    "fp32": Measuring(8.0, ((2, 1), (8, 4))),
+    "bf16": Measuring(4.0, ((2, 1), (8, 2))),
+}
+"""By the type in which a part's products are. Error over response that two right chips may show: the response to one ulp at the inputs is about
+the error of one rounding per input element; a part rounds some ten times in a row."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Capture:
     output_grads: dict[int, Tensor] = field(default_factory=dict)
     input_grads: dict[int, Tensor] = field(default_factory=dict)
     calls: int = 0
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ def _before(capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     capture.calls += 1
     if capture.calls > 1:
         return
+    capture.precision = present(next(capture.part.module.parameters()).device)
     capture.weights = {
         name: _to_cpu(value)
         for name, value in capture.part.module.state_dict(keep_vars=True).items()
@@ -174,10 +180,10 @@ def judge(
     right = _recompute(capture, inputs, referee, chip.keys())
     if all(torch.equal(chip[name], right[name]) for name in chip):
         return Finding(capture.part.name, capture.step, None, True, len(chip))
-    worst = None
-    for repeats, ulps in ((PERTURBATIONS, 1), (DEEP_PERTURBATIONS, 4)):
+    worst, products = None, _products(capture)
+    for repeats, ulps in MEASURING[products].perturbations:
         floors = _response(capture, inputs, right, referee, key, repeats, ulps)
-        worst = _worst(chip, right, floors)
+        worst = _worst(chip, right, floors, products)
         if worst is None:
             break
     return Finding(capture.part.name, capture.step, worst, False, len(chip))
@@ -215,7 +221,8 @@ def _recompute(
             (capture.args, capture.kwargs),
             lambda x: next(replacing) if x.is_floating_point() else referee.to_device(x),
         )
-        outputs = _floats(module(*args, **kwargs))
+        with computing(capture.precision, referee.device):
+            outputs = _floats(module(*args, **kwargs))
         found = {f"output.{i}": output for i, output in enumerate(outputs)}
         wrt = {f"gradient of input.{i}": leaf for i, leaf in enumerate(leaves)}
         wrt |= {f"gradient of {name}": weight for name, weight in module.named_parameters()}
@@ -252,11 +259,12 @@ def _response(
 ) -> dict[str, numerics.Comparison]:
     """Tensor -> the largest response to inputs and weights moved by `ulps` units in the last place."""
     floors: dict[str, numerics.Comparison] = {}
+    units = _units(capture, inputs)
     for repeat in range(repeats):
         moved = dict(inputs)
         for nudge in range(ulps):
             moved = {
-                n: numerics.perturb_one_ulp(x, draws.key(key, n, repeat, nudge))
+                n: numerics.perturb_one_ulp(x, draws.key(key, n, repeat, nudge), units[n])
                 for n, x in moved.items()
             }
         for name, value in _recompute(capture, moved, referee, right.keys()).items():
@@ -266,17 +274,30 @@ def _response(
     return floors
 
 
+def _units(capture: Capture, inputs: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Of which type's unit each input and weight is moved: the one in which a product reads it."""
+    products = DTYPE[_products(capture)]
+    names = {f"weight.{name}" for name in rounded(capture.part.module)}
+    return {
+        name: products if name in names or name.startswith("input.") else x.dtype
+        for name, x in inputs.items()
+    }
+
+
 def _worst(
     chip: Mapping[str, Tensor],
     right: Mapping[str, Tensor],
     floors: Mapping[str, numerics.Comparison],
+    products: Precision,
 ) -> Disagreement | None:
     """The tensor furthest above its bound; None when all are within."""
+    margin, least = MEASURING[products].margin, numerics.tolerance(DTYPE[products]).unit
     worst: tuple[float, Disagreement] | None = None
     for name, value in chip.items():
-        found, unit = numerics.compare(value, right[name]), numerics.tolerance(value.dtype).unit
-        bound = MARGIN * max(floors[name].rms, unit)
-        tail = MARGIN * max(floors[name].tail, unit)
+        found = numerics.compare(value, right[name])
+        unit = max(least, numerics.tolerance(value.dtype).unit)
+        bound = margin * max(floors[name].rms, unit)
+        tail = margin * max(floors[name].tail, unit)
         excess = max(found.rms / bound, found.tail / tail, float("inf") if found.nonfinite else 0.0)
         if excess > 1.0 and (worst is None or excess > worst[0]):
             reason = (
@@ -286,6 +307,11 @@ def _worst(
             )
             worst = excess, Disagreement(name, found.rms, bound, reason)
     return None if worst is None else worst[1]
+
+
+def _products(capture: Capture) -> Precision:
+    """Of what type the part's products are: a norm, a table or the head has none of the narrower."""
+    return capture.precision if rounded(capture.part.module) else "fp32"
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

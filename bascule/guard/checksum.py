@@ -104,7 +104,7 @@ class Checksums(OperatorMode):
     wrong product; costs one wait per product, so only replays ask for it. `turn`: which outputs are computed again (guard/spot); the step.
     """
 
-    names: Mapping[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     only: Callable[[int], bool] | None = None
     keep: bool = False
     turn: int = 0
@@ -113,10 +113,12 @@ class Checksums(OperatorMode):
     _laws: list[tuple[int, _Check]] = field(default_factory=list)
     _samples: dict[int, spot.Sample] = field(default_factory=dict)
     _squares: dict[int, Tensor] = field(default_factory=dict)
+    _copies: list[Tensor] = field(default_factory=list)
     _count: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.names = dict(self.names)
         self._norms = _Norms(self)
 
     def __enter__(self) -> Checksums:
@@ -127,6 +129,7 @@ class Checksums(OperatorMode):
     def __exit__(self, *error: Any) -> None:
         self._norms.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._copies.clear()
 
     def __torch_dispatch__(
         self,
@@ -140,6 +143,8 @@ class Checksums(OperatorMode):
         if places is _OTHER:
             return output
         if places is _LAW:
+            if func is aten._to_copy.default:
+                self._follow(args[0], output)
             first = output[0] if isinstance(output, tuple) else output
             self._obey(func.overloadpacket.__name__, LAWS[func](args, output), first)
             return output
@@ -264,6 +269,13 @@ class Checksums(OperatorMode):
             "grouped_mm", shape, torch._C._current_autograd_node(), storages, ratio
         )
 
+    def _follow(self, source: Tensor, copy: Tensor) -> None:
+        """A parameter's copy in another type (model/precision.py) goes by its name. It is held to the end of the step: its address must not
+        become another tensor's."""
+        if name := self.names.get(source.untyped_storage().data_ptr()):
+            self.names[copy.untyped_storage().data_ptr()] = name
+            self._copies.append(copy)
+
     def _obey(self, op: str, ratio: Tensor, output: Tensor, touches: int = 0) -> None:
         """Note an operator that is no product; it is counted at the place of the product that follows it."""
         n = output.shape[-1] if output.dim() else 1
@@ -299,7 +311,7 @@ class Checksums(OperatorMode):
                 following is not None
                 and depth
                 and following.name().startswith(
-                    ("TBackward", "Transpose", "View", "Select", "Unbind", "Unsafe")
+                    ("TBackward", "Transpose", "View", "Select", "Unbind", "Unsafe", "ToCopy")
                 )
             ):
                 found = self._parameter_behind(following, depth - 1)

@@ -14,11 +14,26 @@ from torch import nn
 
 from bascule import draws, numerics
 from bascule.accelerators.base import Accelerator
+from bascule.config.training import Precision
 from bascule.guard.proposal import FIRST_REPLAY, Recomputer, StepProposal
+from bascule.model.precision import DTYPE, rounded
 
-MARGIN = 8.0
-PERTURBATIONS = ((2, 1), (6, 4))
-"""(how many, by how many ulps): first the cheap floor; before an accusation the deep one, which also meets routing ties."""
+
+@dataclass(frozen=True)
+class Measuring:
+    """`perturbations`: (how many, by how many ulps): first the cheap floor; before an accusation the deep one, which also meets routing
+    ties. `margin`: how many times its floor an error may be."""
+
+    margin: float
+    perturbations: tuple[tuple[int, int], ...]
+
+
+MEASURING: dict[Precision, Measuring] = {
+    "fp32": Measuring(8.0, ((2, 1), (6, 4))),
+    "bf16": Measuring(4.0, ((2, 1), (8, 2))),
+}
+"""In bf16 one unit moves a gradient by some 10 %, so neither larger moves nor a wider margin may be afforded. Two right chips (products summed in
+other orders, attention by other kernels) stayed within 1.3 times the deep floor (docs/guard.md)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +54,8 @@ class NoiseFloor:
     kept for `keep_steps` and measured anew where it would decide.
     """
 
-    def __init__(self, referee: Accelerator, *, margin: float = MARGIN) -> None:
+    def __init__(self, referee: Accelerator) -> None:
         self.referee = referee
-        self.margin = margin
         self._cache: tuple[int, int, dict[str, numerics.Comparison], numerics.Comparison] | None = (
             None
         )
@@ -61,9 +75,9 @@ class NoiseFloor:
                 f"one is finite, the other is not (loss {measured.loss} and {right.loss})",
             )
         answer = Difference(False, math.inf, 0.0, "", "not measured")
-        for depth in range(len(PERTURBATIONS)):
+        for depth in range(len(MEASURING[stepper.precision].perturbations)):
             floors, loss_floor = self._floors(right, stepper, depth)
-            answer = self._hold(measured, right, floors, loss_floor)
+            answer = self._hold(measured, right, floors, loss_floor, stepper.precision)
             if answer.agrees:
                 break
         return answer
@@ -74,17 +88,18 @@ class NoiseFloor:
         right: StepProposal,
         floors: Mapping[str, numerics.Comparison],
         loss_floor: numerics.Comparison,
+        precision: Precision,
     ) -> Difference:
+        margin, least = MEASURING[precision].margin, numerics.tolerance(DTYPE[precision]).unit
         excess, worst = -1.0, Difference(True, 0.0, 0.0, "", "")
         pairs = {**measured.grads, "loss": torch.tensor(measured.loss, dtype=torch.float64)}
         rights = {**right.grads, "loss": torch.tensor(right.loss, dtype=torch.float64)}
         for name, tensor in pairs.items():
             found = numerics.compare(tensor, rights[name])
             floor = loss_floor if name == "loss" else floors[name]
-            unit = numerics.tolerance(
-                right.grads[name].dtype if name in right.grads else torch.float32
-            ).unit
-            bound, tail = self.margin * max(floor.rms, unit), self.margin * max(floor.tail, unit)
+            dtype = right.grads[name].dtype if name in right.grads else torch.float32
+            unit = max(least, numerics.tolerance(dtype).unit)
+            bound, tail = margin * max(floor.rms, unit), margin * max(floor.tail, unit)
             ratio = math.inf if found.nonfinite else max(found.rms / bound, found.tail / tail)
             if ratio > excess:
                 detail = f"{name}: error {found.rms:.2e} (largest {found.tail:.2e}), allowed {bound:.1e} ({tail:.1e})"
@@ -98,10 +113,13 @@ class NoiseFloor:
             return self._cache[2], self._cache[3]
         floors: dict[str, numerics.Comparison] = {}
         loss_floor = numerics.compare(torch.zeros(1), torch.zeros(1))
-        repeats, ulps = PERTURBATIONS[depth]
+        repeats, ulps = MEASURING[stepper.precision].perturbations[depth]
         for repeat in range(repeats):
             with moved_weights(
-                stepper.model, draws.key(right.step, "guard.floor", depth, repeat), ulps
+                stepper.model,
+                draws.key(right.step, "guard.floor", depth, repeat),
+                ulps,
+                stepper.precision,
             ):
                 moved = stepper.recompute(right.batch, self.referee, FIRST_REPLAY)
             for name, grad in moved.grads.items():
@@ -114,15 +132,22 @@ class NoiseFloor:
 
 
 @contextmanager
-def moved_weights(model: nn.Module, key: int, ulps: int) -> Iterator[None]:
-    """Every weight moved by up to `ulps` units in the last place inside the block, and put back bit for bit after it."""
+def moved_weights(
+    model: nn.Module, key: int, ulps: int, precision: Precision = "fp32"
+) -> Iterator[None]:
+    """Every weight moved by up to `ulps` units in the last place inside the block, and put back bit for bit after it: of its own type, or
+    of the type in which the step's products read it."""
+    narrowed = rounded(model)
     kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    units = [DTYPE[precision] if name in narrowed else p.dtype for name, p in model.named_parameters()]  # fmt: skip
     try:
         with torch.no_grad():
             for place, (parameter, value) in enumerate(kept):
                 moved = value
                 for nudge in range(ulps):
-                    moved = numerics.perturb_one_ulp(moved, draws.key(key, "weights", place, nudge))
+                    moved = numerics.perturb_one_ulp(
+                        moved, draws.key(key, "weights", place, nudge), units[place]
+                    )
                 parameter.copy_(moved)
         yield
     finally:

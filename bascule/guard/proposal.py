@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from bascule.accelerators.base import Accelerator
+from bascule.config.training import Precision
 
 FIRST_REPLAY = 8
 """Attempt number of the first replay: beyond the loop's own retries of a step, so that no two computations share a number."""
@@ -60,6 +61,9 @@ class Recomputer(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    @property
+    def precision(self) -> Precision: ...
 
     def recompute(
         self,

@@ -22,6 +22,7 @@ from bascule.config.model import ModelConfig
 from bascule.model import fused, kernels
 from bascule.model.cache import Context
 from bascule.model.layers import RMSNorm, rotate_halves, rotate_neighbours
+from bascule.model.precision import narrow
 from bascule.model.rope import score_gain
 
 LATENT_NORM_EPS = 1e-6
@@ -91,6 +92,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = narrow(x_BTD)
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if context.seats is not None:
             q, k, v = map(context.seats.spread, (q, k, v))
@@ -160,6 +162,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = narrow(x_BTD)
         q = (
             self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
             if self.low_rank_queries

@@ -58,6 +58,7 @@ class PredictionLayer(nn.Module):
         self, hidden_BTD: Tensor, embedded_BTD: Tensor, context: Context, mask_BT: Tensor | None
     ) -> BlockOutput:
         """`embedded_BTD` holds the token after each hidden state. The order [embedding; hidden] is the checkpoints'."""
-        x_BTD = self.eh_proj(torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], -1))
+        both_BTD = torch.cat([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], -1)
+        x_BTD = self.eh_proj(both_BTD).to(hidden_BTD.dtype)
         x_BTD, loads_E = self.block(x_BTD, context, mask_BT)
         return BlockOutput(self.norm(x_BTD), loads_E)

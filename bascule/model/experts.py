@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bascule.config.model import ModelConfig
 from bascule.model import fused, kernels
+from bascule.model.precision import product_dtype
 
 COPIED = 3
 """Copying a matrix to multiply one row with it reads, writes and reads it again."""
@@ -56,7 +57,7 @@ class Experts(nn.Module):
             return self.chosen(sorted_MD, counts_E)
         if rows <= PADDED_TOKENS * self.per_token:
             return self.padded(sorted_MD, counts_E)
-        half = _product_dtype(sorted_MD) == torch.bfloat16
+        half = product_dtype(sorted_MD) == torch.bfloat16
         if half and self._aligned() and _groups(sorted_MD.device.type):
             return self.grouped(sorted_MD.bfloat16(), counts_E)
         return self.sliced(sorted_MD, counts_E)
@@ -116,13 +117,6 @@ def _expert_of(rows: int, counts_E: Tensor) -> Tensor:
     """Whose each sorted row is, [M]. Searched for: `repeat_interleave` would wait for the counts."""
     numbers = torch.arange(rows, device=counts_E.device)
     return torch.searchsorted(counts_E.cumsum(0), numbers, right=True)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product of `x` is computed in here: autocast does not know grouped products."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 @functools.cache

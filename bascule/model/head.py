@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from bascule.model import count
+from bascule.model.precision import Full, full
 
 
-class Head(nn.Linear):
+class Head(Full, nn.Linear):
     """Hidden states to logits; with targets, to what those targets are given."""
 
     def __init__(self, hidden: int, vocabulary: int) -> None:
@@ -28,9 +29,11 @@ class Head(nn.Linear):
         self, input: Tensor, targets_M: Tensor | None = None, temperature: float = 1.0
     ) -> Any:
         """Logits [..., V] of `input` [..., D], in its type. With `targets_M` int64, `input` [M, D]: (log-probability of each target in nats, entropy of
-        each row in nats), both [M] fp32, at `temperature`; the entropy has no gradient."""
+        each row in nats), both [M] fp32, at `temperature`; the entropy has no gradient. The weight's own type, whatever other products are in."""
+        input = input.to(self.weight.dtype)
         if targets_M is None:
-            return super().forward(input)
+            with full(input):
+                return super().forward(input)
         rows = max(1, count.LOGITS_CHUNK_BYTES // (4 * self.out_features))
         return _Readout.apply(input, self.weight, targets_M, temperature, rows)  # type: ignore[no-untyped-call]
 

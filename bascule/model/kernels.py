@@ -77,9 +77,10 @@ def plain() -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """May these go through the kernels?"""
+    """May these go through the kernels? Not where products are computed in bf16: what some of them return is no fp32 then."""
     return (
         not _off
+        and not torch.is_autocast_enabled("cpu")
         and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and compiled() is not None
     )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bascule.config.model import RopeScaling
 from bascule.model import fused, kernels, rope
+from bascule.model.precision import narrow
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +28,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if kernels.usable(x, self.weight):
             return fused.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under bf16 products x may be narrower than the gain; no fused kernel takes two types.
+        wide = x.to(self.weight.dtype)
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
     def after_adding(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
         """(x + more, its norm): a residual stream and what the next part reads of it."""
@@ -120,6 +123,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = narrow(x)
         out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
         return out
 

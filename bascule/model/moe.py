@@ -18,9 +18,10 @@ from bascule.config.model import ModelConfig
 from bascule.model import fused, kernels
 from bascule.model.experts import Experts
 from bascule.model.layers import SwiGLU, _same_dtype
+from bascule.model.precision import Full, full
 
 
-class Router(nn.Module):
+class Router(Full, nn.Module):
     """Chooses experts. `weight` [E, D] learns by gradient, `e_score_correction_bias` [E] by `update_bias` only."""
 
     e_score_correction_bias: Tensor
@@ -47,9 +48,14 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(chosen experts [N, K] int64, their weights [N, K] fp32)."""
-        scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+        scores_NE = self.scores(x_ND)
         chosen_NK = self._choose(scores_NE.detach() + self.e_score_correction_bias)
         return chosen_NK, self.weigh(scores_NE, chosen_NK)
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """What each expert is to each token, [N, E] fp32, in (0, 1)."""
+        with full(x_ND):
+            return F.linear(x_ND.float(), self.weight.float()).sigmoid()
 
     def weigh(self, scores_NE: Tensor, chosen_NK: Tensor) -> Tensor:
         """The weights [N, K] that the chosen experts get."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bascule.model.moe import Router
 from bascule.model.transformer import Transformer
@@ -65,8 +64,7 @@ def replaying(model: Transformer, routes_BTC: Tensor) -> Iterator[list[Tensor]]:
             chosen_NK: Tensor = chosen_NK,
         ) -> tuple[Tensor, Tensor]:
             agreed.append((gave[0].sort(-1).values == chosen_NK.sort(-1).values).all(-1))
-            scores_NE = F.linear(given[0].float(), gate.weight.float()).sigmoid()
-            return chosen_NK, gate.weigh(scores_NE, chosen_NK)
+            return chosen_NK, gate.weigh(gate.scores(given[0]), chosen_NK)
 
         handles.append(gate.register_forward_hook(replay))
     try:

@@ -20,6 +20,7 @@ from bascule.model.cache import Cache, Context, KVCache, LatentCache
 from bascule.model.head import Head
 from bascule.model.layers import RMSNorm, Rotary
 from bascule.model.moe import MoE
+from bascule.model.precision import product_dtype
 from bascule.model.seats import Seats, take
 
 
@@ -208,7 +209,7 @@ class Transformer(nn.Module):
         cache: Cache | None,
         documents: Tensor | None = None,
     ) -> Context:
-        rotary, dtype = self.model.rotary, self.lm_head.weight.dtype
+        rotary, dtype = self.model.rotary, product_dtype(self.lm_head.weight)
         reach = tokens + (0 if cache is None else cache.longest)
         if reach > self.config.max_position_embeddings:
             raise ValueError(

@@ -122,13 +122,14 @@ def measured_pools(
 
 
 def _sized(recipe: Recipe, phase: str) -> tuple[object, ...]:
-    """What makes a step of a phase as large as it is."""
+    """What makes a step of a phase as large as it is, and as long."""
     grpo = recipe.grpo
-    return {
+    size: tuple[object, ...] = {
         "pretrain": (recipe.pretrain.batch_sequences, recipe.pretrain.sequence_length),
         "sft": (recipe.sft.batch_sequences, recipe.sft.pack_tokens),
         "grpo": (grpo.prompts, grpo.group_size, grpo.updates_per_rollout, grpo.max_completion_tokens),
     }[phase]  # fmt: skip
+    return (*size, recipe.train.precision)
 
 
 def pretrained(records: Sequence[AnyRecord], chips: Mapping[str, Chip]) -> list[tuple[Job, float]]:

@@ -31,6 +31,9 @@ LAUNCH_S = {"cpu": 10e-6, "cuda": 8e-6, "npu": 16e-6}
 GUARD_SHARE = 0.10
 TYPICAL_COMPLETION_SHARE = 0.4  # mean completion over the cap
 SPREAD = 2.0  # low = x / SPREAD, high = x * SPREAD where nothing was measured for this model
+BF16_ELEMENT_BYTES = 3.0
+"""Of an activation under bf16 products, on average: the residual stream, norms and what enters them stay fp32, the rest is bf16 (counted on
+tick and mini: 58 to 76 % of what the same elements are taken to be in fp32)."""
 PROCESS_BYTES = 300e6  # interpreter and libraries of one trainer process (250 MB, and what torch makes at its first step)
 
 
@@ -107,7 +110,7 @@ def _price(
         energy_j=float(seen["power_w"]) * total if "power_w" in seen else None,
         cost=hours * pool.price_per_hour if pool.price_per_hour is not None else None,
         cost_unit=pool.price_unit if pool.price_per_hour is not None else None,
-        basis=_basis(rate, timed, seen, pool, lengths),
+        basis=_basis(rate, timed, seen, pool, lengths, _products(recipe, family)),
         memory_components_bytes=components,
         train_components_s=seconds,
     )
@@ -140,17 +143,20 @@ def fits(needed: float, available: float | None) -> Fits:
 
 
 def memory_components(recipe: Recipe, shape: Shape, lengths: Lengths) -> dict[str, float]:
-    """Bytes of a trainer in fp32 on one device at its peak: weights, two gradients (computed and proposed), optimizer, and what the
-    largest step of any phase keeps."""
+    """Bytes of a trainer on one device at its peak: fp32 weights (and what bf16 products read of them), two fp32 gradients (computed and
+    proposed), optimizer, and what the largest step of any phase keeps. Where the chip will be asked (`auto`), of fp32, which is the more."""
     p = shape.parameters
     largest = batches(recipe, lengths).values()
     tokens = max((one.tokens for one in largest), default=0)
     counted = max((one.counted for one in largest), default=0)
+    narrow = recipe.train.precision == "bf16"
+    copies = 2.0 * (p - shape.head_weights) if narrow else 0.0
+    element = BF16_ELEMENT_BYTES if narrow else 4.0
     return {
-        "weights": 4.0 * p,
+        "weights": 4.0 * p + copies,
         "gradients": 8.0 * p,
         "optimizer": 8.0 * p,
-        "activations": 4.0 * tokens * activation_elements(shape),
+        "activations": element * tokens * activation_elements(shape),
         "logits": _logits_bytes(counted, shape),
         "process": PROCESS_BYTES,
     }
@@ -308,12 +314,28 @@ def timed_phases(recipe: Recipe, seen: Mapping[str, float | str]) -> dict[str, b
     }
 
 
+def _products(recipe: Recipe, family: str) -> str:
+    """What a step's products are taken to be computed in, and how far the rates say so: qualify's and the probe's are fp32's."""
+    asked = recipe.train.precision
+    if asked == "auto" and family != "cpu":
+        return "fp32, and so is the time (the chip is asked for bf16 before the first step)"
+    if asked == "bf16":
+        how = (
+            "many times slower on a CPU without a bf16 unit"
+            if family == "cpu"
+            else "faster on most chips"
+        )
+        return f"bf16; rates are fp32's unless steps were measured (bf16 is {how})"
+    return "fp32"
+
+
 def _basis(
     rate: Rate,
     timed: Mapping[str, bool],
     seen: Mapping[str, float | str],
     pool: PoolConfig,
     lengths: Lengths,
+    products: str,
 ) -> str:
     known = [phase for phase, measured in timed.items() if measured]
     steps = f"measured on this machine (step times of {' and '.join(known)})"
@@ -323,7 +345,7 @@ def _basis(
     words.append(
         "memory: measured on this machine"
         if "train_peak_bytes" in seen
-        else "memory: counted from the architecture, activations assumed eager fp32"
+        else f"memory: counted from the architecture, activations assumed eager {products}"
     )
     words.append(lengths.basis)
     words.append("80 % interval")

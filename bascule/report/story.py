@@ -28,6 +28,7 @@ from bascule.records import (
     SnapshotEvent,
     StepStats,
     TextEvaluation,
+    TrainPrecision,
     Verdict,
     Warned,
 )
@@ -251,6 +252,8 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
         case RolloutDecoder():
             how = "compiled steps" if record.decoder == "compiled" else "torch's operators"
             return [("plain", f"Rollouts decode in {how}: {record.reason}.")]
+        case TrainPrecision():
+            return [("plain", f"Steps are computed in {record.precision}: {record.reason}.")]
         case Alarm():
             return [
                 (

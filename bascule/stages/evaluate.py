@@ -18,6 +18,7 @@ from bascule.stages.answer import Answer, duration
 from bascule.stages.course import heldout_only
 from bascule.stages.finished import Finished, open_finished
 from bascule.stages.measure import spread, text_evaluation
+from bascule.train.precision import precision_of
 from bascule.train.step import Stepper
 
 
@@ -43,7 +44,7 @@ def _text(run: Finished) -> Answer:
             f"'{config.data}' is not the text this run was pretrained on (index SHA-256 {began.sha256[:12]}…), and its held-out "
             "part may have been trained on. Put the old shards back."
         )
-    stepper = Stepper(run.engine.model, run.accelerator)
+    stepper = Stepper(run.engine.model, run.accelerator, precision=precision_of(ledger.read()))
     record = text_evaluation(
         config, lambda tensors: stepper.score(tensors, 1, role="infer"),
         after="evaluate", step=run.recipe.total_steps(), start=time.perf_counter(),

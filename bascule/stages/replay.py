@@ -15,16 +15,19 @@ from bascule.accelerators.base import Accelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.load import read_resolved
 from bascule.config.recipe import Recipe
+from bascule.config.training import Precision
 from bascule.data.shards import Text
 from bascule.data.text_tokenizer import open_or_own, sized
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
 from bascule.guard.incident import Case, replay_incident
+from bascule.ledger import read_ledger
 from bascule.model.transformer import Transformer
 from bascule.stages.answer import Answer
 from bascule.train.grpo import Grpo
 from bascule.train.objective import Batch, Objective
+from bascule.train.precision import precision_of
 from bascule.train.pretrain import Pretrain, Reading
 from bascule.train.sft import Sft
 from bascule.train.step import Stepper
@@ -37,7 +40,7 @@ def main(arguments: Namespace) -> Answer:
     recipe, tokenizer = read_resolved(run.recipe), open_or_own(run.tokenizer)
     accelerator = open_accelerator(arguments.on, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
-    whole = functools.partial(_gradients, recipe, tokenizer)
+    whole = functools.partial(_gradients, recipe, tokenizer, precision_of(read_ledger(run.ledger)))
     kept = (folder / "model.safetensors").exists() or not (folder / "product.safetensors").exists()
     report = replay_incident(folder, accelerator, whole if kept else None)
     lines = [
@@ -78,11 +81,15 @@ def _run_of(folder: Path) -> RunFolder:
 
 
 def _gradients(
-    recipe: Recipe, tokenizer: Tokenizer, case: Case, accelerator: Accelerator
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    precision: Precision,
+    case: Case,
+    accelerator: Accelerator,
 ) -> Mapping[str, Tensor]:
     model = Transformer(sized(recipe.model, tokenizer))
     model.load_state_dict(case.model)
-    stepper = Stepper(accelerator.move(model), accelerator)
+    stepper = Stepper(accelerator.move(model), accelerator, precision=precision)
     stepper.begin(_objective(recipe, case.phase))
     proposal = stepper.recompute(Batch(case.phase, case.step, case.batch))
     return {name: grad.cpu() for name, grad in proposal.grads.items()}

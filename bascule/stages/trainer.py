@@ -58,7 +58,7 @@ from bascule.stages.material import refuse_too_long
 from bascule.stages.measure import Measure
 from bascule.stages.phases import objectives
 from bascule.stages.rollouts import Rollouts
-from bascule.train import checkpoint, fused_adamw, loop
+from bascule.train import checkpoint, fused_adamw, loop, precision
 from bascule.train.advice import signs
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
@@ -189,7 +189,7 @@ class Trainer:
             on_phase=self._on_phase,
             on_skip=lambda step, why: self.ledger.warn("batch skipped", why, step=step),
             should_stop=lambda: self._stop,
-            extra=lambda: {"pool": self.pool},
+            extra=lambda: {"pool": self.pool, "precision": self.stepper.precision},
             tried=self._tried().__getitem__,
         )
         judge: Judge = self.guard or NoJudge()
@@ -222,6 +222,13 @@ class Trainer:
             path, passed_over = checkpoint.newest(self.folder.snapshots, at_least=trusted)
         for reason in passed_over:
             self.ledger.warn("snapshot passed over", reason)
+        self.stepper.precision = precision.settle(
+            self.ledger,
+            path,
+            lambda: precision.decide(
+                self.recipe.train.precision, self.accelerator, self.course.model
+            ),
+        )
         if path is None:
             if last(self.ledger.read(), StepStats):
                 self.ledger.warn(

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from bascule.accelerators.base import Accelerator, Role, Work
+from bascule.config.training import Precision
 from bascule.errors import SnapshotError
 from bascule.model import seats
 from bascule.model.names import layer_of
+from bascule.model.precision import computing
 from bascule.model.routing import replaying
 from bascule.model.transformer import Output, Transformer
 from bascule.train import extra
@@ -78,7 +80,8 @@ class NoJudge:
 class Stepper:
     """Owns the model, the optimizer of the present phase, and the count of committed steps.
 
-    `model` must already live on `accelerator`. Call `begin` before the first step of every phase.
+    `model` must already live on `accelerator`. Call `begin` before the first step of every phase. `precision` is the run's, not the
+    chip's: every chip that is asked for a step computes it so, the referee too, or two right ones would not agree.
     """
 
     def __init__(
@@ -88,11 +91,13 @@ class Stepper:
         *,
         judge: Judge | None = None,
         router_bias_speed: float = 0.0,
+        precision: Precision = "fp32",
     ) -> None:
         self.model = model
         self.accelerator = accelerator
         self.judge: Judge = judge or NoJudge()
         self.router_bias_speed = router_bias_speed
+        self.precision: Precision = precision
         self.step = 0
         self.objective: Objective | None = None
         self.optimizer: SplitOptimizer | None = None
@@ -220,7 +225,9 @@ class Stepper:
         ):
             names = ("tokens", "targets", "real", "mask", "documents", "routes", *seats.NAMES)
             placed = self.accelerator.to_device({n: tensors[n] for n in names if n in tensors})
-            return counted_logprobs(_forward(self.model, placed), placed, temperature).cpu()
+            with computing(self.precision, self.accelerator.device):
+                output = _forward(self.model, placed)
+            return counted_logprobs(output, placed, temperature).cpu()
 
     def model_state(self) -> StateDict:
         """Parameters and persistent buffers by name, tied weights once; the live tensors, not copies."""
@@ -329,7 +336,9 @@ class Stepper:
         watching = watch(batch.step, batch.phase, model) if watch else nullcontext()
         with accelerator.session(Work("train", batch.step, attempt)), watching:
             tensors = accelerator.to_device(batch.tensors)
-            found, seconds = accelerator.timed(lambda: _forward_backward(model, objective, tensors))
+            found, seconds = accelerator.timed(
+                lambda: _forward_backward(model, objective, tensors, self.precision)
+            )
         loss, grads, output, metrics, norms = found
         return Proposal(
             step=batch.step,
@@ -377,12 +386,13 @@ def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
 
 
 def _forward_backward(
-    model: Transformer, objective: Objective, tensors: dict[str, Tensor]
+    model: Transformer, objective: Objective, tensors: dict[str, Tensor], precision: Precision
 ) -> tuple[float, dict[str, Tensor], Output, dict[str, float], list[float]]:
     """(loss, gradients by name, output, metrics with `grad_norm`, norm of each gradient). `.grad` fields are left alone: nothing to
     reset, nothing to leak."""
     parameters = dict(model.named_parameters())
-    with extra.listening(model, tensors) as heard:
+    device = next(iter(parameters.values())).device
+    with extra.listening(model, tensors) as heard, computing(precision, device):
         output = _forward(model, tensors)
     loss, metrics = extra.add(*objective.loss(output, tensors), output, tensors, heard)
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

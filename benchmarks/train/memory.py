@@ -77,7 +77,8 @@ def measure(recipe: Recipe) -> int:
     else:
         model = Transformer(recipe.model)
         weights.initialise(model, 0)
-    stepper = Stepper(model, accelerator)
+    asked = recipe.train.precision
+    stepper = Stepper(model, accelerator, precision="bf16" if asked == "bf16" else "fp32")
     stepper.begin(Sft(recipe.sft, [([0], [0])], seed=0, pad_id=0))
     accelerator.empty_cache()
     accelerator.reset_peak_memory()

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bascule.accelerators.base import Accelerator, Work
 from bascule.accelerators.registry import open_accelerator
 from bascule.config.model import ModelConfig
+from bascule.config.training import Precision
 from bascule.errors import AcceleratorUnavailable
 from bascule.infer.batch import Batch
 from bascule.infer.engine import Engine
@@ -23,6 +24,7 @@ from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
 from bascule.model import weights
 from bascule.model.transformer import Transformer
+from bascule.train import precision
 from bascule.train.optimizer import SplitOptimizer
 from tests.recordings import recorder
 from tests.train import steps
@@ -181,12 +183,14 @@ def test_npu_weights_come_back_from_a_file_on_another_device(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("phase", ["sft", "pretrain", "grpo"])
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
 def test_npu_a_step_waits_once_for_its_figures_and_where_tokens_are_many_for_each_expert_layer(
-    phase: str, many: bool, monkeypatch: pytest.MonkeyPatch
+    phase: str, products: Precision, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if many:
         monkeypatch.setattr("bascule.model.experts.PADDED_TOKENS", 0)
     stepper = steps.stepper(open_accelerator("npu"))
+    stepper.precision = products
     objective = steps.objectives(stepper)[phase]
     stepper.begin(objective)
     for step in (1, 2):
@@ -222,3 +226,46 @@ def test_npu_an_engine_goes_on_where_the_device_cannot_record_and_says_so() -> N
     assert [one.tokens for one in first] == [one.tokens for one in second]
     if STANDIN is not None and hasattr(torch.accelerator, "Graph"):
         assert len(troubles) == 1 and "could not be recorded" in troubles[0]
+
+
+class Products(TorchDispatchMode):
+    """Types of the linear layers' forward products: of head and routers, and of all else. (Attention in pieces sums in fp32 by itself.)"""
+
+    def __init__(self, made: Transformer) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {"full": set(), "other": set()}
+        self.where = "other"
+        for part in (made.lm_head, *(moe.gate for moe in made.moe_layers())):
+            part.register_forward_pre_hook(lambda *_: setattr(self, "where", "full"))
+            part.register_forward_hook(lambda *_: setattr(self, "where", "other"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm") and torch.is_grad_enabled():
+            self.seen[self.where].add(made.dtype)
+        return made
+
+
+@pytest.mark.parametrize("phase", ["sft", "pretrain", "grpo"])
+def test_npu_a_bf16_step_has_fp32_router_head_and_gradients_and_is_near_the_cpus(
+    phase: str,
+) -> None:
+    found = []
+    for chip in ("cpu", "npu"):
+        stepper = steps.stepper(open_accelerator(chip))
+        stepper.precision = "bf16"
+        objective = steps.objectives(stepper)[phase]
+        stepper.begin(objective)
+        batch = objective.next_batch(1)
+        with Products(stepper.model) as products:
+            found.append(stepper.propose(batch))
+        assert products.seen == {"full": {torch.float32}, "other": {torch.bfloat16}}
+        assert {one.dtype for one in found[-1].grads.values()} == {torch.float32}
+    here, there = found
+    assert abs(here.loss - there.loss) < 0.02 * abs(here.loss) + 1e-2
+    assert abs(here.grad_norm - there.grad_norm) < 0.1 * here.grad_norm
+
+
+def test_npu_is_asked_which_products_it_is_faster_with() -> None:
+    found = precision.decide("auto", open_accelerator("npu"), ModelConfig(preset="tick"))
+    assert found.precision in ("fp32", "bf16") and "times as fast in bf16" in found.reason
