@@ -202,12 +202,13 @@ def test_npu_a_step_waits_once_for_its_figures_and_where_tokens_are_many_for_eac
 
 
 @torch.inference_mode()
-def said(made: Transformer, record: Any) -> list[list[int]]:
-    batch = Batch(made, slots=6, length=128, eos_id=-1, pad_id=0, record=record)
+def said(made: Transformer, record: Any, speculate: int = 0) -> list[list[int]]:
+    batch = Batch(made, slots=6, length=128, eos_id=-1, pad_id=0, record=record, speculate=speculate)  # fmt: skip
     rows = [Row([5 + at, 7, 9], Sampling(max_tokens=30 + 4 * at), index=at) for at in range(6)]
     batch.join([[row] for row in rows])
     while batch.rows:
         batch.step()
+    assert bool(batch.guessed) == bool(speculate)
     return [row.said for row in rows]
 
 
@@ -216,6 +217,14 @@ def test_npu_a_decoding_step_with_experts_waits_for_nothing_and_can_be_recorded(
     assert made.moe_layers()
     assert said(made, record) == said(made, None)
     assert record.played > 20
+
+
+def test_npu_recorded_steps_take_guesses_as_plain_ones_do() -> None:
+    made = Transformer(ModelConfig(preset="tick", num_nextn_predict_layers=1))
+    weights.initialise(made, 0)
+    made, record = open_accelerator("npu").move(made).eval(), recorder("npu")
+    assert said(made, record, 6) == said(made, None, 6) == said(made, None)
+    assert record.played > 10
 
 
 def test_npu_an_engine_goes_on_where_the_device_cannot_record_and_says_so() -> None:
