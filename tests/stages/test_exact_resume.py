@@ -131,7 +131,9 @@ def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
+)
 def test_a_stop_request_finishes_the_step_snapshots_and_resumes(
     tmp_path: Path, undisturbed: tuple[str, float], number: int, code: int
 ) -> None:
