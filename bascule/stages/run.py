@@ -169,7 +169,7 @@ def _finished(recipe: Recipe, folder: RunFolder, how: str) -> Answer:
 
 class _Stop:
     """Whether someone asked the run to stop, and how. SIGTERM preempts (75), and so does a terminal that closes (SIGHUP); Ctrl-C snapshots
-    too, then ends with 130."""
+    too, then ends with 130; a second one does not wait for that: what a killed run loses is at most the steps since its last snapshot."""
 
     def __init__(self) -> None:
         self.terminated = False
@@ -188,12 +188,18 @@ class _Stop:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if number == signal.SIGINT and self.interrupted:
+            say(
+                "stopped at once: steps since the newest snapshot are computed again by the same command"
+            )
+            raise KeyboardInterrupt
         self.asked_s = self.asked_s or time.time()
         self.terminated |= number in (signal.SIGTERM, signal.SIGHUP)
         self.interrupted |= number == signal.SIGINT
         if number == signal.SIGHUP:
             let_go_of_dead_terminal()
-        say("asked to stop: the step in progress is finished and a snapshot taken first")
+        again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+        say(f"asked to stop: the step in progress is finished and a snapshot taken first{again}")
 
     def exit_code(self, error: BasculeError) -> int:
         return EXIT_SIGINT if self.interrupted and isinstance(error, Preempted) else error.exit_code

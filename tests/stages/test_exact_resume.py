@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bascule.stages.run import _signals
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -143,6 +145,28 @@ def test_a_stop_request_finishes_the_step_snapshots_and_resumes(
     process.communicate(timeout=180)
     assert process.returncode == code
     assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
+
+
+@pytest.mark.slow
+def test_after_a_second_ctrl_c_the_run_resumes_all_the_same(
+    tmp_path: Path, undisturbed: tuple[str, float]
+) -> None:
+    process = begin(tmp_path)
+    wait_for(lambda: steps_written(tmp_path) > 0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=180)
+    assert process.returncode == 130
+    assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_snapshot() -> None:
+    with _signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.slow
