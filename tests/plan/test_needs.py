@@ -28,4 +28,6 @@ def test_needs_are_the_plans_own_step_and_rate(phases: tuple[str, ...]) -> None:
 
 
 def test_a_recipe_without_training_needs_nothing() -> None:
-    assert needs(recipe(), "far") == {}
+    one = recipe("sft")
+    idle = one.model_copy(update={"sft": one.sft.model_copy(update={"steps": 0})})
+    assert needs(idle, "far") == {}
