@@ -26,17 +26,20 @@ class _Noting(TorchDispatchMode):
         return done
 
 
-def recorder(device: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """An Accelerator.recorder for tensors on `device`. `recorder.played` counts."""
+class Recordings:
+    """An Accelerator.recorder for tensors on `device`; `played` counts."""
 
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        with _Noting() as noting, Waits(device) as waits:
+    def __init__(self, device: str) -> None:
+        self.device, self.played = device, 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        with _Noting() as noting, Waits(self.device) as waits:
             run()
         if waits.seen:
             raise RuntimeError(f"operation not permitted while recording: {dict(waits.seen)}")
 
         def play() -> None:
-            record.played += 1  # type: ignore[attr-defined]
+            self.played += 1
             for func, args, kwargs, kept in noting.calls:
                 again = func(*args, **kwargs)
                 for place, value in zip(_tensors(kept), _tensors(again), strict=True):
@@ -44,9 +47,6 @@ def recorder(device: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
                         place.copy_(value)
 
         return play
-
-    record.played = 0  # type: ignore[attr-defined]
-    return record
 
 
 def _tensors(value: Any) -> list[Tensor]:

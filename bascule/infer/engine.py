@@ -110,6 +110,7 @@ class Engine:
                 return
             with self.accelerator.session(work):
                 batch.step()
+            self._hear(batch)
 
     def _run(self, rows: Sequence[Row]) -> None:
         batch = self._batch(rows)
@@ -118,11 +119,14 @@ class Engine:
         while batch.rows:
             batch.step()
             steps += 1
-            if batch.trouble and self._recorder is not None:
-                self._recorder = None
-                self._warn(batch.trouble)
+            self._hear(batch)
             if self._on_progress is not None and steps % BEAT_EVERY_STEPS == 0:
                 self._on_progress(self.requests)
+
+    def _hear(self, batch: Batch) -> None:
+        if batch.trouble and self._recorder is not None:
+            self._recorder = None
+            self._warn(batch.trouble)
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         length = max(len(row.prompt) + row.sampling.max_tokens for row in rows)

@@ -26,20 +26,19 @@ def computing(precision: Precision, device: torch.device) -> AbstractContextMana
 
 def present(device: torch.device) -> Precision:
     """What products on `device` are computed in here."""
-    return "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+    return "bf16" if _narrowing(device.type) else "fp32"
 
 
 def full(x: Tensor) -> AbstractContextManager[object]:
     """The block in which products on the device of `x` are fp32 whatever lies around it: router and head."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _narrowing(kind) else nullcontext()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which a product of `x` is computed here."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else x.dtype
+    return torch.get_autocast_dtype(kind) if _narrowing(kind) else x.dtype
 
 
 class Full:
@@ -60,3 +59,8 @@ def rounded(module: nn.Module) -> set[str]:
 def narrow(x: Tensor) -> Tensor:
     """`x` as the products here read it, made once: each of them would round, and keep for its backward pass, a copy of its own."""
     return x.to(product_dtype(x))
+
+
+def _narrowing(kind: str) -> bool:
+    """Not every kind of device knows autocast (`meta`), and PyTorch raises when it is asked there."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

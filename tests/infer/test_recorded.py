@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from bascule.accelerators.base import Recorder, Role
+from bascule.accelerators.cpu import CpuAccelerator
 from bascule.config.model import ModelConfig
 from bascule.infer.batch import Batch
+from bascule.infer.engine import Engine
 from bascule.infer.recorded import RECORD_AFTER
 from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
 from bascule.model import weights
 from bascule.model.pages import Pages, StandingCache
 from bascule.model.transformer import Transformer
-from tests.recordings import recorder
+from tests.recordings import Recordings
 
 DENSE = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, attention="gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -55,7 +58,7 @@ def said(record: Any, *, reproducible: bool = False, each: Callable[[Batch], Non
 
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_recorded_steps_say_what_plain_ones_say(reproducible: bool) -> None:
-    record = recorder("cpu")
+    record = Recordings("cpu")
     recorded = said(record, reproducible=reproducible)
     plain = said(None, reproducible=reproducible)
     assert record.played > 60
@@ -66,7 +69,7 @@ def test_recorded_steps_say_what_plain_ones_say(reproducible: bool) -> None:
 
 def test_a_shape_is_recorded_once_it_was_met_often_enough() -> None:
     counts: list[int] = []
-    record = recorder("cpu")
+    record = Recordings("cpu")
 
     def count(batch: Batch) -> None:
         assert batch._runner.recorded is not None
@@ -92,6 +95,25 @@ def test_where_recording_fails_steps_go_on_and_the_reason_is_kept() -> None:
     assert [row.said for row in rows] == [row.said for row in said(None)]
     assert not troubles[0] and "could not be recorded: operation not permitted" in troubles[-1]
     assert len(asked) <= 8  # each shape is tried once
+
+
+def test_an_engine_says_once_why_it_does_not_record_streaming_or_not() -> None:
+    def refuse(run: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("no recordings here")
+
+    class NoRecordings(CpuAccelerator):
+        def recorder(self, role: Role) -> Recorder | None:
+            return refuse
+
+    for streaming in (True, False):
+        told: list[str] = []
+        engine = Engine(model(), NoRecordings(), eos_id=-1, pad_id=0, warn=told.append)
+        for _ in range(2):
+            if streaming:
+                list(engine.stream([3, 4, 5], Sampling(max_tokens=20)))
+            else:
+                engine.generate([[3, 4, 5]], Sampling(max_tokens=20))
+        assert len(told) == 1 and "no recordings here" in told[0]
 
 
 def test_a_standing_cache_takes_one_token() -> None:

@@ -134,30 +134,24 @@ def test_a_killed_trainer_is_started_again_and_the_weights_do_not_change(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
+    ("numbers", "code"),
+    [
+        ([signal.SIGTERM], 75),
+        ([signal.SIGINT], 130),
+        ([signal.SIGINT] * 2, 130),
+        ([signal.SIGHUP], 75),
+    ],
 )
-def test_a_stop_request_finishes_the_step_snapshots_and_resumes(
-    tmp_path: Path, undisturbed: tuple[str, float], number: int, code: int
+def test_after_a_stop_request_the_same_command_goes_on(
+    tmp_path: Path, undisturbed: tuple[str, float], numbers: list[int], code: int
 ) -> None:
     process = begin(tmp_path)
     wait_for(lambda: steps_written(tmp_path) > 0)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
     process.communicate(timeout=180)
     assert process.returncode == code
-    assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
-
-
-@pytest.mark.slow
-def test_after_a_second_ctrl_c_the_run_resumes_all_the_same(
-    tmp_path: Path, undisturbed: tuple[str, float]
-) -> None:
-    process = begin(tmp_path)
-    wait_for(lambda: steps_written(tmp_path) > 0)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=180)
-    assert process.returncode == 130
     assert finish(tmp_path)["final_weights_sha256"] == undisturbed[0]
 
 

@@ -26,7 +26,7 @@ from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.train import precision
 from bascule.train.optimizer import SplitOptimizer
-from tests.recordings import recorder
+from tests.recordings import Recordings
 from tests.train import steps
 from tests.waits import Waits
 
@@ -213,7 +213,7 @@ def said(made: Transformer, record: Any, speculate: int = 0) -> list[list[int]]:
 
 
 def test_npu_a_decoding_step_with_experts_waits_for_nothing_and_can_be_recorded() -> None:
-    made, record = open_accelerator("npu").move(model()).eval(), recorder("npu")
+    made, record = open_accelerator("npu").move(model()).eval(), Recordings("npu")
     assert made.moe_layers()
     assert said(made, record) == said(made, None)
     assert record.played > 20
@@ -222,7 +222,7 @@ def test_npu_a_decoding_step_with_experts_waits_for_nothing_and_can_be_recorded(
 def test_npu_recorded_steps_take_guesses_as_plain_ones_do() -> None:
     made = Transformer(ModelConfig(preset="tick", num_nextn_predict_layers=1))
     weights.initialise(made, 0)
-    made, record = open_accelerator("npu").move(made).eval(), recorder("npu")
+    made, record = open_accelerator("npu").move(made).eval(), Recordings("npu")
     assert said(made, record, 6) == said(made, None, 6) == said(made, None)
     assert record.played > 10
 
