@@ -13,9 +13,11 @@ from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
+from bascule.infer.compiled import compiled, why_not
 from bascule.infer.engine import Engine
 from bascule.ledger import Ledger
 from bascule.model.weights import load_hf
+from bascule.place.rollout_decoder import decided
 from bascule.stages.placed import infer_choice
 
 
@@ -32,7 +34,8 @@ class Finished:
 
 
 def open_finished(run: str, on: str | None) -> Finished:
-    """Raises UsageError when the run has no model yet."""
+    """The engine decodes as the run's own rollouts do, or slower where this chip or machine has no compiled steps. Raises UsageError when
+    the run has no model yet."""
     folder = RunFolder(Path(run))
     recipe = read_resolved(folder.recipe)
     if not (folder.model / "config.json").exists():
@@ -44,6 +47,13 @@ def open_finished(run: str, on: str | None) -> Finished:
     accelerator.prepare(recipe.threads)
     if accelerator.fallback_note:
         Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
+    native = (
+        decided(recipe).decoder == "compiled"
+        and accelerator.device.type == "cpu"
+        and not accelerator.needs_operators("infer")
+    )
+    if native and compiled() is None:
+        Ledger(folder.ledger, pool=pool).warn("decoding goes through torch's operators", f"{why_not()}; it is several times slower")  # fmt: skip
     tokenizer = open_tokenizer(folder.model)
     model, _ = load_hf(folder.model)
     engine = Engine(
@@ -51,5 +61,6 @@ def open_finished(run: str, on: str | None) -> Finished:
         accelerator,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        native=native,
     )
     return Finished(folder, recipe, tokenizer, accelerator, engine, pool)
