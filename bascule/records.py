@@ -203,6 +203,15 @@ class TrainPrecision(Record):
     reason: str
 
 
+class StepsRecorded(Record):
+    """A recording of a step's forward and backward pass that is played back from now on (train/recorded.py)."""
+
+    kind: Literal["steps_recorded"] = "steps_recorded"
+    step: int
+    phase: str
+    detail: str
+
+
 class StepStats(Record):
     """One optimizer step that was committed. Losses are nats per token; `seconds` is the whole step. `layer_grad_norms`: 2-norm of
     each layer's gradient in the order of the model, four digits; empty in ledgers of before December 2026."""
@@ -447,7 +456,7 @@ class Telemetry(Record):
 
 
 AnyRecord = Annotated[
-    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder | TrainPrecision
+    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder | TrainPrecision | StepsRecorded
     | StepStats | MemoryPeak | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
     | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,13 +39,14 @@ class Recordings:
         if waits.seen:
             raise RuntimeError(f"operation not permitted while recording: {dict(waits.seen)}")
 
+        @torch.no_grad()  # a chip plays kernels, of which autograd knows nothing
         def play() -> None:
             self.played += 1
             for func, args, kwargs, kept in noting.calls:
                 again = func(*args, **kwargs)
                 for place, value in zip(_tensors(kept), _tensors(again), strict=True):
                     if place.data_ptr() != value.data_ptr():
-                        place.copy_(value)
+                        place.detach().copy_(value)
 
         return play
 

@@ -77,6 +77,10 @@ class Accelerator(ABC):
     @abstractmethod
     def reset_peak_memory(self) -> None: ...
 
+    def free_bytes(self) -> int | None:
+        """Memory of the chip that nobody holds, None where that cannot be said. What an allocator keeps for later is held."""
+        return None
+
     @abstractmethod
     def empty_cache(self) -> None: ...
 

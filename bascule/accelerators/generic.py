@@ -30,6 +30,10 @@ class GenericAccelerator(Accelerator):
         _free, total = torch.accelerator.get_memory_info(self.device)
         return int(total)
 
+    def free_bytes(self) -> int | None:
+        free, _total = torch.accelerator.get_memory_info(self.device)
+        return int(free)
+
     def reset_peak_memory(self) -> None:
         torch.accelerator.reset_peak_memory_stats(self.device)
 

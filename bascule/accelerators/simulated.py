@@ -81,6 +81,9 @@ class SimulatedAccelerator(Accelerator):
     def memory(self) -> MemoryUse:
         return self.base.memory()
 
+    def free_bytes(self) -> int | None:
+        return self.base.free_bytes()
+
     def reset_peak_memory(self) -> None:
         self.base.reset_peak_memory()
 

@@ -160,6 +160,11 @@ class TrainConfig(Section):
         description="how rollouts decode on CPU pools, the same for all pools: one compiled call a step, or torch's operators, "
         "which simulated faults of inference need; auto = compiled unless a pool simulates such a fault",
     )
+    record_steps: bool = Field(
+        True,
+        description="record forward and backward pass of a batch shape that was met eight times and play it back, on chips that have such a "
+        "thing (CUDA graphs), if the recording gives the operators' very bits",
+    )
     phases: tuple[Literal["pretrain", "sft", "grpo"], ...] = Field(("sft", "grpo"), min_length=1)
     steps: int | None = Field(
         None,

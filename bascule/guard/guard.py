@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,7 @@ class Guard:
             config, self.book, self.floor, referee, snapshots, waiting
         )
         self._judged = False
+        self._plays = False
         self._spent: Spent | None = None
         self._earlier = earlier_steps(ledger.read()) if self._same_kernels() else {}
 
@@ -141,6 +143,10 @@ class Guard:
 
     def audits(self, step: int) -> bool:
         return step % self.every.audit == 0
+
+    def looks(self, step: int) -> bool:
+        """At the operators or a part of this step, which must then not be played back from a recording."""
+        return self.watches(step) or self.audits(step)
 
     @property
     def every(self) -> Intervals:
@@ -204,6 +210,8 @@ class Guard:
             self.book.suspect(one.step, one.sentinel, one.measured, one.detail, one.bound)
             for one in self._observer.breaks(proposal.step, stepper.model)
         ]
+        if proposal.unlike:  # steps before this one were played back from it
+            spoilt.append(self.book.suspect(proposal.step, "recording", math.inf, proposal.unlike))
         violations = self._observer.violations()
         suspicions = [*spoilt, *(cry for cry in cries if cry.suspect)]
         suspicions += [
@@ -264,10 +272,11 @@ class Guard:
             return 0.0
         return max(0.0, proposal.seconds - self._observer.withheld_s)
 
-    def _time_counts(self) -> bool:
-        """Does this step's time say anything about the chip? Not when it was watched (slower by design), and not on a host
-        that runs more processes than it has cores."""
-        if self._observer.slowed:
+    def _time_counts(self, proposal: StepProposal) -> bool:
+        """Does this step's time say anything about the chip? Not when it was watched or went operator by operator where others are played
+        back (slower by design), and not on a host that runs more processes than it has cores."""
+        self._plays = self._plays or proposal.played
+        if self._observer.slowed or (self._plays and not proposal.played):
             return False
         return self.accelerator.device.type != "cpu" or os.getloadavg()[0] <= (os.cpu_count() or 1)
 
@@ -298,13 +307,13 @@ class Guard:
             phase=proposal.phase,
             loss=proposal.loss,
             grad_norm=proposal.grad_norm,
-            seconds=proposal.seconds if self._time_counts() else 0.0,
+            seconds=proposal.seconds if self._time_counts(proposal) else 0.0,
             tokens=proposal.tokens,
             loads=[] if loads is None else loads.tolist(),
             metrics=proposal.metrics,
             memory_bytes=None if memory is None else float(memory),
             own_seconds=self._own_seconds(proposal),
-            watched=self._observer.watched,
+            watched=self._observer.watched or ("played" if proposal.played else ""),
             layers=tuple(proposal.layer_grad_norms.values()),
             layer_names=tuple(proposal.layer_grad_norms),
         )

@@ -26,6 +26,7 @@ from bascule.records import (
     RunStarted,
     RunStopped,
     SnapshotEvent,
+    StepsRecorded,
     StepStats,
     TextEvaluation,
     TrainPrecision,
@@ -254,6 +255,8 @@ def _tell(record: AnyRecord) -> list[tuple[Tone, str]]:
             return [("plain", f"Rollouts decode in {how}: {record.reason}.")]
         case TrainPrecision():
             return [("plain", f"Steps are computed in {record.precision}: {record.reason}.")]
+        case StepsRecorded():
+            return [("plain", f"From step {record.step} ({record.phase}) on, {record.detail}.")]
         case Alarm():
             return [
                 (

@@ -50,6 +50,7 @@ from bascule.records import (
     RunStarted,
     SnapshotEvent,
     SnapshotState,
+    StepsRecorded,
     StepStats,
 )
 from bascule.stages.course import Course, course
@@ -62,6 +63,7 @@ from bascule.train import checkpoint, fused_adamw, loop, precision
 from bascule.train.advice import signs
 from bascule.train.grpo import Grpo
 from bascule.train.mismatch import mismatch_record
+from bascule.train.recorded import RecordedSteps
 from bascule.train.state import TrainState
 from bascule.train.step import Judge, NoJudge, Stepper
 from bascule.train.store import SnapshotStore
@@ -150,6 +152,7 @@ class Trainer:
             self._new_model(),
             self.accelerator,
             router_bias_speed=self.recipe.train.router_bias_speed,
+            recorded=self._recorded_steps(),
         )
         self.rollouts = Rollouts(
             socket, self.stepper, folder.weights, self.ledger, lambda: self._beat(self.stepper.step, "wait for rollouts")
@@ -201,6 +204,16 @@ class Trainer:
         if state.phase:
             self.measure.if_due(state.phase, state.step)
         self._export(state.step)
+
+    def _recorded_steps(self) -> RecordedSteps | None:
+        record = self.accelerator.recorder("train")
+        if record is None or not self.recipe.train.record_steps:
+            return None
+        return RecordedSteps(
+            self.accelerator, record,
+            tell=lambda words: self.ledger.append(StepsRecorded(step=self.stepper.step + 1, phase=self._phase or "", detail=words)),
+            warn=lambda why: self.ledger.warn("steps run operator by operator", why, step=self.stepper.step + 1),
+        )  # fmt: skip
 
     def _tried(self) -> Counter[int]:
         """How often each step was computed by earlier launches: committed, or ended in an incident."""

@@ -27,6 +27,7 @@ from bascule.model.transformer import Output, Transformer
 from bascule.train import extra
 from bascule.train.objective import Batch, Objective, counted_logprobs, head_later
 from bascule.train.optimizer import SplitOptimizer
+from bascule.train.recorded import Computed, RecordedSteps
 from bascule.train.state import StateDict
 
 Watch = Callable[[int, str, Transformer], AbstractContextManager[None]]
@@ -35,7 +36,8 @@ Watch = Callable[[int, str, Transformer], AbstractContextManager[None]]
 @dataclass(frozen=True)
 class Proposal:
     """What a step would do. `grads` are the chip's own, unclipped, by parameter name; empty when the batch is empty.
-    `layer_grad_norms`: their 2-norm by layer, in the order of the model."""
+    `layer_grad_norms`: their 2-norm by layer, in the order of the model. `played`: from a recording (recorded.py);
+    `unlike`: what the recording would have made otherwise of this step, which went operator by operator."""
 
     step: int
     phase: str
@@ -50,6 +52,8 @@ class Proposal:
     learning_rate: float
     attempt: int = 0
     layer_grad_norms: Mapping[str, float] = field(default_factory=dict)
+    played: bool = False
+    unlike: str = ""
 
 
 class Judge(Protocol):
@@ -60,6 +64,10 @@ class Judge(Protocol):
 
         Entered once more, with phase `commit`, around the update of an accepted step.
         """
+        ...
+
+    def looks(self, step: int) -> bool:
+        """Does it look at the operators or parts of this step? Then none may be played back from a recording."""
         ...
 
     def judge(self, proposal: Proposal, stepper: Stepper) -> bool:
@@ -73,6 +81,9 @@ class NoJudge:
     def watch(self, step: int, phase: str, model: Transformer) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def looks(self, step: int) -> bool:
+        return False
+
     def judge(self, proposal: Proposal, stepper: Stepper) -> bool:
         return True
 
@@ -81,7 +92,8 @@ class Stepper:
     """Owns the model, the optimizer of the present phase, and the count of committed steps.
 
     `model` must already live on `accelerator`. Call `begin` before the first step of every phase. `precision` is the run's, not the
-    chip's: every chip that is asked for a step computes it so, the referee too, or two right ones would not agree.
+    chip's: every chip that is asked for a step computes it so, the referee too, or two right ones would not agree. `recorded` plays
+    proposals back where it can; what is computed again (`recompute`) always goes operator by operator, so that it holds recordings to account.
     """
 
     def __init__(
@@ -92,6 +104,7 @@ class Stepper:
         judge: Judge | None = None,
         router_bias_speed: float = 0.0,
         precision: Precision = "fp32",
+        recorded: RecordedSteps | None = None,
     ) -> None:
         self.model = model
         self.accelerator = accelerator
@@ -101,12 +114,15 @@ class Stepper:
         self.step = 0
         self.objective: Objective | None = None
         self.optimizer: SplitOptimizer | None = None
+        self._recorded = recorded
         self._replicas: dict[str, Transformer] = {}
         self._buffers: dict[str, Tensor] | None = None
 
     def begin(self, objective: Objective) -> None:
         """Start a phase with a fresh optimizer."""
         self.objective = objective
+        if self._recorded is not None:
+            self._recorded.clear()
         self.optimizer = (
             None  # or the old one's moments would stand beside the new one's on the chip
         )
@@ -114,7 +130,7 @@ class Stepper:
 
     def propose(self, batch: Batch, *, attempt: int = 0) -> Proposal:
         """Gradients of `batch` at the present weights, on this chip, with the judge watching. Changes nothing."""
-        return self._compute(batch, self.model, self.accelerator, attempt, self.judge.watch)
+        return self._compute(batch, self.model, self.accelerator, attempt, self.judge.watch, self._recorded)  # fmt: skip
 
     def recompute(
         self,
@@ -315,6 +331,7 @@ class Stepper:
         accelerator: Accelerator,
         attempt: int,
         watch: Watch | None,
+        recorded: RecordedSteps | None = None,
     ) -> Proposal:
         objective, _ = self._phase(batch.phase)
         _, rate = objective.learning_rate(batch.step)
@@ -334,12 +351,22 @@ class Stepper:
                 attempt,
             )
         watching = watch(batch.step, batch.phase, model) if watch else nullcontext()
+        looks = self.judge.looks(batch.step)
         with accelerator.session(Work("train", batch.step, attempt)), watching:
             tensors = accelerator.to_device(batch.tensors)
-            found, seconds = accelerator.timed(
-                lambda: _forward_backward(model, objective, tensors, self.precision)
-            )
-        loss, grads, output, metrics, norms = found
+
+            def compute(tensors: dict[str, Tensor]) -> Computed:
+                return _forward_backward(model, objective, tensors, self.precision)
+
+            def work() -> tuple[Computed, bool, str, _Told]:
+                made = recorded.play(tensors) if recorded and not looks else None
+                computed = made or compute(tensors)
+                unlike = recorded.held(tensors, computed) if recorded and looks else ""
+                return computed, made is not None, unlike, _told(computed)
+
+            (computed, played, unlike, (loss, metrics, norms)), seconds = accelerator.timed(work)
+            if recorded and not looks and not played:
+                recorded.met(tensors, computed, compute)
         return Proposal(
             step=batch.step,
             phase=batch.phase,
@@ -348,12 +375,14 @@ class Stepper:
             grad_norm=metrics.pop("grad_norm"),
             tokens=int(batch.tensors["mask"].sum()),
             seconds=seconds,
-            grads=grads,
-            expert_loads=output.expert_loads,
+            grads=computed.grads,
+            expert_loads=computed.expert_loads,
             metrics={**batch.notes, **metrics},
             learning_rate=rate,
             attempt=attempt,
-            layer_grad_norms=by_layer(grads, norms),
+            layer_grad_norms=by_layer(computed.grads, norms),
+            played=played,
+            unlike=unlike,
         )
 
 
@@ -387,9 +416,8 @@ def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
 
 def _forward_backward(
     model: Transformer, objective: Objective, tensors: dict[str, Tensor], precision: Precision
-) -> tuple[float, dict[str, Tensor], Output, dict[str, float], list[float]]:
-    """(loss, gradients by name, output, metrics with `grad_norm`, norm of each gradient). `.grad` fields are left alone: nothing to
-    reset, nothing to leak."""
+) -> Computed:
+    """Metrics hold `grad_norm` too. Nothing waits for the chip. `.grad` fields are left alone: nothing to reset, nothing to leak."""
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     with extra.listening(model, tensors) as heard, computing(precision, device):
@@ -402,9 +430,18 @@ def _forward_backward(
     }
     norms_P = torch.stack(torch._foreach_norm(list(grads.values())))
     metrics["grad_norm"] = torch.linalg.vector_norm(norms_P)
-    own, *figures = fetched([loss.detach(), *metrics.values(), *norms_P.unbind()])
-    told = dict(zip(metrics, figures, strict=False))
-    return own, grads, output, told, figures[len(told) :]
+    return Computed(loss.detach(), metrics, grads, norms_P, output.expert_loads)
+
+
+_Told = tuple[float, dict[str, float], list[float]]
+"""Loss, metrics, norm of each gradient."""
+
+
+def _told(computed: Computed) -> _Told:
+    """What the host wants to know, in one transfer."""
+    own, *figures = fetched([computed.loss, *computed.metrics.values(), *computed.norms_P.unbind()])
+    told = dict(zip(computed.metrics, figures, strict=False))
+    return own, told, figures[len(told) :]
 
 
 _WITHIN_FP32 = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from bascule.model import weights
 from bascule.model.transformer import Transformer
 from bascule.train import precision
 from bascule.train.optimizer import SplitOptimizer
+from bascule.train.recorded import RECORD_AFTER, TRIALS, RecordedSteps
+from bascule.train.step import Stepper
 from tests.recordings import Recordings
 from tests.train import steps
 from tests.waits import Waits
@@ -199,6 +202,29 @@ def test_npu_a_step_waits_once_for_its_figures_and_where_tokens_are_many_for_eac
             stepper.commit(stepper.propose(batch))
         layers = len(stepper.model.moe_layers()) if many else 0
         assert waits.seen == {"copy to the host": 1 + layers}
+
+
+@pytest.mark.parametrize("phase", ["sft", "pretrain", "grpo"])
+def test_npu_a_training_step_can_be_recorded_and_played_back_bit_for_bit(phase: str) -> None:
+    told: list[str] = []
+    chip = open_accelerator("npu")
+    plain, playing = steps.stepper(chip), steps.stepper(chip)
+    recorded = RecordedSteps(chip, Recordings("npu"), tell=told.append, warn=told.append)
+    playing = Stepper(playing.model, chip, router_bias_speed=1e-3, recorded=recorded)
+    losses = []
+    for stepper in (plain, playing):
+        objective = steps.objectives(stepper)[phase]
+        stepper.begin(objective)
+        batch, played = objective.next_batch(1), False
+        for step in range(1, RECORD_AFTER + TRIALS + 4):
+            proposal = stepper.propose(replace(batch, step=step))
+            stepper.commit(proposal)
+            losses.append((stepper is plain, proposal.loss, proposal.grad_norm))
+            played = played or proposal.played
+    assert played and len(told) == 1
+    assert [one[1:] for one in losses if one[0]] == [one[1:] for one in losses if not one[0]]
+    weights_of = [[one.cpu() for one in each.model_state().values()] for each in (plain, playing)]
+    assert all(torch.equal(one, other) for one, other in zip(*weights_of, strict=True))
 
 
 @torch.inference_mode()
