@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bascule.accelerators.base import Accelerator, Recorder
+from bascule.train.gradients import Computed
 
 RECORD_AFTER = 8
 """Steps of a shape before it is recorded: recording costs some three steps' time, and most shapes of SFT and GRPO never come again."""
@@ -25,29 +26,6 @@ TRIALS = 3
 
 MOST_RECORDINGS = 4
 """Recordings kept at a time: each keeps a batch and its gradients beside the rest."""
-
-
-@dataclass(frozen=True)
-class Computed:
-    """Forward and backward pass as they lie on the chip, nothing fetched. `norms_P`: 2-norm of each of `grads`, in order."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    grads: dict[str, Tensor]
-    norms_P: Tensor
-    expert_loads: Tensor | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them, by a name for people."""
-        loads = {} if self.expert_loads is None else {"expert loads": self.expert_loads}
-        return {"the loss": self.loss, **self.metrics, **self.grads, "norms": self.norms_P, **loads}
-
-    def copied(self) -> Computed:
-        """The next replay, of whatever shape, writes over what a recording gave."""
-        return Computed(
-            self.loss.clone(), {n: t.clone() for n, t in self.metrics.items()}, {n: t.clone() for n, t in self.grads.items()},
-            self.norms_P.clone(), None if self.expert_loads is None else self.expert_loads.clone(),
-        )  # fmt: skip
 
 
 Compute = Callable[[dict[str, Tensor]], Computed]

@@ -7,8 +7,7 @@ applies the optimizer and balances the router. The judge is handed in; this room
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -20,14 +19,12 @@ from bascule.accelerators.base import Accelerator, Role, Work
 from bascule.config.training import Precision
 from bascule.errors import SnapshotError
 from bascule.model import seats
-from bascule.model.names import layer_of
 from bascule.model.precision import computing
-from bascule.model.routing import replaying
-from bascule.model.transformer import Output, Transformer
-from bascule.train import extra
-from bascule.train.objective import Batch, Objective, counted_logprobs, head_later
+from bascule.model.transformer import Transformer
+from bascule.train.gradients import Computed, Told, by_layer, forward, forward_backward, told
+from bascule.train.objective import Batch, Objective, counted_logprobs
 from bascule.train.optimizer import SplitOptimizer
-from bascule.train.recorded import Computed, RecordedSteps
+from bascule.train.recorded import RecordedSteps
 from bascule.train.state import StateDict
 
 Watch = Callable[[int, str, Transformer], AbstractContextManager[None]]
@@ -242,7 +239,7 @@ class Stepper:
             names = ("tokens", "targets", "real", "mask", "documents", "routes", *seats.NAMES)
             placed = self.accelerator.to_device({n: tensors[n] for n in names if n in tensors})
             with computing(self.precision, self.accelerator.device):
-                output = _forward(self.model, placed)
+                output = forward(self.model, placed)
             return counted_logprobs(output, placed, temperature).cpu()
 
     def model_state(self) -> StateDict:
@@ -356,13 +353,13 @@ class Stepper:
             tensors = accelerator.to_device(batch.tensors)
 
             def compute(tensors: dict[str, Tensor]) -> Computed:
-                return _forward_backward(model, objective, tensors, self.precision)
+                return forward_backward(model, objective, tensors, self.precision)
 
-            def work() -> tuple[Computed, bool, str, _Told]:
+            def work() -> tuple[Computed, bool, str, Told]:
                 made = recorded.play(tensors) if recorded and not looks else None
                 computed = made or compute(tensors)
                 unlike = recorded.held(tensors, computed) if recorded and looks else ""
-                return computed, made is not None, unlike, _told(computed)
+                return computed, made is not None, unlike, told(computed)
 
             (computed, played, unlike, (loss, metrics, norms)), seconds = accelerator.timed(work)
             if recorded and not looks and not played:
@@ -393,74 +390,3 @@ def _on_host(state: StateDict) -> StateDict:
         else copy.deepcopy(value)
         for name, value in state.items()
     }
-
-
-def _forward(model: Transformer, tensors: dict[str, Tensor]) -> Output:
-    """Run the model on a batch; `ahead_weight` in it asks for the prediction layer too, `routes` for the choice of experts it holds."""
-    if "routes" in tensors:
-        plain = {name: tensor for name, tensor in tensors.items() if name != "routes"}
-        with replaying(model, tensors["routes"]) as agreed:
-            output = _forward(model, plain)
-        return replace(output, routes_agree=torch.stack(agreed))
-    if "seats" in tensors:
-        where = seats.Seats(tensors["seats"], tensors["places"])
-        tokens_1N = tensors["tokens"].flatten()[where.place_N].unsqueeze(0)
-        return model(  # type: ignore[no-any-return]
-            tokens_1N, mask=tensors["copies"].unsqueeze(0), seats=where, picks_M=tensors["picks"], head_later=head_later(model, tensors),
-        )  # fmt: skip
-    return model(  # type: ignore[no-any-return]
-        tensors["tokens"], mask=tensors["real"], documents=tensors.get("documents"), ahead="ahead_weight" in tensors,
-        right_padded="documents" not in tensors, head_later=head_later(model, tensors),
-    )  # fmt: skip
-
-
-def _forward_backward(
-    model: Transformer, objective: Objective, tensors: dict[str, Tensor], precision: Precision
-) -> Computed:
-    """Metrics hold `grad_norm` too. Nothing waits for the chip. `.grad` fields are left alone: nothing to reset, nothing to leak."""
-    parameters = dict(model.named_parameters())
-    device = next(iter(parameters.values())).device
-    with extra.listening(model, tensors) as heard, computing(precision, device):
-        output = _forward(model, tensors)
-    loss, metrics = extra.add(*objective.loss(output, tensors), output, tensors, heard)
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    grads = {
-        name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(parameters.items(), found, strict=True)
-    }
-    norms_P = torch.stack(torch._foreach_norm(list(grads.values())))
-    metrics["grad_norm"] = torch.linalg.vector_norm(norms_P)
-    return Computed(loss.detach(), metrics, grads, norms_P, output.expert_loads)
-
-
-_Told = tuple[float, dict[str, float], list[float]]
-"""Loss, metrics, norm of each gradient."""
-
-
-def _told(computed: Computed) -> _Told:
-    """What the host wants to know, in one transfer."""
-    own, *figures = fetched([computed.loss, *computed.metrics.values(), *computed.norms_P.unbind()])
-    told = dict(zip(computed.metrics, figures, strict=False))
-    return own, told, figures[len(told) :]
-
-
-_WITHIN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def fetched(scalars: Iterable[Tensor]) -> list[float]:
-    """The values of `scalars` in one transfer: each by itself would make the host wait for the chip once more. In fp64 only
-    where fp32 would not hold one of them (GRPO's mismatch): not every chip is quick at it, or has it."""
-    given = list(scalars)
-    wide = torch.float32 if all(one.dtype in _WITHIN_FP32 for one in given) else torch.float64
-    values: list[float] = torch.stack([one.to(wide) for one in given]).tolist()
-    return values
-
-
-def by_layer(names: Iterable[str], norms: Iterable[float]) -> dict[str, float]:
-    """2-norm of each layer's gradient from those of its parameters. Four digits: the ledger keeps them of every step, and a guard that
-    was interrupted must read the very values that it would have remembered."""
-    squares: dict[str, float] = {}
-    for name, norm in zip(names, norms, strict=True):
-        layer = layer_of(name)
-        squares[layer] = squares.get(layer, 0.0) + norm * norm
-    return {layer: float(f"{math.sqrt(square):.4g}") for layer, square in squares.items()}

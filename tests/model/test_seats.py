@@ -10,8 +10,9 @@ import torch
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.model import kernels, seats
 from bascule.model.seats import Seats
+from bascule.train.gradients import forward
 from bascule.train.objective import Batch, collate, counted_logprobs, seated
-from bascule.train.step import Stepper, _forward
+from bascule.train.step import Stepper
 from tests.infer.test_packed import random_model
 
 GROUPS = [([5, 6, 7, 8], [[9, 10, 2], [11, 2], [12, 13, 14, 15, 2]]), ([3, 4], [[2], [20, 21, 2]])]
@@ -48,7 +49,7 @@ def test_it_is_the_padded_batch(shape: dict[str, object], plain: bool) -> None:
     found = []
     with kernels.plain() if plain else nullcontext():
         for one in (tensors, padded):
-            output = _forward(model, one)
+            output = forward(model, one)
             logp = counted_logprobs(output, one) * one["mask"]
             grads = torch.autograd.grad((logp * weight).sum(), list(model.parameters()))
             found.append((logp, output.expert_loads, grads))

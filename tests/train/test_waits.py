@@ -9,7 +9,7 @@ import torch
 
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.model import kernels
-from bascule.train.step import fetched
+from bascule.train.gradients import fetched
 from tests.train import steps
 from tests.waits import Waits
 
