@@ -29,11 +29,12 @@ bascule() { part "$1" "$2" "$PYTHON" -m bascule.cli "${@:3}"; }
 } 2>&1 | tee "$OUT/summary.txt"
 
 bascule doctor 30 doctor
-part tests 90 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests/accelerators
-bascule quick 120 qualify cuda --preset nano --out "$OUT/quick" --time-limit 110
+part tests 90 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests/accelerators tests/train
+part train 110 "$PYTHON" benchmarks/train/throughput.py --chip cuda --seconds 6 --json "$OUT/train.json"
+bascule quick 90 qualify cuda --preset nano --out "$OUT/quick" --time-limit 85
 bascule planted 40 qualify sim:backward-wrong@cuda --preset tick --check numerics --out "$OUT/planted" --time-limit 35   # exits 3: unfit to train
 bascule half 70 qualify cuda --preset nano --dtype bf16 --check coverage --check numerics --check exact --out "$OUT/half" --time-limit 65
-bascule demo 150 run runs/demo.toml --out "$OUT/demo" --set 'pools.ascend.accelerator="sim:ascend-r2@cuda"' --set 'pools.nvidia.accelerator="cuda"'
+bascule demo 120 run runs/demo.toml --out "$OUT/demo" --set 'pools.ascend.accelerator="sim:ascend-r2@cuda"' --set 'pools.nvidia.accelerator="cuda"'
 part cost 40 "$PYTHON" benchmarks/guard/cost.py --accelerator cuda --preset nano --steps 40
 # Last, with what is left of ten minutes; the longest part: `--resume` goes on from where it was cut off.
 LEFT=$((570 - SECONDS))
