@@ -79,7 +79,7 @@ class RecordedSteps:
             self._refused = True
             self._shapes.clear()
             self._accelerator.empty_cache()
-            self._warn(f"{why} (batches of {words} tokens); all steps go operator by operator")
+            self._warn(f"{why} (batches of {words} tokens)")
             return
         shape.passed += 1
         if shape.passed == TRIALS:
