@@ -7,6 +7,7 @@ result lies where it lay when it was recorded. An operator that makes the host w
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,28 +28,53 @@ class _Noting(TorchDispatchMode):
         return done
 
 
-class Recordings:
-    """An Accelerator.recorder for tensors on `device`; `played` counts."""
+class Graph:
+    """As a back end's graph class (torch.cuda.CUDAGraph and its like), for tensors on `device`; `played` counts."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.played = device, 0
+        self.played = 0
+        self._noting, self._waits = _Noting(), Waits(device)
+        self._modes = ExitStack()
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        self._modes.enter_context(self._noting)
+        self._modes.enter_context(self._waits)
+
+    def capture_end(self) -> None:
+        self._modes.close()
+        if self._waits.seen:
+            raise RuntimeError(f"operation not permitted while recording: {dict(self._waits.seen)}")
+
+    @torch.no_grad()  # a chip plays kernels, of which autograd knows nothing
+    def replay(self) -> None:
+        self.played += 1
+        for func, args, kwargs, kept in self._noting.calls:
+            again = func(*args, **kwargs)
+            for place, value in zip(_tensors(kept), _tensors(again), strict=True):
+                if place.data_ptr() != value.data_ptr():
+                    place.detach().copy_(value)
+
+
+class Recordings:
+    """An Accelerator.recorder for tensors on `device`."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.graphs: list[Graph] = []
+
+    @property
+    def played(self) -> int:
+        return sum(graph.played for graph in self.graphs)
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with _Noting() as noting, Waits(self.device) as waits:
+        graph = Graph(self.device)
+        self.graphs.append(graph)
+        graph.capture_begin()
+        try:
             run()
-        if waits.seen:
-            raise RuntimeError(f"operation not permitted while recording: {dict(waits.seen)}")
-
-        @torch.no_grad()  # a chip plays kernels, of which autograd knows nothing
-        def play() -> None:
-            self.played += 1
-            for func, args, kwargs, kept in noting.calls:
-                again = func(*args, **kwargs)
-                for place, value in zip(_tensors(kept), _tensors(again), strict=True):
-                    if place.data_ptr() != value.data_ptr():
-                        place.detach().copy_(value)
-
-        return play
+        finally:
+            graph.capture_end()
+        return graph.replay
 
 
 def _tensors(value: Any) -> list[Tensor]:

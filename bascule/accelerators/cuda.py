@@ -15,6 +15,7 @@ from bascule.errors import AcceleratorUnavailable
 
 class CudaAccelerator(GenericAccelerator):
     collective_backend = "nccl"
+    graphs = "CUDAGraph"
 
     def info(self) -> ChipInfo:
         properties = torch.cuda.get_device_properties(self.device)

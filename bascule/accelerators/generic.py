@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,6 +13,10 @@ from bascule.accelerators.base import Accelerator, MemoryUse, Recorder, Role
 
 class GenericAccelerator(Accelerator):
     """A device that `torch.accelerator` can drive: cuda, npu, and any private-use device that fills in PyTorch's hooks."""
+
+    graphs: ClassVar[str] = ""
+    """The graph class in the device's own torch module. Those are older than `torch.accelerator.Graph` (torch 2.12), and CUDA had not
+    filled that in when this was written (pytorch pull request 171313)."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
@@ -41,20 +47,43 @@ class GenericAccelerator(Accelerator):
         torch.accelerator.empty_cache()
 
     def recorder(self, role: Role) -> Recorder | None:
-        """`torch.accelerator.Graph`, where this PyTorch has it; whether the back end does shows when it is asked to record."""
-        return self._record if hasattr(torch.accelerator, "Graph") else None
+        """The back end's own graphs, else `torch.accelerator.Graph`; whether they work shows when they are asked to record."""
+        return self._record if self._own_graph() or hasattr(torch.accelerator, "Graph") else None
+
+    def _own_graph(self) -> Any:
+        return getattr(torch.get_device_module(self.device), self.graphs, None) if self.graphs else None  # fmt: skip
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """First once unrecorded, aside: libraries set themselves up at their first call, which no recording may hold."""
+        """First once unrecorded, aside: libraries set themselves up at their first call, which no recording may hold. By hand, not by the
+        back ends' context managers: where a recording fails, those leave their stream behind as the current one."""
         stream = torch.Stream(self.device)
         stream.wait_stream(torch.accelerator.current_stream(self.device))
         with stream:
             run()
         self.synchronize()
-        graph = torch.accelerator.Graph()
-        with stream, graph:
-            run()
-        return graph.replay
+        self.empty_cache()
+        graph, begin = self._graph()
+        with stream:
+            begin()
+            try:
+                run()
+            except BaseException:
+                with suppress(
+                    RuntimeError
+                ):  # of the broken recording, after the error that broke it
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _graph(self) -> tuple[Any, Callable[[], None]]:
+        """(graph, what begins its recording). Other threads, which write snapshots, may go on meanwhile."""
+        if own := self._own_graph():
+            graph = own()
+            return graph, lambda: graph.capture_begin(capture_error_mode="thread_local")
+        graph = torch.accelerator.Graph(capture_error_mode="thread_local")
+        return graph, graph.capture_begin
 
 
 def device_index(name: str, count: int) -> int:

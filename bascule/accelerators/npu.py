@@ -22,6 +22,7 @@ from bascule.errors import AcceleratorUnavailable
 
 class NpuAccelerator(GenericAccelerator):
     collective_backend = "hccl"
+    graphs = "NPUGraph"
 
     def info(self) -> ChipInfo:
         module = torch.get_device_module("npu")

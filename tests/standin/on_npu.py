@@ -29,7 +29,7 @@ from bascule.train import precision
 from bascule.train.optimizer import SplitOptimizer
 from bascule.train.recorded import RECORD_AFTER, TRIALS, RecordedSteps
 from bascule.train.step import Stepper
-from tests.recordings import Recordings
+from tests.recordings import Graph, Recordings
 from tests.train import steps
 from tests.waits import Waits
 
@@ -205,13 +205,19 @@ def test_npu_a_step_waits_once_for_its_figures_and_where_tokens_are_many_for_eac
 
 
 @pytest.mark.parametrize("phase", ["sft", "pretrain", "grpo"])
-def test_npu_a_training_step_can_be_recorded_and_played_back_bit_for_bit(phase: str) -> None:
+def test_npu_a_training_step_is_recorded_by_the_devices_own_graphs_and_played_bit_for_bit(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if STANDIN is not None:
+        monkeypatch.setattr(torch.get_device_module("npu"), "NPUGraph", lambda: Graph("npu"), raising=False)  # fmt: skip
     told: list[str] = []
     chip = open_accelerator("npu")
-    plain, playing = steps.stepper(chip), steps.stepper(chip)
-    recorded = RecordedSteps(chip, Recordings("npu"), tell=told.append, warn=told.append)
-    playing = Stepper(playing.model, chip, router_bias_speed=1e-3, recorded=recorded)
-    losses = []
+    record = chip.recorder("train")
+    assert record is not None
+    recorded = RecordedSteps(chip, record, tell=told.append, warn=told.append)
+    plain = steps.stepper(chip)
+    playing = Stepper(steps.stepper(chip).model, chip, router_bias_speed=1e-3, recorded=recorded)
+    before, losses = torch.accelerator.current_stream(), []
     for stepper in (plain, playing):
         objective = steps.objectives(stepper)[phase]
         stepper.begin(objective)
@@ -222,9 +228,30 @@ def test_npu_a_training_step_can_be_recorded_and_played_back_bit_for_bit(phase: 
             losses.append((stepper is plain, proposal.loss, proposal.grad_norm))
             played = played or proposal.played
     assert played and len(told) == 1
+    assert torch.accelerator.current_stream() == before
     assert [one[1:] for one in losses if one[0]] == [one[1:] for one in losses if not one[0]]
     weights_of = [[one.cpu() for one in each.model_state().values()] for each in (plain, playing)]
     assert all(torch.equal(one, other) for one, other in zip(*weights_of, strict=True))
+
+
+def test_npu_a_recording_that_breaks_says_what_broke_it_and_leaves_the_stream_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if STANDIN is not None:
+        monkeypatch.setattr(torch.get_device_module("npu"), "NPUGraph", lambda: Graph("npu"), raising=False)  # fmt: skip
+    chip, x, count = open_accelerator("npu"), torch.ones(3, device="npu"), [0]
+    record, before = chip.recorder("train"), torch.accelerator.current_stream()
+    assert record is not None
+
+    def run() -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise ValueError("the second time")
+
+    with pytest.raises(ValueError, match="the second time"):
+        record(run)
+    assert torch.accelerator.current_stream() == before
+    assert (x + 1).tolist() == [2.0, 2.0, 2.0]
 
 
 @torch.inference_mode()
