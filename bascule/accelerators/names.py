@@ -43,3 +43,9 @@ def parse_simulated(name: str) -> tuple[str, str]:
     """`sim:ascend-r2:high?onset_step=40@cpu` -> ('ascend-r2:high?onset_step=40', 'cpu')."""
     plant, _, base = name.removeprefix("sim:").partition("@")
     return plant, base or "cpu"
+
+
+def device_of(name: str) -> str:
+    """The kind of device behind an open chip's name: `sim:ascend-r2@cuda:1` -> 'cuda'."""
+    base = parse_simulated(name)[1] if name.startswith("sim:") else name
+    return base.partition(":")[0]

@@ -38,7 +38,7 @@ class ServeConfig(Section):
     )
     precision: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
-        description="of a larger model's matrices on a CPU; bf16 needs its unit there, int8 a C++ compiler; stamps, /version and the server's first line say which",
+        description="of a larger model's matrices; a CPU needs a unit for bf16 and a C++ compiler for int8, other chips have bf16 alone; stamps, /version and the server's first line say which",
     )
     speculate: int = Field(
         0,

@@ -134,13 +134,13 @@ async def _serve(
         )
 
     def open_referee(model: Path, precision: str) -> Broker | None:
-        """The CPU judges what another chip answers, in the same precision."""
+        """The CPU judges what another chip answers: int8 in the same precision, bf16 in fp32, from which its bound was measured."""
         if not recipe.serve.audit_every or all(
             one.accelerator == "cpu" for one in candidates(recipe, records, accelerator)
         ):
             return None
         return Broker(
-            model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1, precision=precision
+            model, [Candidate("referee", "cpu")], threads=recipe.threads, slots=1, precision="fp32" if precision == "bf16" else precision
         )  # fmt: skip
 
     name = recipe.name
@@ -198,7 +198,7 @@ async def _serve(
         chip = service.broker.about
         asked = precision or recipe.serve.precision
         if asked != "fp32" and chip["dtype"] == "float32":
-            _say(f"precision {asked} was asked for; a small model, or one on this chip, is served in fp32.")  # fmt: skip
+            _say(f"precision {asked} was asked for; it is served in fp32: bf16 and int8 are for larger models, int8 for CPUs.")  # fmt: skip
         if chip["kl_to_fp32"]:
             _say(
                 f"It computes in {chip['dtype']}: {chip['kl_to_fp32']:.1e} nats a token from fp32, measured on {chip['chip']}."

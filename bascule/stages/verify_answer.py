@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bascule.accelerators.base import Work
+from bascule.accelerators.names import device_of
 from bascule.data import chat
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import CheckFailed, UsageError
@@ -91,7 +92,7 @@ def verify(
     if _spelled(run.tokenizer, stamp) != _shown(message):
         troubles.append("the text is not what its tokens spell")
     dtype = DTYPES[stamp.dtype]
-    claimed = as_laid_out(model, dtype)
+    claimed = as_laid_out(model, dtype, experts=device_of(stamp.accelerator) != "cpu")
     if dtype == torch.int8:  # its numbers are those of a model of its own, to fp32's rounding
         reference, dtype = Reference(claimed), torch.float32
     with run.accelerator.session(Work("infer", 1)):

@@ -91,3 +91,25 @@ def test_bf16_is_near_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model(TOKENS).logits_BTV
     found = linear.lay_out(model, "bf16")(TOKENS).logits_BTV
     assert 0 < (found - expected).abs().max() < 0.1 * expected.std()
+
+
+@torch.inference_mode()
+def test_what_other_chips_compute_in_bf16_is_what_a_judge_on_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """On a CPU here; on a foreign device: tests/standin/on_npu.py."""
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
+    model = model_of(attention="mla", ffn="moe")
+    there = linear._with(model, lambda plain: linear.HalfLinear(plain, torch.bfloat16), linear.HalfExperts)  # fmt: skip
+    assert sum(isinstance(part, linear.HalfExperts) for part in there.modules()) == len(model.moe_layers()) > 0  # fmt: skip
+    exact, found = model(TOKENS).logits_BTV, there(TOKENS).logits_BTV
+    judge = linear.as_laid_out(model, torch.bfloat16, experts=True)(TOKENS).logits_BTV
+    without = linear.as_laid_out(model, torch.bfloat16)(TOKENS).logits_BTV
+    off = (found - exact).square().mean().sqrt()
+    assert 0 < off < 0.03 * exact.std()
+    assert (found - judge).square().mean().sqrt() < 0.7 * off
+    assert not torch.equal(judge, without)
+    assert linear.lay_out(model.to("meta"), "bf16").lm_head.weight.is_meta
+
+
+def test_a_small_model_on_another_chip_has_no_second_precision() -> None:
+    model = model_of(attention="gqa", ffn="swiglu").to("meta")
+    assert linear.lay_out(model, "bf16") is model is linear.lay_out(model, "int8")

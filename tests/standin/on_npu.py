@@ -19,6 +19,7 @@ from bascule.accelerators.registry import open_accelerator
 from bascule.config.model import ModelConfig
 from bascule.config.training import Precision
 from bascule.errors import AcceleratorUnavailable
+from bascule.infer import linear
 from bascule.infer.batch import Batch
 from bascule.infer.engine import Engine
 from bascule.infer.row import Row
@@ -288,6 +289,48 @@ def test_npu_an_engine_goes_on_where_the_device_cannot_record_and_says_so() -> N
     assert [one.tokens for one in first] == [one.tokens for one in second]
     if STANDIN is not None and hasattr(torch.accelerator, "Graph"):
         assert len(troubles) == 1 and "could not be recorded" in troubles[0]
+
+
+@torch.inference_mode()
+def test_npu_a_larger_model_decodes_in_bf16_near_fp32_and_as_a_judge_on_the_cpu_expects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1024)
+    here, there = model().eval(), open_accelerator("npu").move(model()).eval()
+    batch = Batch(there, slots=2, length=128, eos_id=-1, pad_id=0, precision="bf16", record=Recordings("npu"))  # fmt: skip
+    assert batch.precision == "bf16"
+    row = Row([5, 7, 9], Sampling(max_tokens=40))
+    batch.join([[row]])
+    types = Types()
+    with types:
+        while batch.rows:
+            batch.step()
+    assert types.seen["bmm"] | types.seen["mm"] >= {torch.bfloat16}
+    text = [*row.prompt, *row.said]
+
+    def read(judge: Transformer) -> torch.Tensor:
+        logprobs_TV = judge(torch.tensor([text])).logits_BTV[0, len(row.prompt) - 1 : -1].log_softmax(-1)  # fmt: skip
+        return logprobs_TV.gather(1, torch.tensor(row.said)[:, None])[:, 0]
+
+    said = torch.tensor(row.logprobs)
+    from_fp32 = (said - read(here)).square().mean().sqrt()
+    from_judge = (said - read(linear.as_laid_out(here, torch.bfloat16, experts=True))).square().mean().sqrt()  # fmt: skip
+    assert 1e-5 < from_fp32 < 0.05
+    assert from_judge < from_fp32
+
+
+class Types(TorchDispatchMode):
+    """What matrix products were computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {"mm": set(), "bmm": set()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in self.seen:
+            self.seen[func.overloadpacket.__name__].add(made.dtype)
+        return made
 
 
 class Products(TorchDispatchMode):
