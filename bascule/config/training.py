@@ -160,6 +160,11 @@ class TrainConfig(Section):
         description="how rollouts decode on CPU pools, the same for all pools: one compiled call a step, or torch's operators, "
         "which simulated faults of inference need; auto = compiled unless a pool simulates such a fault",
     )
+    rollout_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of a larger model's matrices in rollouts; bf16 on other chips than CPUs, where it reads half the bytes (an Ascend has no units "
+        "for fp32); what it costs stands in every step's mismatch figures",
+    )
     record_steps: bool = Field(
         True,
         description="record forward and backward pass of a batch shape that was met eight times and play it back, on chips that have such a "

@@ -10,6 +10,7 @@ import torch
 from bascule.accelerators.base import Accelerator, Work
 from bascule.errors import UsageError
 from bascule.infer.batch import Batch
+from bascule.infer.linear import Precision
 from bascule.infer.row import Row
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import Completion
@@ -24,6 +25,7 @@ class Engine:
     `native`: steps in compiled code (decoder.py) where the chip is a CPU in fp32 and there is a compiler. Raises UsageError on a simulated chip
     with faults of inference that act on operators: it would hide them.
     `warn` is told why a step could not be recorded on a chip that plays recordings (recorded.py), once; none is tried any more then.
+    `precision`: of a larger model's matrices (linear.py), read anew from the weights at every call.
     `reproducible`: a completion's tokens and log-probabilities are the same bits whatever else is in the batch (runner.py).
     """
 
@@ -37,6 +39,7 @@ class Engine:
         batch_size: int = 1024,
         reproducible: bool = False,
         native: bool = False,
+        precision: Precision = "fp32",
         on_progress: Callable[[int], None] | None = None,
         warn: Callable[[str], object] = warnings.warn,
     ) -> None:
@@ -50,6 +53,7 @@ class Engine:
         self.batch_size = batch_size
         self.reproducible = reproducible
         self.native = native
+        self.precision: Precision = precision
         self.requests = 0
         self._warn = warn
         self._recorder = accelerator.recorder("infer")
@@ -134,7 +138,7 @@ class Engine:
             length = self.model.config.max_position_embeddings
         return Batch(
             self.model, slots=len(rows), length=length, eos_id=self._eos_id, pad_id=self._pad_id, reproducible=self.reproducible,
-            native=self.native, record=self._recorder,
+            native=self.native, precision=self.precision, record=self._recorder,
         )  # fmt: skip
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

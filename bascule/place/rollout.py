@@ -36,6 +36,7 @@ from bascule.folder import RunFolder
 from bascule.guard.watchdog import STARTING, beat
 from bascule.infer.compiled import compiled, why_not
 from bascule.infer.engine import Engine
+from bascule.infer.linear import Precision
 from bascule.infer.routes import with_routes
 from bascule.infer.sampling import Sampling
 from bascule.infer.sequence import request_from_json
@@ -61,6 +62,7 @@ class Host:
         pad_id: int,
         heartbeat: Path,
         native: bool = False,
+        precision: Precision = "fp32",
         warn: Callable[[str], object] = warnings.warn,
     ) -> None:
         self.pool = pool
@@ -71,7 +73,7 @@ class Host:
         self._heartbeat = heartbeat
         self.model = accelerator.move(Transformer(config)).eval()
         self.engine = Engine(
-            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, native=native, on_progress=self._beat, warn=warn
+            self.model, accelerator, eos_id=eos_id, pad_id=pad_id, native=native, precision=precision, on_progress=self._beat, warn=warn
         )  # fmt: skip
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +233,12 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
             "rollouts decode in torch's operators",
             f"compiled steps were decided, and {why_not()}; a pool whose machine has a compiler would answer in other last bits",
         )
+    precision = recipe.train.rollout_precision
+    if precision != "fp32" and accelerator.device.type == "cpu":
+        precision = "fp32"
+        Ledger(folder.ledger, pool=pool).warn(
+            "rollout precision", "train.rollout_precision = bf16 was asked for; a CPU pool samples in fp32"
+        )  # fmt: skip
     return Host(
         config,
         accelerator,
@@ -239,6 +247,7 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
         pad_id=tokenizer.pad_id,
         heartbeat=heartbeat,
         native=native,
+        precision=precision,
         warn=partial(Ledger(folder.ledger, pool=pool).warn, "steps run operator by operator"),
     )
 

@@ -26,11 +26,13 @@ from bascule.folder import RunFolder
 from bascule.guard import watchdog
 from bascule.infer.engine import Engine
 from bascule.infer.sampling import Sampling
+from bascule.ledger import Ledger, of_kind
 from bascule.model.transformer import Transformer
 from bascule.model.weights import initialise
 from bascule.place import sync
 from bascule.place.client import RolloutClient
-from bascule.records import RolloutRequest
+from bascule.place.rollout import open_host
+from bascule.records import RolloutRequest, Warned
 
 PROMPTS = [[1, 6, 20, 21, 22], [1, 6, 30]]
 
@@ -38,13 +40,14 @@ PROMPTS = [[1, 6, 20, 21, 22], [1, 6, 30]]
 class Running:
     """A run folder with one pool, and its rollout process."""
 
-    def __init__(self, root: Path, accelerator: str = "cpu") -> None:
+    def __init__(self, root: Path, accelerator: str = "cpu", **train: str) -> None:
         self.folder = RunFolder(root / "run").create()
         recipe = recipe_from(
             {
                 "name": "t",
                 "model": {"preset": "tick"},
                 "pools": {"ascend": {"accelerator": accelerator}},
+                "train": train,
             },
             source="test",
         )
@@ -184,3 +187,10 @@ def test_an_engine_that_hangs_is_reported_after_the_patience(running: Running) -
             client.hello()
     finally:
         os.kill(running.process.pid, signal.SIGCONT)
+
+
+def test_a_cpu_pool_samples_in_fp32_whatever_was_asked_and_says_so(tmp_path: Path) -> None:
+    folder = Running(tmp_path, rollout_precision="bf16").folder
+    assert open_host(folder.root, "ascend").engine.precision == "fp32"
+    (warned,) = of_kind(Ledger(folder.ledger).read(), Warned)
+    assert "a CPU pool samples in fp32" in warned.detail

@@ -319,6 +319,22 @@ def test_npu_a_larger_model_decodes_in_bf16_near_fp32_and_as_a_judge_on_the_cpu_
     assert from_judge < from_fp32
 
 
+@torch.inference_mode()
+def test_npu_rollouts_in_bf16_follow_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1024)
+    chip = open_accelerator("npu")
+    made = chip.move(model()).eval()
+    full, half = (Engine(made, chip, eos_id=-1, pad_id=0, precision=one, warn=str) for one in ("fp32", "bf16"))  # fmt: skip
+    asked = [[5, 7, 9], [6, 7]], Sampling(max_tokens=1, temperature=0.0)
+    found = []
+    for _ in range(2):
+        there, here = ([row.logprobs[0] for row in one.generate(*asked)] for one in (full, half))
+        assert here != there and here == pytest.approx(there, abs=0.05)
+        found.append(here)
+        made.lm_head.weight.mul_(3.0)
+    assert found[0] != found[1]
+
+
 class Types(TorchDispatchMode):
     """What matrix products were computed in."""
 
