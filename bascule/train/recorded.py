@@ -2,9 +2,11 @@
 
 What a recording may not change is the run. Before it is played it has to give the very bits that the operators gave, for the batch it was
 recorded with and the next two, with their weights: a value that the host knew while recording would stay in it for ever. It is not used
-either where it would leave too little memory for the steps that the guard looks into, which go operator by operator, and at each of which the
-recording is held to them again: what it gets wrong later is the chip's fault like any other. Whatever a replay learns from stands in `given`, at fixed places; everything else is the model's own weights and buffers, written in
-place. On a real chip none of this has been run yet.
+either where it would leave too little memory for the steps that the guard looks into. Those go operator by operator, and at each of them the
+recording is held to the operators again: what it gets wrong later is the chip's fault like any other.
+
+Whatever a replay learns from stands in `given`, at fixed places; everything else is the model's own weights and buffers, written in place.
+On a real chip none of this has been run yet.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ TRIALS = 3
 MOST_RECORDINGS = 4
 """Recordings kept at a time: each keeps a batch and its gradients beside the rest."""
 
+MOST_COUNTED = 256
+"""Shapes that are counted at a time: GRPO has another one at every step."""
 
 Compute = Callable[[dict[str, Tensor]], Computed]
 
@@ -52,8 +56,9 @@ class RecordedSteps:
         self._refused = False
 
     def clear(self) -> None:
-        """Forget all recordings: another phase has another loss."""
+        """Forget all recordings, and that there were to be none: another phase has another loss and other shapes."""
         self._shapes.clear()
+        self._refused = False
 
     def play(self, tensors: Mapping[str, Tensor]) -> Computed | None:
         """The step of this batch from its recording, in tensors of its own; None where there is none that has passed its trials."""
@@ -69,6 +74,8 @@ class RecordedSteps:
         """Count a step that went operator by operator with nobody looking; when it is due, record its shape or put the recording to trial."""
         if self._refused:
             return
+        if len(self._shapes) >= MOST_COUNTED:
+            self._shapes = {key: one for key, one in self._shapes.items() if one.replay}
         shape = self._shapes.setdefault(_key(tensors), _Shape())
         shape.met += 1
         kept = sum(one.replay is not None for one in self._shapes.values())

@@ -12,7 +12,7 @@ from bascule.accelerators.base import MemoryUse
 from bascule.accelerators.cpu import CpuAccelerator
 from bascule.accelerators.registry import open_accelerator
 from bascule.model.experts import Experts
-from bascule.train.recorded import RECORD_AFTER, TRIALS, RecordedSteps
+from bascule.train.recorded import MOST_COUNTED, RECORD_AFTER, TRIALS, RecordedSteps
 from bascule.train.step import NoJudge, Proposal, Stepper
 from tests.recordings import Recordings
 from tests.train import steps
@@ -157,6 +157,17 @@ def test_a_recording_leaves_room_for_the_steps_that_are_looked_into(free: int | 
     done = trained(stepper(Recordings("cpu"), told, chip), "sft", FIRST + 1)
     assert done[-1].played is played
     assert ("199 MiB free" in "".join(told.warned)) is not played
+
+
+def test_shapes_that_never_come_again_are_forgotten_and_recordings_kept() -> None:
+    playing = stepper(Recordings("cpu"), Told())
+    last = trained(playing, "pretrain", FIRST)[-1]
+    recorded = playing._recorded
+    assert recorded is not None
+    for length in range(2 * MOST_COUNTED):
+        recorded.met({"tokens": torch.zeros(1, length)}, None, None)  # type: ignore[arg-type]
+    assert len(recorded._shapes) <= MOST_COUNTED + 1
+    assert playing.propose(replace(last.batch, step=playing.step + 1)).played
 
 
 def test_another_phase_has_recordings_of_its_own() -> None:
