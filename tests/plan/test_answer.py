@@ -8,13 +8,15 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bascule.errors import RecipeError
 from bascule.plan.answer import Answer, answer
 from bascule.plan.page import render_page
-from bascule.plan.render import cli_text, to_json
+from bascule.plan.render import cli_text, to_json, training_text
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,22 @@ def test_the_finish_is_a_date_with_its_spread(asked: Answer) -> None:
     days = datetime.date.fromisoformat(one["value"]) - datetime.date.today()
     assert abs(days.days - asked.trainings[0].days.value) <= 1.5
     assert "begun today: " in cli_text(asked)
+
+
+def test_a_training_of_a_million_years_has_no_date(asked: Answer) -> None:
+    first = asked.trainings[0]
+    days = replace(first.days, high=4e8)
+    assert "more than a thousand years" in training_text(replace(first, days=days))
+    assert "begun today: " in training_text(first)
+
+
+def test_price_and_power_of_the_users_own_chip_say_where_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('["cheap"]\nlike = "H100 SXM"\nprice_usd_h = 1.0\npower_all_in_w = 900\n')
+    found = answer("llama-3.1-8b", train=["64 x cheap, 1T tokens"], chip_file=path)
+    money, energy = found.trainings[0].money, found.trainings[0].energy
+    assert money and "(the chip file's own)" in money.basis
+    assert "900 W a chip all in (the chip file's own figure)" in energy.basis
 
 
 def test_json_holds_plain_values(asked: Answer) -> None:

@@ -68,6 +68,13 @@ def test_qualify_refuses_a_slip_before_the_first_chip_is_examined(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_folder_that_is_not_there_is_said_to_the_planner(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "runs/tiny.toml", "--chips", "out/nowhere"]) == 2
+    assert "'out/nowhere' is not there" in capsys.readouterr().err
+
+
 def test_a_fault_is_described_in_words_and_knobs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["faults", "bit-rot"]) == 0
     said = capsys.readouterr().out
