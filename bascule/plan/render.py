@@ -8,7 +8,7 @@ from typing import Any
 
 from bascule.plan.anchor import Anchor
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer, expected_bubble
-from bascule.plan.figures import moved, number
+from bascule.plan.figures import count, moved, number
 from bascule.plan.goodput import by_cause
 from bascule.plan.memory import GIB, Memory
 from bascule.plan.service_price import Service
@@ -17,7 +17,7 @@ from bascule.plan.service_price import Service
 def cli_text(answer: Answer) -> str:
     """The whole answer: break-even first where options are compared, then each option, then services."""
     shape = answer.model
-    head = f"{shape.name}: {shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used a token, cache {shape.cache_bytes() / 1e3:,.1f} kB a token (2-byte)"
+    head = f"{shape.name}: {count(shape.parameters)} parameters, {count(shape.active_weights)} used a token, cache {shape.cache_bytes() / 1e3:,.1f} kB a token (2-byte)"
     blocks = [head]
     blocks += [preference_text(one) for one in answer.preferences]
     blocks += [anchors_text(answer)] if answer.anchors or answer.notes else []

@@ -204,3 +204,7 @@ def test_a_precision_that_the_chip_lacks_is_said(chip: str, precision: str, take
     assert any(f"no {precision} matrix units; its {taken} rate" in note for note in notes)
     plain = answer("llama-3.1-8b", train=[f"64 x {chip}, 1T tokens, {taken}"]).trainings[0].notes
     assert not any("matrix units" in note for note in plain)
+
+
+def test_a_small_models_parameters_are_counted_in_its_own_size() -> None:
+    assert cli_text(answer("nano", train=["8 x H100, 1B tokens"])).startswith("nano: 457.7 k param")
