@@ -32,7 +32,7 @@ def check(recipe: Recipe) -> None:
     phases = recipe.phase_steps()
     positions = recipe.model.max_position_embeddings
     if "sft" in phases and recipe.sft.data:
-        conversations.check(Path(recipe.sft.data))
+        conversations.check(Path(recipe.sft.data), origin.tokenizer(recipe), positions)
     if "sft" in phases and recipe.sft.pack_tokens > positions:
         raise RecipeError(
             f"sft.pack_tokens = {recipe.sft.pack_tokens} exceeds model.max_position_embeddings = {positions}. Lower it, or raise the "

@@ -17,6 +17,8 @@ from bascule.records import Warned
 from bascule.stages import material, origin
 from tests.existing import make_llama
 
+SAID = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "4"}]}'
+
 
 def check(**sections: Any) -> None:
     raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, **sections}
@@ -60,7 +62,16 @@ def test_a_misspelt_accelerator_is_refused_before_another_pool_is_examined(
 
 @pytest.mark.parametrize(
     ("lines", "says"),
-    [(None, "cannot be read"), ([""], "holds no conversation"), (['{"messages": 3}'], "line 1")],
+    [
+        (None, "cannot be read"),
+        ([""], "holds no conversation"),
+        (['{"messages": 3}'], "line 1"),
+        ([SAID.replace("user", "wizard")], "line 1: A message has the role 'wizard'"),
+        ([SAID, SAID.replace("hi", "\u4e16")], "line 2: The text holds '\u4e16'"),
+        ([SAID.replace("4", " ")], "leaves nothing to learn: empty responses, 1"),
+        ([SAID.replace("hi", "x" * 500)], "leaves nothing to learn: responses beyond"),
+        ([SAID.replace('"4"', "null")], "no null"),
+    ],
 )
 def test_conversations_that_are_none_are_refused(
     lines: list[str] | None, says: str, tmp_path: Path
