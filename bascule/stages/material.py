@@ -18,6 +18,7 @@ from bascule.data.tasks.base import Problem
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
 from bascule.ledger import Ledger
+from bascule.model import origin as model_origin
 from bascule.plan.lengths import Lengths, assumed, counted
 from bascule.stages import origin
 
@@ -29,6 +30,8 @@ def check(recipe: Recipe) -> None:
     """Raises RecipeError. `recipe` is resolved (origin.resolve)."""
     for pool in recipe.pools.values():
         check_choices(pool.accelerator)
+    if recipe.model.from_:
+        model_origin.refuse_torn(Path(recipe.model.from_))
     phases = recipe.phase_steps()
     positions = recipe.model.max_position_embeddings
     if "sft" in phases and recipe.sft.data:

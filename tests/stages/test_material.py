@@ -10,7 +10,7 @@ import pytest
 
 from bascule.cli import main
 from bascule.config.load import recipe_from
-from bascule.errors import RecipeError
+from bascule.errors import ModelFolderError, RecipeError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
 from bascule.records import Warned
@@ -81,6 +81,23 @@ def test_conversations_that_are_none_are_refused(
         file.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(RecipeError, match=says):
         check(sft={"data": str(file)})
+
+
+def test_a_folder_that_holds_another_model_than_it_says_is_refused(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m")
+    check(model={"from": str(folder)})
+    config = (folder / "config.json").read_text()
+    for old, new in (('hidden_layers": 2', 'hidden_layers": 3'), ('mediate_size": 96', 'mediate_size": 80')):  # fmt: skip
+        (folder / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(ModelFolderError, match="parameters and its config.json means"):
+            check(model={"from": str(folder)})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match="neither model.safetensors nor"):
+        check(model={"from": str(folder)})
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match="names the weight file 'model-00001"):
+        check(model={"from": str(folder)})
 
 
 def test_lengths_and_switches_that_do_not_fit_the_model_are_refused() -> None:
