@@ -103,13 +103,23 @@ def _read(path: str, question: str, answer: str) -> tuple[tuple[str, str], ...]:
             continue
         try:
             entry = json.loads(line)
-            found.setdefault(str(entry[question]).strip(), str(entry[answer]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            asked, right = (_text(entry[field], field) for field in (question, answer))
+            found.setdefault(asked.strip(), right)
+        except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(
                 f"Task '{PREFIX}:{path}': line {number} is no object with '{question}' and '{answer}' ({error!r}). Mend it, or "
                 "name the fields in data.tasks.options."
             ) from None
     return tuple(found.items())
+
+
+def _text(value: Any, field: str) -> str:
+    """Text or a number as text. Raises ValueError for what nobody can ask or answer: null, a list, nothing at all."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"'{field}' is {json.dumps(value):.40}, neither text nor a number")
+    if not str(value).rpartition(_FINAL)[2].strip():
+        raise ValueError(f"'{field}' is empty")
+    return str(value)
 
 
 @functools.cache
@@ -133,7 +143,15 @@ def _same_mathematics(said: str, right: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return text.strip().rstrip(".").replace(",", "").replace("$", "").strip().casefold()
+    return (
+        text.strip()
+        .rstrip(".")
+        .replace(",", "")
+        .replace("$", "")
+        .replace("\u2212", "-")
+        .strip()
+        .casefold()
+    )
 
 
 def _number(text: str) -> Fraction | None:
