@@ -13,7 +13,6 @@ from bascule.accelerators.names import check_choices
 from bascule.config.recipe import Recipe
 from bascule.config.training import TaskConfig
 from bascule.data import conversations, corpus
-from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
@@ -62,9 +61,7 @@ def warn_of_threads(recipe: Recipe, ledger: Ledger) -> None:
 
 def _some(task: TaskConfig, seed: int) -> list[Problem]:
     """A few problems, among them perhaps held-out ones: nothing is learnt here."""
-    found = registry.get(task.name).problems(
-        draws.key(seed, "data.heldout"), LOOKED_AT, task.options
-    )
+    found = corpus.drawn_from(task, draws.key(seed, "data.heldout"), LOOKED_AT)
     if not found:
         raise RecipeError(
             f"Task '{task.name}' has no problem with these options: {dict(task.options)}. Widen them in data.tasks."

@@ -44,6 +44,13 @@ def test_a_task_that_is_not_there_is_refused(task: dict[str, Any], says: str) ->
         check(data={"tasks": [task]})
 
 
+def test_a_task_of_the_users_own_is_found_again_whatever_it_calls_itself() -> None:
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "data": {"tasks": [{"name": "examples.own_task:task"}]}}  # fmt: skip
+    recipe = recipe_from(raw, source="test")
+    material.check(recipe)
+    assert material.lengths(recipe).worked
+
+
 @pytest.mark.parametrize(
     ("accelerator", "says"),
     [
