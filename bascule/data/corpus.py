@@ -67,6 +67,13 @@ def heldout_problems(config: DataConfig) -> list[Problem]:
     return _shuffled(heldout, draws.key(config.eval_seed, "data.order"))
 
 
+def never_trained_on(problems: list[Problem], config: DataConfig, seed: int) -> list[Problem]:
+    """Those of `problems` that a run of this recipe has not learnt from. Only its own held-out problems are sure to be such; of a
+    small family, others drawn with another seed or in greater number are mostly training problems."""
+    learnt = {_identity(problem) for problem in split(config, seed).train}
+    return [problem for problem in problems if _identity(problem) not in learnt]
+
+
 def sft_examples(
     problems: list[Problem],
     seed: int,
