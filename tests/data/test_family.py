@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from reasoning_gym.factory import DATASETS
 
@@ -17,6 +19,18 @@ def test_a_family_is_reached_by_its_name_and_pays_its_own_answers(family: str) -
         assert registry.verify(problem, chat.completion("so", problem.answer)) == 1.0
         assert registry.verify(problem, chat.completion("so", "no idea")) == 0.0
         assert task.trace(problem, 0) is None
+
+
+def test_a_family_that_draws_from_the_common_generator_is_a_function_of_the_seed_all_the_same() -> (
+    None
+):
+    task = registry.get("gym:list_functions")
+    random.seed(1)
+    first, after = task.problems(3, 30, {}), random.random()
+    random.seed(1)
+    assert random.random() == after  # nobody else's draws move
+    assert task.problems(3, 30, {}) == first
+    assert task.problems(4, 30, {}) != first
 
 
 def test_settings_are_the_familys_own_and_wrong_names_are_refused() -> None:
@@ -80,6 +94,7 @@ def test_every_family_makes_problems_pays_their_answers_and_no_nonsense(
     monkeypatch.setattr(scorer, "LIMIT_S", 0.5)
     problems = registry.get(f"gym:{family}").problems(1, 2, {})
     assert problems and all(p.question for p in problems)
+    assert registry.get(f"gym:{family}").problems(1, 2, {}) == problems
     for problem in problems:
         if family not in UNJUDGED:
             assert registry.verify(problem, chat.completion("so", problem.answer)) == 1.0

@@ -6,6 +6,7 @@ them, so each task asks the same problem in a short form of its own.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -27,6 +28,10 @@ _PLAIN = re.compile(r"0|-?[1-9][0-9]*")
 
 _SMALL_SEEDS = ("pool_matrix",)
 """Draws with numpy's old generator, which takes no seed from 2^32 on."""
+
+
+_COMMON_DRAWS = ("list_functions", "composite")
+"""Draw some numbers from Python's common generator, whatever their seed: an item of theirs would be another at every drawing."""
 
 
 def distinct(
@@ -57,7 +62,17 @@ def _entries(name: str, seed: int, size: int, settings: Mapping[str, Any]) -> It
             f"Task '{name}' refuses the options {dict(settings)}: {error}. Change data.tasks.options."
         ) from None
     for index in range(size):
-        yield dataset[index]
+        yield _seeded(dataset, index, gym_seed) if name in _COMMON_DRAWS else dataset[index]
+
+
+def _seeded(dataset: Sequence[Entry], index: int, seed: int) -> Entry:
+    """An item whose draws from the common generator are a function of the seed too; the generator is put back as it was."""
+    before = random.getstate()
+    random.seed(seed + index)
+    try:
+        return dataset[index]
+    finally:
+        random.setstate(before)
 
 
 def verify(name: str, problem: Problem, completion_text: str) -> float:
