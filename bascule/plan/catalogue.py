@@ -56,6 +56,16 @@ class Chip:
     note: str = ""
 
     @property
+    def figures(self) -> str:
+        """What its peaks and bandwidths are, in words."""
+        return {
+            "datasheet": "the chip's datasheet figures",
+            "measured on this machine": "figures measured on this machine",
+            "assumed": "figures assumed for the chip",
+            "stand-in": "another chip's figures in its stead",
+        }[self.basis]
+
+    @property
     def kind(self) -> str:
         """The name that published runs know it by."""
         return self.like or self.name

@@ -8,7 +8,7 @@ from typing import Any
 
 from bascule.plan.anchor import Anchor
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer, expected_bubble
-from bascule.plan.figures import count, moved, number
+from bascule.plan.figures import count, moved, number, tokens
 from bascule.plan.goodput import by_cause
 from bascule.plan.memory import GIB, Memory
 from bascule.plan.service_price import Service
@@ -129,7 +129,7 @@ def finish_text(t: TrainingAnswer, start: datetime.date) -> str:
 def training_text(t: TrainingAnswer) -> str:
     lay, f = t.job.layout, t.failures
     lines = [
-        f"{t.name}, {number(t.ask.tokens / 1e12, 4)} T tokens, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
+        f"{t.name}, {tokens(t.ask.tokens)}, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
         f"  layout   {lay.words()} ({t.layout_basis})",
         f"  step     {figure(Estimate(t.step.seconds, t.step.low, t.step.high, 's', ''))}; {figure(t.tokens_per_s_chip)}",
         "           "

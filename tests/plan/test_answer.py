@@ -15,6 +15,7 @@ import pytest
 
 from bascule.errors import RecipeError
 from bascule.plan.answer import Answer, answer
+from bascule.plan.catalogue import find_chip
 from bascule.plan.page import render_page
 from bascule.plan.render import cli_text, to_json, training_text
 
@@ -208,3 +209,13 @@ def test_a_precision_that_the_chip_lacks_is_said(chip: str, precision: str, take
 
 def test_a_small_models_parameters_are_counted_in_its_own_size() -> None:
     assert cli_text(answer("nano", train=["8 x H100, 1B tokens"])).startswith("nano: 457.7 k param")
+
+
+@pytest.mark.parametrize(("asked_for", "said"), [("2T tokens", "2.000 T tokens"), ("1B tokens", "1.000 B tokens"), ("3 tokens", ", 3 tokens,")])  # fmt: skip
+def test_tokens_are_said_in_the_size_they_have(asked_for: str, said: str) -> None:
+    assert said in cli_text(answer("llama-3.1-8b", train=[f"8 x H100, {asked_for}"]))
+
+
+def test_figures_of_a_measured_chip_are_called_so() -> None:
+    chip = replace(find_chip("H100"), basis="measured on this machine")
+    assert chip.figures == "figures measured on this machine"
