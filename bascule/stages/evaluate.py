@@ -28,6 +28,13 @@ def main(arguments: Namespace) -> Answer:
     """Exit 3 when `evaluate.min_pass_at_1` is set and not reached."""
     run = open_finished(arguments.run, arguments.on)
     phases = run.recipe.train.phases
+    asked = {"--samples": arguments.samples, "--problems": arguments.problems, "--eval-seed": arguments.eval_seed}  # fmt: skip
+    unheard = [name for name, value in asked.items() if value is not None]
+    if unheard and not {"sft", "grpo"} & set(phases):
+        raise UsageError(
+            f"{', '.join(unheard)} is about problems, and this run learnt from text alone (train.phases = {list(phases)}); it is measured in bits "
+            "per byte of its held-out text. Leave the option out."
+        )
     text = _text(run) if "pretrain" in phases else None
     tasks = _tasks(run, arguments) if {"sft", "grpo"} & set(phases) else None
     if text is None or tasks is None:
