@@ -114,6 +114,10 @@ def _messages(path: Path, number: int, line: str) -> list[dict[str, str]]:
         messages: Any = json.loads(line)["messages"]
     except (json.JSONDecodeError, KeyError, TypeError):
         messages = None
+    if chat.HALF_A_CHARACTER.search(json.dumps(messages, ensure_ascii=False)):
+        raise RecipeError(
+            f"sft.data = '{path}', line {number} holds half of a surrogate pair, which is no text. Mend the line."
+        )
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise RecipeError(
             f'sft.data = \'{path}\', line {number} is no {{"messages": [{{"role": .., "content": ..}}, ..]}} with text in every '

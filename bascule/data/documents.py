@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from bascule.data import chat
 from bascule.data.text_tokenizer import TextTokenizer
 from bascule.data.tokenizer import CONTROL, OWN_SETTINGS, TAGS
 from bascule.errors import UsageError
@@ -86,7 +86,7 @@ def _lines(path: Path, field: str) -> Iterator[str]:
                 raise UsageError(
                     f"'{path}', line {number}: '{field}' is a {type(text).__name__}, not text."
                 )
-            if re.search("[\ud800-\udfff]", text):  # json reads them, UTF-8 has no bytes for them
+            if chat.HALF_A_CHARACTER.search(text):
                 raise UsageError(
                     f"'{path}', line {number}: '{field}' holds half of a surrogate pair, which is no text. Mend the line."
                 )

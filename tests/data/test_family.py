@@ -21,10 +21,9 @@ def test_a_family_is_reached_by_its_name_and_pays_its_own_answers(family: str) -
         assert task.trace(problem, 0) is None
 
 
-def test_a_family_that_draws_from_the_common_generator_is_a_function_of_the_seed_all_the_same() -> (
-    None
-):
-    task = registry.get("gym:list_functions")
+@pytest.mark.parametrize("family", ["list_functions", "codeio"])
+def test_what_draws_from_the_common_generator_is_a_function_of_the_seed_too(family: str) -> None:
+    task = registry.get(f"gym:{family}")
     random.seed(1)
     first, after = task.problems(3, 30, {}), random.random()
     random.seed(1)

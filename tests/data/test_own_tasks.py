@@ -74,6 +74,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         ({"question": "1+1", "answer": True}, "neither text nor a number"),
         ({"question": "1+1", "answer": "so it is ####"}, "'answer' is empty"),
         ({"question": " ", "answer": "2"}, "'question' is empty"),
+        ({"question": "\ud800", "answer": "2"}, "'question' holds half of a surrogate pair"),
     ],
 )
 def test_a_line_that_nobody_can_ask_or_answer_is_named(

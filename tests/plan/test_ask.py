@@ -10,7 +10,7 @@ from bascule.errors import RecipeError
 from bascule.plan.answer import answer
 from bascule.plan.ask import parse_serve, parse_train
 from bascule.plan.catalogue import chips, chips_from_toml, find_chip, with_measured
-from bascule.plan.models import model_named
+from bascule.plan.models import model_named, named
 
 
 def test_a_training_is_read() -> None:
@@ -250,6 +250,12 @@ def test_a_config_json_that_no_model_has_is_refused(text: str, tmp_path: Path) -
     path.write_text(text)
     with pytest.raises(RecipeError, match="holds no object|hidden = -4096"):
         model_named(str(path))
+
+
+def test_the_docs_count_models_and_chips_as_they_are() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"one of {len(named())} public names" in page
+    assert f"**Chips**: {len(chips())} by name" in page
 
 
 @pytest.mark.parametrize("said", ["15T tokens", "15 trillion tokens", "15e12 tokens", "1.5e+13 tokens", "15,000 billion tokens"])  # fmt: skip

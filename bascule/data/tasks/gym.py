@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from bascule import draws
 from bascule.data import chat
 from bascule.data.tasks import gym_datasets, scorer
@@ -30,8 +32,11 @@ _SMALL_SEEDS = ("pool_matrix",)
 """Draws with numpy's old generator, which takes no seed from 2^32 on."""
 
 
-_COMMON_DRAWS = ("list_functions", "composite")
-"""Draw some numbers from Python's common generator, whatever their seed: an item of theirs would be another at every drawing."""
+_COMMON_DRAWS = ("list_functions", "codeio", "composite")
+"""Draw some numbers from Python's or numpy's common generator, whatever their seed: an item would be another at every drawing."""
+
+OF_THE_PROCESS = ("codeio",)
+"""Run code whose answers depend on the order of Python's sets, which each process has its own of."""
 
 
 def distinct(
@@ -67,12 +72,14 @@ def _entries(name: str, seed: int, size: int, settings: Mapping[str, Any]) -> It
 
 def _seeded(dataset: Sequence[Entry], index: int, seed: int) -> Entry:
     """An item whose draws from the common generator are a function of the seed too; the generator is put back as it was."""
-    before = random.getstate()
+    before, numpys = random.getstate(), np.random.get_state()
     random.seed(seed + index)
+    np.random.seed((seed + index) % 2**32)
     try:
         return dataset[index]
     finally:
         random.setstate(before)
+        np.random.set_state(numpys)
 
 
 def verify(name: str, problem: Problem, completion_text: str) -> float:

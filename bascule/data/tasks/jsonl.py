@@ -117,6 +117,8 @@ def _text(value: Any, field: str) -> str:
     """Text or a number as text. Raises ValueError for what nobody can ask or answer: null, a list, nothing at all."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"'{field}' is {json.dumps(value):.40}, neither text nor a number")
+    if chat.HALF_A_CHARACTER.search(str(value)):
+        raise ValueError(f"'{field}' holds half of a surrogate pair, which is no text")
     if not str(value).rpartition(_FINAL)[2].strip():
         raise ValueError(f"'{field}' is empty")
     return str(value)
