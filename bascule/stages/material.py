@@ -13,7 +13,6 @@ from bascule.accelerators.names import check_choices
 from bascule.config.recipe import Recipe
 from bascule.config.training import TaskConfig
 from bascule.data import conversations, corpus
-from bascule.data.tasks import gym
 from bascule.data.tasks.base import Problem
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
@@ -58,17 +57,6 @@ def warn_of_threads(recipe: Recipe, ledger: Ledger) -> None:
             "threads", f"threads = {recipe.threads} and this machine has {cores} cores: threads that share a core wait for each other, and a step "
             f"may take many times as long. threads = {cores} is the most that helps; it is part of the bits, so it cannot change within a run.",
         )  # fmt: skip
-
-
-def warn_of_tasks(recipe: Recipe, ledger: Ledger) -> None:
-    """Problems that another process would draw otherwise: a resume learns from others, and what is held out is not the same."""
-    shaky = [f"gym:{name}" for name in gym.OF_THE_PROCESS]
-    for task in recipe.data.tasks:
-        if task.name in shaky:
-            ledger.warn(
-                "task", f"{task.name} runs code whose answers depend on the order of Python's sets, another one in each process: a resume is not exact, and some "
-                "held-out problems are others at each examination. PYTHONHASHSEED=0 before every command that touches the run makes them the same.",
-            )  # fmt: skip
 
 
 def _some(task: TaskConfig, seed: int) -> list[Problem]:

@@ -79,7 +79,6 @@ def run(
         _open_run(recipe, turned, folder, ledger, records)
         try:
             material.warn_of_threads(recipe, ledger)
-            material.warn_of_tasks(recipe, ledger)
             origin.prepare(recipe, folder, ledger)
             plan.plan_run(recipe, ledger)
             qualify.qualify_pools(recipe, folder, ledger, check_stop=stop.check)

@@ -159,14 +159,3 @@ def test_more_threads_than_cores_are_a_warning_that_says_how_many_help(
     material.warn_of_threads(recipe_from({**raw, "threads": 5}, source="test"), ledger)
     (told,) = of_kind(ledger.read(), Warned)
     assert told.what == "threads" and "threads = 4 is the most that helps" in told.detail
-
-
-def test_problems_that_each_process_draws_otherwise_are_a_warning(tmp_path: Path) -> None:
-    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}}
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    material.warn_of_tasks(recipe_from(raw, source="test"), ledger)
-    assert ledger.read() == []
-    codeio = {"tasks": [{"name": "gym:codeio"}]}
-    material.warn_of_tasks(recipe_from({**raw, "data": codeio}, source="test"), ledger)
-    (told,) = of_kind(ledger.read(), Warned)
-    assert told.what == "task" and "PYTHONHASHSEED=0" in told.detail
