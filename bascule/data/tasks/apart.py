@@ -6,6 +6,7 @@ the same ones. A batch costs its start, some two seconds.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import subprocess
@@ -28,11 +29,15 @@ def entries(
     start = 0
     while start < size:
         stop = min(size, start + (AGAIN if start else max(1, first)))
-        yield from _batch(pickle.dumps((name, seed, size, dict(settings), start, stop)))
+        batch: list[dict[str, Any]] = pickle.loads(
+            _drawn(pickle.dumps((name, seed, size, dict(settings), start, stop)))
+        )
+        yield from batch
         start = stop
 
 
-def _batch(asked: bytes) -> list[dict[str, Any]]:
+@functools.lru_cache(maxsize=4)  # a run asks three times for the same few before it begins
+def _drawn(asked: bytes) -> bytes:
     environment = {**whole_environment(), "PYTHONHASHSEED": "0"}
     done = subprocess.run(
         [sys.executable, "-m", __name__], input=asked, capture_output=True, env=environment, check=False,
@@ -41,8 +46,7 @@ def _batch(asked: bytes) -> list[dict[str, Any]]:
         raise RuntimeError(
             f"Problems of reasoning-gym could not be drawn in a process apart (exit {done.returncode}): {done.stderr.decode(errors='replace')[-2000:]}"
         )
-    found: list[dict[str, Any]] = pickle.loads(done.stdout)
-    return found
+    return done.stdout
 
 
 def _main() -> None:
