@@ -44,6 +44,19 @@ def test_a_task_that_is_not_there_is_refused(task: dict[str, Any], says: str) ->
         check(data={"tasks": [task]})
 
 
+def test_a_file_of_questions_is_found_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "data": {"tasks": [{"name": "jsonl:q.jsonl"}, {"name": "gcd"}]}}  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    resolved = origin.resolve(recipe_from(raw, source="test"))
+    assert [one.name for one in resolved.data.tasks] == [f"jsonl:{tmp_path}/q.jsonl", "gcd"]
+    monkeypatch.chdir("/")
+    material.check(resolved)
+    assert origin.resolve(resolved) == resolved
+
+
 def test_a_task_of_the_users_own_is_found_again_whatever_it_calls_itself() -> None:
     raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "data": {"tasks": [{"name": "examples.own_task:task"}]}}  # fmt: skip
     recipe = recipe_from(raw, source="test")

@@ -32,6 +32,12 @@ _FINAL = "####"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes to a calculator
 
 
+def absolute(name: str) -> str:
+    """A task's name with the path in it made absolute; other tasks' names as they are."""
+    prefix, _, path = name.partition(":")
+    return f"{PREFIX}:{Path(path).absolute()}" if prefix == PREFIX and path else name
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """The task of one file. `name` is what the recipe writes: `jsonl:PATH`."""
