@@ -61,6 +61,8 @@ def test_settings_are_the_familys_own_and_wrong_names_are_refused() -> None:
     assert len(problem.answer) == 9
     with pytest.raises(RecipeError, match="no option 'word'"):
         registry.get("gym:spell_backward").problems(0, 1, {"word": 9})
+    with pytest.raises(RecipeError, match="List them in data.tasks"):
+        registry.get("gym:composite")
     with pytest.raises(RecipeError, match="Did you mean.*spell_backward"):
         registry.get("gym:spell_backwards")
 

@@ -32,7 +32,7 @@ _SMALL_SEEDS = ("pool_matrix",)
 """Draws with numpy's old generator, which takes no seed from 2^32 on."""
 
 
-_COMMON_DRAWS = ("list_functions", "composite")
+_COMMON_DRAWS = ("list_functions",)
 """Draw some numbers from Python's or numpy's common generator, whatever their seed: an item would be another at every drawing."""
 
 
