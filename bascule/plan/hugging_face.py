@@ -28,7 +28,7 @@ LINEAR_STATE = 128  # positions' worth of cache that a linear-attention layer's 
 # Layers that do other work than the planner counts, told by a key of the file or by the family: counted as attention their
 # parameters would be off by a quarter to several times.
 UNCOUNTED = re.compile(r"mamba_|n_mamba|ssm_|state_size$|lru_width$|conv_L_cache$|altup_")
-UNCOUNTED_FAMILIES = ("rwkv", "longcat_flash", "jetmoe", "kimi_linear")
+UNCOUNTED_FAMILIES = ("rwkv", "longcat_flash", "jetmoe", "kimi_linear", "dbrx")
 UNCOUNTED_KINDS = re.compile(r"mamba|conv|recurrent")
 ENCODER_FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "albert", "deberta", "modernbert", "xlnet", "t5")  # fmt: skip
 
@@ -139,8 +139,8 @@ def _dense_layers(text: Mapping[str, Any], layers: int) -> int:
 def _windows(text: Mapping[str, Any], family: str, layers: int) -> tuple[int, int]:
     """(layers that see a window only, window in positions); linear attention counts as a window as wide as its state."""
     kinds = [str(kind) for kind in text.get("layer_types") or ()]
-    if "linear_attention" in kinds:
-        return kinds.count("linear_attention"), LINEAR_STATE
+    if linear := kinds.count("linear_attention") or _unlisted_linear(text, layers):
+        return linear, LINEAR_STATE
     chunk = text.get("attention_chunk_size") if family.startswith("llama4") else None
     window = int(text.get("sliding_window") or chunk or 0)
     if not window or not text.get("use_sliding_window", True):
@@ -150,6 +150,15 @@ def _windows(text: Mapping[str, Any], family: str, layers: int) -> tuple[int, in
     if chunk:  # every fourth layer sees all unless the file lists them
         listed = text.get("no_rope_layers") or ()
         return (sum(map(bool, listed)) if listed else layers - layers // 4), window
+    if isinstance(marks := text.get("sliding_window_pattern"), str):  # EXAONE's `LLLG`
+        return sum(marks[at % len(marks)] == "L" for at in range(layers)), window
     if pattern := int(text.get("sliding_window_pattern") or (2 if family.startswith(EVERY_SECOND) else 6 if family.startswith("gemma3") else 0)):  # fmt: skip
         return layers - layers // pattern, window
     return (layers if family.startswith(WINDOWED_FAMILIES) else 0), window
+
+
+def _unlisted_linear(text: Mapping[str, Any], layers: int) -> int:
+    """Layers of linear attention where no `layer_types` lists them: Qwen3-Next attends in every fourth only, MiniMax-01 marks each."""
+    if interval := int(text.get("full_attention_interval") or 0):
+        return layers - layers // interval
+    return list(text.get("attn_type_list") or ()).count(0)

@@ -95,6 +95,22 @@ def test_an_index_that_looks_a_long_context_over_costs_more_than_what_it_selects
     )
 
 
+@pytest.mark.parametrize(
+    ("more", "local", "window"),
+    [
+        ({"full_attention_interval": 4}, 18, 128),
+        ({"attn_type_list": [0, 0, 0, 1] * 6}, 18, 128),
+        ({"sliding_window_pattern": "LLLG", "sliding_window": 4096}, 18, 4096),
+        ({"layer_types": ["full_attention", "linear_attention"] * 12, "full_attention_interval": 4}, 12, 128),
+    ],
+)  # fmt: skip
+def test_layers_that_see_less_are_told_in_every_houses_words(
+    more: dict[str, object], local: int, window: int
+) -> None:
+    shape = from_hugging_face({**PLAIN, **more}, name="one")
+    assert (shape.local_layers, shape.window) == (local, window)
+
+
 PLAIN = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "intermediate_size": 8192, "vocab_size": 32000}  # fmt: skip
 
 
