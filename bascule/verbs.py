@@ -6,9 +6,24 @@ Nothing of bascule is imported here, so that `--help` is quick.
 from __future__ import annotations
 
 import math
+from argparse import Action, ArgumentError, ArgumentTypeError, Namespace
 from argparse import ArgumentParser as Parser
-from argparse import ArgumentTypeError
 from collections.abc import Callable
+from typing import Any
+
+
+class Once(Action):
+    """A word that is said once and is not blank: of two, argparse alone would silently take the last."""
+
+    def __call__(
+        self, parser: Parser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise ArgumentError(self, f"'{before}' and '{values}' were given; keep one of them")
+        if not values.strip():
+            raise ArgumentError(self, "is blank")
+        setattr(namespace, self.dest, values)
 
 
 def positive(text: str) -> int:
@@ -106,11 +121,15 @@ def _plan(parser: Parser) -> None:
     _overrides(parser)
     parser.add_argument(
         "--model",
+        action=Once,
         metavar="MODEL",
         help="a family name (deepseek-v3), a preset, a config.json, or a TOML table",
     )
     parser.add_argument(
-        "--train", metavar="SPEC", help='what to train on, e.g. "2048 x H800, 14.8T tokens"'
+        "--train",
+        action=Once,
+        metavar="SPEC",
+        help='what to train on, e.g. "2048 x H800, 14.8T tokens"',
     )
     parser.add_argument(
         "--versus",

@@ -27,7 +27,11 @@ class PoolConfig(Section):
     )
     price_per_hour: float | None = Field(None, ge=0)
     price_unit: str = "USD"
-    chips: int = Field(1, ge=1)
+    chips: int = Field(
+        1,
+        ge=1,
+        description="chips of the pool that its price counts and whose links are examined where there are several; a run trains on one at a time",
+    )
 
 
 class QualifyConfig(Section):

@@ -18,6 +18,9 @@ BOS, EOS = "<bos>", "<eos>"
 SYSTEM, USER, ASSISTANT = "<system>", "<user>", "<assistant>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
+HALF_A_CHARACTER: Final = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair: JSON can spell it and Python's json reads it, but UTF-8 has no bytes for it and no tokenizer takes it."""
+
 _MARKS: Final = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 TEMPLATE: Final = (

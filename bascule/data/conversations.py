@@ -22,6 +22,9 @@ Example = tuple[list[int], list[int]]
 
 NO_TURN = "conversations without an assistant turn after a question"
 EMPTY = "empty responses"
+TOOLS = "tool calls of turns whose text is learnt"
+LOOKED_AT = 1000
+"""Conversations that are rendered before a run begins; of the others only the form is looked at."""
 
 
 def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Example], Counter[str]]:
@@ -29,30 +32,57 @@ def examples(path: Path, tokenizer: Tokenizer, longest: int) -> tuple[list[Examp
 
     Raises RecipeError for a line that is no conversation, naming it.
     """
-    found: list[Example] = []
     left_out: Counter[str] = Counter()
-    for number, messages in _lines(path):
-        try:
-            turns = list(_turns(messages, tokenizer))
-        except UsageError as error:
-            raise RecipeError(f"sft.data = '{path}', line {number}: {error}") from None
-        left_out[NO_TURN] += not turns
-        for read, said in turns:
-            if len(said) == 1:
-                left_out[EMPTY] += 1
-            elif len(read) + len(said) > longest:
-                left_out[f"responses beyond model.max_position_embeddings = {longest}"] += 1
-            else:
-                found.append((read, said))
-    return found, +left_out
+    lines = _lines(path)
+    return [one for line in lines for one in _learnt(path, line, tokenizer, longest, left_out)], +left_out  # fmt: skip
 
 
-def check(path: Path) -> None:
-    """Is every line a conversation? Raises RecipeError for one that is none, and for a file without any."""
-    if not sum(1 for _ in _lines(path)):
+def check(path: Path, tokenizer: Tokenizer, longest: int) -> None:
+    """Is every line a conversation that this tokenizer can spell, and is there something to learn? Raises RecipeError for a line
+    that is none, and for a file that leaves nothing."""
+    left_out: Counter[str] = Counter()
+    held = learnt = 0
+    for line in _lines(path):
+        if held < LOOKED_AT:
+            learnt += len(_learnt(path, line, tokenizer, longest, left_out))
+        held += 1
+    if not held:
         raise RecipeError(
             f"sft.data = '{path}' holds no conversation. Give one JSON object a line."
         )
+    if not learnt and held <= LOOKED_AT:
+        reasons = "; ".join(f"{why}, {count}" for why, count in (+left_out).items())
+        raise RecipeError(
+            f"sft.data = '{path}' leaves nothing to learn: {reasons}. Give conversations in which a question is answered within the model's positions."
+        )
+
+
+def _learnt(
+    path: Path,
+    line: tuple[int, list[dict[str, str]]],
+    tokenizer: Tokenizer,
+    longest: int,
+    left_out: Counter[str],
+) -> list[Example]:
+    """The examples of one conversation; what is left out is counted in `left_out`. Raises RecipeError naming the line."""
+    number, messages = line
+    try:
+        turns = list(_turns(messages, tokenizer))
+    except UsageError as error:
+        raise RecipeError(f"sft.data = '{path}', line {number}: {error}") from None
+    left_out[NO_TURN] += not turns
+    left_out[TOOLS] += sum(
+        bool(message.get("tool_calls")) for message in messages if message["role"] == "assistant"
+    )
+    found = []
+    for read, said in turns:
+        if len(said) == 1:
+            left_out[EMPTY] += 1
+        elif len(read) + len(said) > longest:
+            left_out[f"responses beyond model.max_position_embeddings = {longest}"] += 1
+        else:
+            found.append((read, said))
+    return found
 
 
 def _turns(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Iterator[Example]:
@@ -84,10 +114,14 @@ def _messages(path: Path, number: int, line: str) -> list[dict[str, str]]:
         messages: Any = json.loads(line)["messages"]
     except (json.JSONDecodeError, KeyError, TypeError):
         messages = None
+    if chat.HALF_A_CHARACTER.search(json.dumps(messages, ensure_ascii=False)):
+        raise RecipeError(
+            f"sft.data = '{path}', line {number} holds half of a surrogate pair, which is no text. Mend the line."
+        )
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise RecipeError(
             f'sft.data = \'{path}\', line {number} is no {{"messages": [{{"role": .., "content": ..}}, ..]}} with text in every '
-            "role and content. Mend the line."
+            "role and content (no null, no list of parts). Mend the line."
         )
     return messages
 

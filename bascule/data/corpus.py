@@ -44,7 +44,7 @@ def split(config: DataConfig, seed: int) -> Split:
     train: list[Problem] = []
     for task, count in _shares(config.tasks, config.train_problems):
         # Held-out problems turn up here too and are dropped: draw as many more as there are, so that `count` are left.
-        drawn = _draw(task, draws.key(seed, "data.train"), count + len(heldout))
+        drawn = drawn_from(task, draws.key(seed, "data.train"), count + len(heldout))
         kept = [problem for problem in drawn if _identity(problem) not in taken][:count]
         if not kept:
             raise RecipeError(
@@ -59,12 +59,19 @@ def heldout_problems(config: DataConfig) -> list[Problem]:
     """The held-out side alone: what evaluation needs."""
     heldout: list[Problem] = []
     for task, count in _shares(config.tasks, config.eval_problems):
-        heldout += _draw(task, draws.key(config.eval_seed, "data.heldout"), count)
+        heldout += drawn_from(task, draws.key(config.eval_seed, "data.heldout"), count)
     if not heldout:
         raise RecipeError(
             "No held-out problem could be drawn; raise data.eval_problems or widen data.tasks.options."
         )
     return _shuffled(heldout, draws.key(config.eval_seed, "data.order"))
+
+
+def never_trained_on(problems: list[Problem], config: DataConfig, seed: int) -> list[Problem]:
+    """Those of `problems` that a run of this recipe has not learnt from. Only its own held-out problems are sure to be such; of a
+    small family, others drawn with another seed or in greater number are mostly training problems."""
+    learnt = {_identity(problem) for problem in split(config, seed).train}
+    return [problem for problem in problems if _identity(problem) not in learnt]
 
 
 def sft_examples(
@@ -96,7 +103,7 @@ def sft_examples(
     ]
 
 
-def _draw(task: TaskConfig, seed: int, count: int) -> list[Problem]:
+def drawn_from(task: TaskConfig, seed: int, count: int) -> list[Problem]:
     """Problems that carry the name the recipe uses, so that the registry finds their task again."""
     found = registry.get(task.name).problems(seed, count, task.options)
     return [dataclasses.replace(problem, task=task.name) for problem in found]

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from bascule.data import chat
 from bascule.data.text_tokenizer import TextTokenizer
 from bascule.data.tokenizer import CONTROL, OWN_SETTINGS, TAGS
 from bascule.errors import UsageError
@@ -17,15 +18,20 @@ from bascule.errors import UsageError
 PLAIN = (".txt", ".md", ".rst", ".py", ".html", ".tex", ".text")
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
+OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")  # beside its tables; no text
 
 
-def files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and of every folder named the files below it whose kind is known, sorted. Raises UsageError for none."""
+def files(paths: Sequence[Path], unknown: Callable[[Path], None]) -> list[Path]:
+    """The files named, and of every folder named the files below it whose kind is known, sorted; `unknown` is told of the others
+    that are not hidden. Raises UsageError for none."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = (one for one in path.rglob("*") if one.suffix in (*PLAIN, *LINES, *TABLES))
-            found += sorted(one for one in below if one.is_file())
+            for one in sorted(one for one in path.rglob("*") if one.is_file()):
+                if one.suffix.lower() in (*PLAIN, *LINES, *TABLES):
+                    found.append(one)
+                elif one.name not in OF_DATASETS and not _hidden(one.relative_to(path)):
+                    unknown(one)
         elif path.is_file():
             found.append(path)
         else:
@@ -37,6 +43,10 @@ def files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def read(
     paths: Iterable[Path], field: str, unreadable: Callable[[Path, str], None]
 ) -> Iterator[str]:
@@ -45,9 +55,9 @@ def read(
     A plain file that is not UTF-8 is left out and `unreadable` is told. Raises UsageError for a damaged line or table.
     """
     for path in paths:
-        if path.suffix in LINES:
+        if path.suffix.lower() in LINES:
             yield from _lines(path, field)
-        elif path.suffix in TABLES:
+        elif path.suffix.lower() in TABLES:
             yield from _table(path, field)
         else:
             yield from _plain(path, unreadable)
@@ -55,7 +65,7 @@ def read(
 
 def _plain(path: Path, unreadable: Callable[[Path, str], None]) -> Iterator[str]:
     try:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         unreadable(path, f"is not UTF-8: {error.reason} at byte {error.start}")
 
@@ -76,6 +86,10 @@ def _lines(path: Path, field: str) -> Iterator[str]:
                 raise UsageError(
                     f"'{path}', line {number}: '{field}' is a {type(text).__name__}, not text."
                 )
+            if chat.HALF_A_CHARACTER.search(text):
+                raise UsageError(
+                    f"'{path}', line {number}: '{field}' holds half of a surrogate pair, which is no text. Mend the line."
+                )
             yield text
 
 
@@ -89,7 +103,7 @@ def _table(path: Path, field: str) -> Iterator[str]:
             f"'{path}' is a table, and pyarrow is not installed. Install it: pip install 'bascule[parquet]'."
         ) from None
     try:
-        if path.suffix == ".arrow":
+        if path.suffix.lower() == ".arrow":
             stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
             schema, batches = stream.schema, iter(stream)
         else:

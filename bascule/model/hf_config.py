@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bascule.config.model import ModelConfig
-from bascule.errors import ModelFolderError, nearest
+from bascule.errors import ModelFolderError
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -155,7 +155,7 @@ def from_hf(raw: Mapping[str, Any], *, source: str, mtp_layers: int = 0) -> Mode
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise ModelFolderError(
-            f"'{source}' has model_type {kind!r}; bascule reads {', '.join(FAMILIES)}.{nearest(str(kind), FAMILIES)} "
+            f"'{source}' has model_type {kind!r}; bascule reads {', '.join(FAMILIES)}. "
             "Convert the model, or choose one of these families."
         )
     for name, allowed, absent in _FIXED[kind]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +55,55 @@ def _files(path: Path) -> list[Path]:
     if format_of(path) == "gguf":
         return [path]
     return [path / "config.json", *sorted(path.glob("*.safetensors"))]
+
+
+def refuse_torn(path: Path) -> None:
+    """Does a Hugging Face folder hold as many numbers as its config.json means? Told from the files' headers, before any chip is
+    examined; which tensor is amiss is said when they are read. Raises ModelFolderError."""
+    if format_of(path) == "gguf":
+        return
+    config = shape(path)
+    sizes: dict[str, int] = {}
+    for file in weight_files(path):
+        if not file.is_file():
+            raise ModelFolderError(
+                f"'{path}' names the weight file '{file.name}' and lacks it. Copy the folder again."
+            )
+        with safe_open(file, framework="np") as opened:
+            sizes |= {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    held = sum(size for name, size in sizes.items() if not _counted_elsewhere(name, config))
+    meant = count.parameters(config, mtp=True)
+    if held != meant:
+        raise ModelFolderError(
+            f"'{path}' holds {held:,} parameters and its config.json means {meant:,}: layers are missing or left over, or their sizes are others. "
+            "Copy or export the folder again."
+        )
+
+
+def _counted_elsewhere(name: str, config: ModelConfig) -> bool:
+    """A router's bias is no parameter; a tied head, and what a prediction layer repeats of the trunk, are counted once."""
+    repeated = name.startswith("model.layers.") and name.endswith(("embed_tokens.weight", "shared_head.head.weight"))  # fmt: skip
+    tied = name == "lm_head.weight" and config.tie_word_embeddings
+    return repeated or tied or name.endswith("e_score_correction_bias")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards its index names, there or not. Raises ModelFolderError where there is neither."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelFolderError(
+            f"'{folder}' was to be read as a model; it has neither model.safetensors nor model.safetensors.index.json. "
+            "Other weight formats are not read: convert with transformers' save_pretrained."
+        )
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFolderError(
+            f"'{index}' is damaged ({error!r}). Copy the folder again."
+        ) from None
+    return [folder / name for name in sorted(set(names))]
 
 
 def _tensor_names(folder: Path) -> list[str]:

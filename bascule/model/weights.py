@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
 from bascule.folder import write_atomic, write_json_atomic
 from bascule.model import hf_config
+from bascule.model.origin import weight_files
 from bascule.model.transformer import Transformer
 from bascule.tensors import save_tensors
 
@@ -219,7 +219,7 @@ def _dtype_of(tensors: Mapping[str, Tensor], folder: Path) -> torch.dtype:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards its index names, on the CPU."""
     found: dict[str, Tensor] = {}
-    for path in _shards(folder):
+    for path in weight_files(folder):
         try:
             found |= load_file(path)
         except FileNotFoundError:
@@ -231,21 +231,3 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"The weight file '{path}' is torn or is no safetensors file ({error}). Copy it again and compare the sizes."
             ) from None
     return found
-
-
-def _shards(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise ModelFolderError(
-            f"'{folder}' was to be read as a model; it has neither model.safetensors nor model.safetensors.index.json. "
-            "Other weight formats are not read: convert with transformers' save_pretrained."
-        )
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFolderError(
-            f"'{index}' is damaged ({error!r}). Copy the folder again."
-        ) from None
-    return [folder / name for name in sorted(set(names))]

@@ -240,7 +240,8 @@ def _assemble(ask: TrainAsk, choice: Choice) -> TrainingAnswer:
     energy = hours.scaled(watts / 1000 * pue / 1000, "MWh", said)
     money = None
     if ask.price_usd_h is not None:
-        note = "given" if ask.price_usd_h != ask.chip.price_usd_h else ask.chip.price_note
+        own = ask.chip.price_note or "the chip file's own"
+        note = "given" if ask.price_usd_h != ask.chip.price_usd_h else own
         money = hours.scaled(
             ask.price_usd_h, "USD", f"{ask.price_usd_h:.2f} USD per chip-hour ({note})"
         )

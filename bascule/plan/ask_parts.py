@@ -12,6 +12,9 @@ from bascule.plan.speed import MULTIPLES
 
 Ask = TypeVar("Ask")  # a frozen dataclass: TrainAsk or ServeAsk
 NUM = r"(?:\d+\.?\d*|\.\d+)"
+POWER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?e\+?\d{1,2}(?![\w.])", re.IGNORECASE)
+# Of tokens only, or of nothing: `1 million in` could be 1,000,000 or the 1,048,576 of a context of 1M.
+WORDED = re.compile(r"(?<=\d)\s*(million|billion|trillion)(?=\s+tokens?\b|\s*(?:$|[,;]))", re.IGNORECASE)  # fmt: skip
 
 
 def quantity(text: str) -> float | None:
@@ -30,10 +33,12 @@ def length(text: str) -> float | None:
 
 def parts_of(text: str) -> list[str]:
     """What stands between the commas (or semicolons, in either script), at least one part; the comma of `6,144 x H800` or
-    `batch 15,360` groups digits."""
+    `batch 15,360` groups digits, `15e12` is written out and `15 trillion tokens` is `15T tokens`."""
     ungrouped = re.sub(
         r"(?<![\w.])\d{1,3}(?:,\d{3})+(?!\d)", lambda found: found[0].replace(",", ""), text
     )
+    ungrouped = POWER.sub(lambda found: f"{float(found[0]):.0f}", ungrouped)
+    ungrouped = WORDED.sub(lambda found: found[1][0].upper(), ungrouped)
     return [part.strip() for part in re.split("[,;，；、]", ungrouped) if part.strip()] or [""]
 
 
@@ -72,21 +77,23 @@ def above_0(part: str, value: float | None) -> float:
 
 def price_of(part: str) -> float | None:
     found = re.fullmatch(
-        rf"\$?\s*(-?{NUM})\s*([a-z$€£¥]*)\s*(?:/|\bper\b)\s*(?:chip-?)?h(?:r|our)?", part.lower()
+        rf"((?:us)?[$€£¥]?)\s*(-?{NUM})\s*([a-z$€£¥]*)\s*(?:/|\bper\b)\s*(?:chip-?)?h(?:r|our)?",
+        part.lower(),
     )
     if not found:
         return None
-    if not found.group(2) and "$" not in part:
-        raise RecipeError(f"'{part}' has no currency; write for instance '{found.group(1)} USD/h'.")
-    if found.group(2) not in ("", "usd", "$", "us$"):
+    before, value, after = found.groups()
+    if not before and not after:
+        raise RecipeError(f"'{part}' has no currency; write for instance '{value} USD/h'.")
+    if not {before, after} <= {"", "usd", "$", "us$"}:
         raise RecipeError(
             f"'{part}': give the price in USD/h (the planner holds no exchange rate)."
         )
-    if float(found.group(1)) < 0:
+    if float(value) < 0:
         raise RecipeError(
             f"'{part}': a price cannot be negative; 0 or more USD per chip and hour is allowed."
         )
-    return float(found.group(1))
+    return float(value)
 
 
 def pue_of(text: str) -> float:

@@ -56,6 +56,16 @@ class Chip:
     note: str = ""
 
     @property
+    def figures(self) -> str:
+        """What its peaks and bandwidths are, in words."""
+        return {
+            "datasheet": "the chip's datasheet figures",
+            "measured on this machine": "figures measured on this machine",
+            "assumed": "figures assumed for the chip",
+            "stand-in": "another chip's figures in its stead",
+        }[self.basis]
+
+    @property
     def kind(self) -> str:
         """The name that published runs know it by."""
         return self.like or self.name
@@ -265,7 +275,8 @@ def _own_chip(name: str, table: Mapping[str, Any]) -> Chip:
     if "like" not in table:
         return Chip(name=name, **table)
     base = find_chip(table["like"])
-    return replace(base, **{"note": "", **table, "name": name, "like": base.name})
+    said = {"note": ""} | ({"price_note": ""} if "price_usd_h" in table else {})
+    return replace(base, **{**said, **table, "name": name, "like": base.name})
 
 
 def with_measured(chip: Chip, measured: Mapping[str, float]) -> Chip:
@@ -277,7 +288,14 @@ def with_measured(chip: Chip, measured: Mapping[str, float]) -> Chip:
 def power_w(chip: Chip) -> tuple[float, str]:
     """All-in watts of a chip with its share of host and network, and what they rest on."""
     if chip.power_all_in_w:
-        return chip.power_all_in_w, "derived from published rack or service figures"
+        known = chips().get(chip.kind)
+        published = known is not None and known.power_all_in_w == chip.power_all_in_w
+        return (
+            chip.power_all_in_w,
+            "derived from published rack or service figures"
+            if published
+            else "the chip file's own figure",
+        )
     if chip.tdp_w:
         return (
             chip.tdp_w * ASSUMED_ALL_IN,

@@ -16,6 +16,22 @@ def number(value: float, digits: int = 3) -> str:
     return f"{rounded:,.0f}" if places <= 0 else f"{rounded:.{places}f}"
 
 
+def count(value: float) -> str:
+    """A number of parameters with one decimal: `682.6 G`, `457.7 k`."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value / 1e3:,.1f} k"
+
+
+def tokens(value: float) -> str:
+    """Tokens as people ask for them: `14.80 T tokens`, `500.0 B tokens`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{number(value / size, 4)} {unit} tokens"
+    return f"{value:,.0f} tokens"
+
+
 def moved(before: Triple, now: Triple) -> str:
     """What the user's own runs did to a forecast: how far it went, and what became of its interval."""
     factor = math.log(before[2] / before[1]) / math.log(now[2] / now[1])

@@ -79,7 +79,7 @@ class Model:
     def _basis(self, job: Job) -> str:
         new = point(job, self.constants)
         known = {p.words["chip"] for p in self.process.points if p.family != OWN}
-        words = f"physics on the chip's {job.chip.basis} figures, corrected by {self.process.basis(new, 'published runs')}"
+        words = f"physics on {job.chip.figures}, corrected by {self.process.basis(new, 'published runs')}"
         if job.chip.kind not in known:
             words += f"; no published training run on {job.chip.kind}"
         return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,28 +18,56 @@ SPELLINGS = {
     "experts": ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
     "topk": ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k"),
 }
-UNGATED = ("gpt2", "gpt_neo", "gptj", "bloom", "opt", "falcon", "mpt", "starcoder2", "nemotron")
+UNGATED = ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "bloom", "opt", "falcon", "mpt", "starcoder2", "nemotron", "arcee", "apertus",
+           "persimmon", "codegen", "phi-")  # fmt: skip
 # Families whose embedding is the head unless the file says otherwise.
 TIED = ("gpt2", "bloom", "opt", "falcon", "mpt", "gemma", "cohere")
 EVERY_SECOND = ("gemma2", "gpt_oss", "cohere2")  # families whose windows alternate without a list
 WINDOWED_FAMILIES = ("mistral", "starcoder2", "phi3")  # a window, when given, holds in every layer
 LINEAR_STATE = 128  # positions' worth of cache that a linear-attention layer's state takes
+# Layers that do other work than the planner counts, told by a key of the file or by the family: counted as attention their
+# parameters would be off by a quarter to several times.
+UNCOUNTED = re.compile(r"mamba_|n_mamba|ssm_|state_size$|lru_width$|conv_L_cache$|altup_")
+UNCOUNTED_FAMILIES = ("rwkv", "longcat_flash", "jetmoe", "kimi_linear", "dbrx")
+UNCOUNTED_KINDS = re.compile(r"mamba|conv|recurrent")
+ENCODER_FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "albert", "deberta", "modernbert", "xlnet", "t5")  # fmt: skip
 
 
 def from_hugging_face(raw: Mapping[str, Any], *, name: str) -> Shape:
     """A `config.json` of a decoder-only model. Raises RecipeError naming the key that is missing."""
     text = raw.get("text_config") or raw.get("llm_config") or raw
     try:
-        return _shape(text, str(text.get("model_type") or raw.get("model_type") or ""), name)
+        family = str(text.get("model_type") or raw.get("model_type") or "")
+        if reason := _uncounted(text, family):
+            raise RecipeError(
+                f"The model configuration '{name}' has {reason}, which the planner does not count; give a decoder whose layers attend, or the sizes of one alike as a TOML table."
+            )
+        return _shape(text, family, name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecipeError(
             f"The model configuration '{name}' lacks or garbles {error}. Give a decoder's Hugging Face config.json."
         ) from None
 
 
+def _uncounted(text: Mapping[str, Any], family: str) -> str:
+    """What of this model no `Shape` can say; empty where nothing is known to be missing."""
+    if key := next((key for key, value in text.items() if UNCOUNTED.search(key) and value), ""):
+        return f"layers of another kind ({key})"
+    if family in UNCOUNTED_FAMILIES:
+        return f"layers of another kind ({family})"
+    listed = [*(text.get("layer_types") or ()), *(text.get("layers_block_type") or ())]
+    if kind := next((str(kind) for kind in listed if UNCOUNTED_KINDS.search(str(kind))), ""):
+        return f"layers of another kind ({kind})"
+    named = " ".join(map(str, text.get("architectures") or ()))
+    if text.get("is_encoder_decoder") or family in ENCODER_FAMILIES or "ForMaskedLM" in named:
+        return "an encoder"
+    return ""
+
+
 def _shape(text: Mapping[str, Any], family: str, name: str) -> Shape:
     hidden, layers, heads = (_size(text, key) for key in ("hidden", "layers", "heads"))
-    experts = _size(text, "experts", 0)
+    experts = _size(text, "experts", 0) if text.get("is_moe", True) else 0
+    shared_key = text.get("multi_query") and not text.get("new_decoder_architecture")
     ffn = _size(text, "ffn", 4 * hidden)
     moe_ffn = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or ffn)
     local, window = _windows(text, family, layers)
@@ -47,11 +76,11 @@ def _shape(text: Mapping[str, Any], family: str, name: str) -> Shape:
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=_size(text, "kv_heads", 1 if text.get("multi_query") else heads),
+        kv_heads=1 if shared_key else _size(text, "kv_heads", heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
         ffn=ffn,
         vocab=int(text["vocab_size"]),
-        gated=not family.startswith(UNGATED),
+        gated=not f"{family}-".startswith(UNGATED),
         tied=bool(text.get("tie_word_embeddings", family.startswith(TIED))),
         latent=_latent(text),
         experts=experts,
@@ -70,8 +99,10 @@ def _shape(text: Mapping[str, Any], family: str, name: str) -> Shape:
 
 def _size(text: Mapping[str, Any], key: str, default: int | None = None) -> int:
     for spelling in SPELLINGS[key]:
-        if text.get(spelling) is not None:
-            return int(text[spelling])
+        if (value := text.get(spelling)) is not None:
+            if isinstance(value, (list, dict)):
+                raise ValueError(f"{spelling} = {value!r:.40}, one number was expected")
+            return int(value)
     if default is None:
         raise KeyError(SPELLINGS[key][0])
     return default
@@ -108,8 +139,8 @@ def _dense_layers(text: Mapping[str, Any], layers: int) -> int:
 def _windows(text: Mapping[str, Any], family: str, layers: int) -> tuple[int, int]:
     """(layers that see a window only, window in positions); linear attention counts as a window as wide as its state."""
     kinds = [str(kind) for kind in text.get("layer_types") or ()]
-    if "linear_attention" in kinds:
-        return kinds.count("linear_attention"), LINEAR_STATE
+    if linear := kinds.count("linear_attention") or _unlisted_linear(text, layers):
+        return linear, LINEAR_STATE
     chunk = text.get("attention_chunk_size") if family.startswith("llama4") else None
     window = int(text.get("sliding_window") or chunk or 0)
     if not window or not text.get("use_sliding_window", True):
@@ -119,6 +150,15 @@ def _windows(text: Mapping[str, Any], family: str, layers: int) -> tuple[int, in
     if chunk:  # every fourth layer sees all unless the file lists them
         listed = text.get("no_rope_layers") or ()
         return (sum(map(bool, listed)) if listed else layers - layers // 4), window
+    if isinstance(marks := text.get("sliding_window_pattern"), str):  # EXAONE's `LLLG`
+        return sum(marks[at % len(marks)] == "L" for at in range(layers)), window
     if pattern := int(text.get("sliding_window_pattern") or (2 if family.startswith(EVERY_SECOND) else 6 if family.startswith("gemma3") else 0)):  # fmt: skip
         return layers - layers // pattern, window
     return (layers if family.startswith(WINDOWED_FAMILIES) else 0), window
+
+
+def _unlisted_linear(text: Mapping[str, Any], layers: int) -> int:
+    """Layers of linear attention where no `layer_types` lists them: Qwen3-Next attends in every fourth only, MiniMax-01 marks each."""
+    if interval := int(text.get("full_attention_interval") or 0):
+        return layers - layers // interval
+    return list(text.get("attn_type_list") or ()).count(0)

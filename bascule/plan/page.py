@@ -14,7 +14,7 @@ from string import Template
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer
 from bascule.plan.charts import Finish, calendar, interval_bars, roofline, stacks, tornado
 from bascule.plan.cost import gemm_peak, memory_bytes_s
-from bascule.plan.figures import Triple, moved, number
+from bascule.plan.figures import Triple, count, moved, number
 from bascule.plan.memory import GIB, stage_parts
 from bascule.plan.memory import shipped_memory as memory_constants
 from bascule.plan.render import LONGEST_DAYS, finish_dates, service_text
@@ -55,7 +55,7 @@ def render_page(answer: Answer, *, start: datetime.date | None = None) -> str:
     shape = answer.model
     return framed(
         f"What would {shape.name} cost?",
-        f"{shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used by a token",
+        f"{count(shape.parameters)} parameters, {count(shape.active_weights)} used by a token",
         _lead(answer),
         sections,
     )

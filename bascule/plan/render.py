@@ -8,7 +8,7 @@ from typing import Any
 
 from bascule.plan.anchor import Anchor
 from bascule.plan.answer import Answer, Estimate, Preference, TrainingAnswer, expected_bubble
-from bascule.plan.figures import moved, number
+from bascule.plan.figures import count, moved, number, tokens
 from bascule.plan.goodput import by_cause
 from bascule.plan.memory import GIB, Memory
 from bascule.plan.service_price import Service
@@ -17,7 +17,7 @@ from bascule.plan.service_price import Service
 def cli_text(answer: Answer) -> str:
     """The whole answer: break-even first where options are compared, then each option, then services."""
     shape = answer.model
-    head = f"{shape.name}: {shape.parameters / 1e9:,.1f} G parameters, {shape.active_weights / 1e9:,.1f} G used a token, cache {shape.cache_bytes() / 1e3:,.1f} kB a token (2-byte)"
+    head = f"{shape.name}: {count(shape.parameters)} parameters, {count(shape.active_weights)} used a token, cache {shape.cache_bytes() / 1e3:,.1f} kB a token (2-byte)"
     blocks = [head]
     blocks += [preference_text(one) for one in answer.preferences]
     blocks += [anchors_text(answer)] if answer.anchors or answer.notes else []
@@ -119,11 +119,17 @@ def finish_dates(
     return middle, low, high
 
 
+def finish_text(t: TrainingAnswer, start: datetime.date) -> str:
+    if t.days.high > LONGEST_DAYS:
+        return "no date: it may take more than a thousand years"
+    finish = finish_dates(t, start)
+    return f"begun today: {finish[0]:%d %b %Y} (80 %: {finish[1]:%d %b %Y} to {finish[2]:%d %b %Y})"
+
+
 def training_text(t: TrainingAnswer) -> str:
     lay, f = t.job.layout, t.failures
-    finish = finish_dates(t, datetime.date.today())
     lines = [
-        f"{t.name}, {number(t.ask.tokens / 1e12, 4)} T tokens, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
+        f"{t.name}, {tokens(t.ask.tokens)}, {t.ask.precision}, sequence {t.job.sequence:,}, batch {t.job.global_batch:,} sequences, software {t.job.software}",
         f"  layout   {lay.words()} ({t.layout_basis})",
         f"  step     {figure(Estimate(t.step.seconds, t.step.low, t.step.high, 's', ''))}; {figure(t.tokens_per_s_chip)}",
         "           "
@@ -142,7 +148,7 @@ def training_text(t: TrainingAnswer) -> str:
         )
     lines += [
         f"  failures {f.failures:,.0f} expected, one every {f.mean_time_to_failure_s / 3600:.1f} h; checkpoint every {f.interval_s / 60:.0f} min (Young/Daly {f.young_daly_s / 60:.0f} min), {f.save_s:.0f} s a save; effective {100 * f.effective:.1f} % (80 %: {100 * f.effective_low:.1f} to {100 * f.effective_high:.1f} %)",
-        f"  finish   {figure(t.days)}; begun today: {finish[0]:%d %b %Y} (80 %: {finish[1]:%d %b %Y} to {finish[2]:%d %b %Y})",
+        f"  finish   {figure(t.days)}; {finish_text(t, datetime.date.today())}",
         f"  cost     {figure(t.chip_hours)}; energy {figure(t.energy)}; "
         + (
             f"money {figure(t.money)}"

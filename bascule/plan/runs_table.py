@@ -59,7 +59,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             reader.fieldnames = [column_name(name) for name in reader.fieldnames or ()]
             raw, header = list(reader), list(reader.fieldnames)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"The table '{path}' cannot be read ({error}).") from None
+        do = " Save it as CSV in UTF-8." if isinstance(error, UnicodeDecodeError) else ""
+        raise RecipeError(f"The table '{path}' cannot be read ({error}).{do}") from None
     for column in ("chip", "model"):
         if raw and column not in header:
             raise RecipeError(

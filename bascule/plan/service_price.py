@@ -17,7 +17,6 @@ from bascule.plan.serving import (
     chosen_batch,
     memory_batch,
     step_s,
-    token_s,
 )
 from bascule.plan.serving_forecast import ServeModel, shipped_serving
 
@@ -26,7 +25,7 @@ MOST_CHIPS = 4096  # of one replica
 
 @dataclass(frozen=True)
 class Service:
-    """One service priced. Rates in tokens a second and chip as (value, low, high); `parts` seconds of a decoding step;
+    """One service priced. Rates in tokens a second and chip as (value, low, high); `parts` seconds of a decoding step, scaled to `tpot_s`;
     `without_own`: decode and prefill by published points alone, where the user's own were taken in."""
 
     ask: ServeAsk
@@ -57,13 +56,15 @@ def replica_chips(shape: Shape, chip: Chip, precision: str) -> int:
 
 
 def within_limit(p: Serving, model: ServeModel) -> Serving:
-    """The point with the largest batch at which the corrected time per token keeps the limit, memory permitting."""
+    """The point with the largest batch at which the corrected time per token keeps the limit, memory permitting; one sequence
+    on the whole replica where even that does not."""
     limit = p.tpot_s or 0.1
 
     def keeps(batch: float) -> bool:
         return batch / model.predict(replace(p, batch=batch))[0] <= limit
 
-    low, high = 0.01, memory_batch(p)
+    high = memory_batch(p)
+    low = min(1 / p.chips, high)
     if keeps(high):
         return replace(p, batch=high)
     for _ in range(14):
@@ -143,15 +144,17 @@ def _priced(shape: Shape, ask: ServeAsk, pue: float, model: ServeModel) -> Servi
     if ask.price_usd_h is not None:
         usd = tuple(x * 1e6 / 3600 * ask.price_usd_h for x in (seconds, low_s, high_s))
     notes = []
-    if token_s(both, model.constants, 0.01) > ask.tpot_s:
+    if tpot > 1.001 * ask.tpot_s:
         notes.append(
-            f"the limit of {ask.tpot_s * 1e3:g} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
+            f"the limit of {ask.tpot_s * 1e3:g} ms a token cannot be kept on {n} chips even for one sequence: its floor is {tpot * 1e3:.1f} ms"
         )
+    parts = step_s(both, model.constants, batch)
+    corrected = tpot * both.accepted / sum(parts.values())
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,
         cache_gb=batch * shape.cached(both.context) * both.cache_bytes / 1e9,
-        memory_gb=ask.chip.memory_gb, parts=step_s(both, model.constants, batch),
+        memory_gb=ask.chip.memory_gb, parts={name: value * corrected for name, value in parts.items()},
         prefill_chips_per_decode_chip=(ask.prompt / ask.completion) * decode[0] / prefill[0],
         usd_per_m_out=(usd[0], usd[1], usd[2]) if usd else None, kwh_per_m_out=seconds * 1e6 / 3600 * watts / 1000 * pue,
         rollout_share=(1 / decode[0]) / (1 / decode[0] + 3 / prefill[0]),

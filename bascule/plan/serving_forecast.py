@@ -163,7 +163,7 @@ class ServeModel:
     def basis(self, p: Serving) -> str:
         """What a forecast rests on, in words."""
         by = self.process.basis(serve_point(p, self.constants), "published points")
-        return f"physics on the chip's {p.chip.basis} figures, corrected by {by}"
+        return f"physics on {p.chip.figures}, corrected by {by}"
 
     def with_anchor(
         self, p: Serving, measured: float, *, name: str = "your service", noise: float = OWN_NOISE

@@ -24,6 +24,12 @@ def differing(runs: Sequence[Sequence[AnyRecord]]) -> list[str]:
     return [name for name in names if any(one.get(name) != recipes[0].get(name) for one in recipes)]
 
 
+def repeated(runs: Sequence[Sequence[AnyRecord]]) -> list[int]:
+    """Seeds that more than one of the runs has: one draw counted twice makes the range look narrower than it is."""
+    found = [int(one.recipe.get("seed", 0)) for run in runs if (one := last(run, RecipeResolved))]
+    return sorted({seed for seed in found if found.count(seed) > 1})
+
+
 def chart(runs: Sequence[Sequence[AnyRecord]]) -> str:
     """Empty when no run was rewarded."""
     curves = [_rewards(run) for run in runs]

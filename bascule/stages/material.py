@@ -13,11 +13,11 @@ from bascule.accelerators.names import check_choices
 from bascule.config.recipe import Recipe
 from bascule.config.training import TaskConfig
 from bascule.data import conversations, corpus
-from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError
 from bascule.ledger import Ledger
+from bascule.model import origin as model_origin
 from bascule.plan.lengths import Lengths, assumed, counted
 from bascule.stages import origin
 
@@ -29,10 +29,12 @@ def check(recipe: Recipe) -> None:
     """Raises RecipeError. `recipe` is resolved (origin.resolve)."""
     for pool in recipe.pools.values():
         check_choices(pool.accelerator)
+    if recipe.model.from_:
+        model_origin.refuse_torn(Path(recipe.model.from_))
     phases = recipe.phase_steps()
     positions = recipe.model.max_position_embeddings
     if "sft" in phases and recipe.sft.data:
-        conversations.check(Path(recipe.sft.data))
+        conversations.check(Path(recipe.sft.data), origin.tokenizer(recipe), positions)
     if "sft" in phases and recipe.sft.pack_tokens > positions:
         raise RecipeError(
             f"sft.pack_tokens = {recipe.sft.pack_tokens} exceeds model.max_position_embeddings = {positions}. Lower it, or raise the "
@@ -59,9 +61,7 @@ def warn_of_threads(recipe: Recipe, ledger: Ledger) -> None:
 
 def _some(task: TaskConfig, seed: int) -> list[Problem]:
     """A few problems, among them perhaps held-out ones: nothing is learnt here."""
-    found = registry.get(task.name).problems(
-        draws.key(seed, "data.heldout"), LOOKED_AT, task.options
-    )
+    found = corpus.drawn_from(task, draws.key(seed, "data.heldout"), LOOKED_AT)
     if not found:
         raise RecipeError(
             f"Task '{task.name}' has no problem with these options: {dict(task.options)}. Widen them in data.tasks."

@@ -9,6 +9,7 @@ from bascule.config.model import ModelConfig
 from bascule.config.recipe import Recipe
 from bascule.data import gguf_tokenizer
 from bascule.data.shards import SPLITS, Shards
+from bascule.data.tasks import jsonl
 from bascule.data.text_tokenizer import TextTokenizer, open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import RecipeError, UsageError
@@ -39,6 +40,11 @@ def resolve_and_derive(recipe: Recipe) -> tuple[Recipe, DialTurned | None]:
     if recipe.sft.data:  # a resume may be typed in another folder
         absolute = {"data": str(Path(recipe.sft.data).absolute())}
         recipe = recipe.model_copy(update={"sft": recipe.sft.model_copy(update=absolute)})
+    tasks = tuple(
+        one.model_copy(update={"name": jsonl.absolute(one.name)}) for one in recipe.data.tasks
+    )
+    if tasks != recipe.data.tasks:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": tasks})})
     if recipe.model.from_ is None:
         if recipe.model.depth is None and recipe.model.preset == "custom":
             return recipe, None

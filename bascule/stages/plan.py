@@ -72,8 +72,9 @@ def _one_question(arguments: Namespace) -> None:
             f"'{words[0]}' is priced on its own pools, and {unheard[0]} is about a model on chips by the thousand; ask one of the two."
         )
     if words and arguments.chips and not Path(arguments.chips).is_dir():
+        there = "is a file" if Path(arguments.chips).exists() else "is not there"
         raise UsageError(
-            f"--chips '{arguments.chips}': a recipe's pools take what qualify measured, from a run's folder such as out/demo; chip files in TOML are for --train and --serve."
+            f"--chips '{arguments.chips}' {there}: a recipe's pools take what qualify measured, from a run's folder such as out/demo; chip files in TOML are for --train and --serve."
         )
     if len(words) > 1:
         raise UsageError(f"bascule plan takes one recipe; {len(words)} words were given.")

@@ -26,12 +26,21 @@ def main(arguments: Namespace) -> Answer:
             f"The runs are not seeds of one recipe: they differ in [{'], ['.join(odd)}]. Name runs of the same recipe with --seeds, "
             "or ask bascule compare-runs."
         )
+    if twice := seeds.repeated([records, *others]):
+        raise UsageError(
+            f"More than one of the runs has seed {', '.join(map(str, twice))}: a range over seeds counts each once. Name runs of different seeds."
+        )
     write(folder, others)
     data = summary(records)
     if others:
         data["seeds"] = seeds.summary([records, *others])
     start_s = records[0].time_s if records else 0.0
     story = [f"  {duration(one.time_s - start_s):>8}  {one.text}" for one in sentences(records)]
+    ended = {phase: of for phase, of in data.get("seeds", {}).items() if phase != "evaluate"}
+    for phase, of in ended.items():
+        story.append(
+            f"  {len(of['pass_at_1'])} seeds after {phase.upper()}: pass@1 {of['mean']:.1%} in the mean, {min(of['pass_at_1']):.1%} to {max(of['pass_at_1']):.1%}."
+        )
     window = f"The longest window of steps that no certified snapshot covered: {data['longest_uncertified_steps']}."
     return Answer(
         text="\n".join([data["headline"], *story, window, f"Report: {folder.report}"]), data=data

@@ -69,7 +69,9 @@ def main(arguments: Namespace) -> Answer:
 
 def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
     """Read everything once: which documents are held out, how many are blank or copies, which files cannot be read."""
-    found = documents.files([Path(name) for name in arguments.files]) if arguments.files else []
+    unknown: list[Path] = []
+    named = [Path(name) for name in arguments.files]
+    found = documents.files(named, unknown.append) if named else []
     source = Source(found, arguments.text_field, _traces(arguments.traces))
     unreadable: list[str] = []
     hashes: set[int] = set()
@@ -85,7 +87,7 @@ def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
             f"{len(hashes)} distinct documents were found in {len(found)} files; one to train on and one to hold out are the least. "
             "Split the text into several files, or one JSON line a document."
         )
-    for line in unreadable:
+    for line in [*unreadable, *_other_kinds(unknown)]:
         say(f"left out: {line}")
     # At least one document is held out, however few there are: the one with the smallest hash.
     limit = max(int(arguments.held_out * 2**64), min(hashes) + 1)
@@ -96,8 +98,20 @@ def _survey(arguments: Namespace) -> tuple[Source, dict[str, int]]:
         "copies_left_out": read - len(hashes),
         "blank_left_out": blank,
         "unreadable_files": len(unreadable),
+        "other_files": len(unknown),
     }
     return replace(source, limit=limit), counts
+
+
+def _other_kinds(unknown: list[Path]) -> list[str]:
+    """What is said of the files below the folders whose kind is not read; nothing where there are none."""
+    if not unknown:
+        return []
+    kinds = ", ".join(sorted({one.suffix or "no ending" for one in unknown}))
+    example = f"{unknown[0]}" + (" and others" if len(unknown) > 1 else "")
+    return [
+        f"{len(unknown)} files of other kinds ({kinds}), for instance {example}; name a file itself to read it as plain text"
+    ]
 
 
 def _traces(recipe: str | None) -> list[str]:
@@ -126,6 +140,8 @@ def _tokenizer(arguments: Namespace, source: Source) -> TextTokenizer:
         say(f"train a byte-level BPE of at most {arguments.vocab_size} tokens")
         return documents.train_tokenizer(source.texts("train"), arguments.vocab_size)
     path = Path(arguments.tokenizer)
+    if path.name == "tokenizer.json":
+        path = path.parent
     found = gguf_tokenizer.load(path) if path.suffix == ".gguf" else open_tokenizer(path)
     if not isinstance(found, TextTokenizer):
         raise UsageError(

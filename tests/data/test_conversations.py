@@ -55,6 +55,12 @@ def test_what_teaches_nothing_is_counted_by_its_reason(tmp_path: Path) -> None:
     assert left_out == {conversations.NO_TURN: 3, conversations.EMPTY: 1}
 
 
+def test_tool_calls_beside_a_text_are_counted(tmp_path: Path) -> None:
+    called = {**TALK[2], "tool_calls": [{"id": "1"}]}
+    found, left_out = conversations.examples(written(tmp_path, {"messages": [TALK[1], called]}), Tokenizer(), 999)  # fmt: skip
+    assert len(found) == 1 and left_out == {conversations.TOOLS: 1}
+
+
 def test_a_line_ends_where_its_json_ends(tmp_path: Path) -> None:
     """Windows' marks and ends of lines, and a line separator inside a string, which json.dumps(ensure_ascii=False) leaves there."""
     path = tmp_path / "chat.jsonl"

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
+
 import pytest
 from reasoning_gym.factory import DATASETS
 
 from bascule.data import chat
-from bascule.data.tasks import registry, scorer
+from bascule.data.tasks import apart, registry, scorer
 from bascule.errors import RecipeError
 
 
@@ -19,6 +24,36 @@ def test_a_family_is_reached_by_its_name_and_pays_its_own_answers(family: str) -
         assert task.trace(problem, 0) is None
 
 
+def test_what_draws_from_the_common_generator_is_a_function_of_the_seed_too() -> None:
+    task = registry.get("gym:list_functions")
+    random.seed(1)
+    first, after = task.problems(3, 30, {}), random.random()
+    random.seed(1)
+    assert random.random() == after  # nobody else's draws move
+    assert task.problems(3, 30, {}) == first
+    assert task.problems(4, 30, {}) != first
+
+
+DRAWN = "from bascule.data.tasks import registry; print([(p.question, p.answer) for p in registry.get('gym:{}').problems(3, 30, {{}})])"
+
+
+@pytest.mark.parametrize("family", ["ransom_note", "codeio"])
+def test_what_depends_on_the_order_of_sets_is_the_same_in_every_process(family: str) -> None:
+    said = [
+        subprocess.run([sys.executable, "-c", DRAWN.format(family)], env={**os.environ, "PYTHONHASHSEED": order},
+                       capture_output=True, text=True, check=True).stdout
+        for order in ("1", "2")
+    ]  # fmt: skip
+    assert said[0] == said[1] and len(said[0]) > 1000
+
+
+def test_entries_drawn_apart_are_the_familys_in_batches() -> None:
+    whole = list(apart.entries("ransom_note", 7, 40, 40, {}))
+    assert list(apart.entries("ransom_note", 7, 40, 5, {})) == whole and len(whole) == 40
+    with pytest.raises(RuntimeError, match="could not be drawn in a process apart"):
+        list(apart.entries("ransom_note", 7, 2, 2, {"no_such_setting": 1}))
+
+
 def test_settings_are_the_familys_own_and_wrong_names_are_refused() -> None:
     [problem] = registry.get("gym:spell_backward").problems(
         0, 1, {"min_word_len": 9, "max_word_len": 9}
@@ -26,6 +61,8 @@ def test_settings_are_the_familys_own_and_wrong_names_are_refused() -> None:
     assert len(problem.answer) == 9
     with pytest.raises(RecipeError, match="no option 'word'"):
         registry.get("gym:spell_backward").problems(0, 1, {"word": 9})
+    with pytest.raises(RecipeError, match="List them in data.tasks"):
+        registry.get("gym:composite")
     with pytest.raises(RecipeError, match="Did you mean.*spell_backward"):
         registry.get("gym:spell_backwards")
 
@@ -80,6 +117,7 @@ def test_every_family_makes_problems_pays_their_answers_and_no_nonsense(
     monkeypatch.setattr(scorer, "LIMIT_S", 0.5)
     problems = registry.get(f"gym:{family}").problems(1, 2, {})
     assert problems and all(p.question for p in problems)
+    assert registry.get(f"gym:{family}").problems(1, 2, {}) == problems
     for problem in problems:
         if family not in UNJUDGED:
             assert registry.verify(problem, chat.completion("so", problem.answer)) == 1.0

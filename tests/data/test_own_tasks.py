@@ -66,6 +66,34 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         task.problems(0, 1, {"split": "test"})
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"question": "1+1", "answer": None}, "'answer' is null, neither text nor a number"),
+        ({"question": "1+1", "answer": ["2"]}, "neither text nor a number"),
+        ({"question": "1+1", "answer": True}, "neither text nor a number"),
+        ({"question": "1+1", "answer": "so it is ####"}, "'answer' is empty"),
+        ({"question": " ", "answer": "2"}, "'question' is empty"),
+        ({"question": "\ud800", "answer": "2"}, "'question' holds half of a surrogate pair"),
+    ],
+)
+def test_a_line_that_nobody_can_ask_or_answer_is_named(
+    tmp_path: Path, line: dict[str, object], says: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "2-5", "answer": "\u22123"}) + "\n" + json.dumps(line))
+    with pytest.raises(RecipeError, match=f"line 2 .*{says}"):
+        registry.get(f"jsonl:{path}").problems(0, 9, {})
+
+
+def test_every_minus_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps({"question": "2-5", "answer": "\u22123"}))
+    task = registry.get(f"jsonl:{path}")
+    [problem] = task.problems(0, 1, {})
+    assert task.verify(problem, "<think>less</think>-3") == 1.0
+
+
 def test_the_example_is_a_task_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     task = registry.get("examples.own_task:task")

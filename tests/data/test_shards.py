@@ -125,6 +125,9 @@ def test_a_given_tokenizer_gives_the_same_tokens(folder: Path, tmp_path: Path) -
     out = tmp_path / "again"
     tokenize.main(arguments([folder.parent / "a.jsonl"], out, tokenizer=str(folder)))
     assert Shards.open(out).index == Shards.open(folder).index
+    file = str(folder / "tokenizer.json")
+    tokenize.main(arguments([folder.parent / "a.jsonl"], tmp_path / "third", tokenizer=file))
+    assert Shards.open(tmp_path / "third").index == Shards.open(folder).index
 
 
 def test_parquet_gives_what_json_lines_give(folder: Path, tmp_path: Path) -> None:
@@ -144,10 +147,34 @@ def test_what_datasets_saved_to_disk_gives_what_json_lines_give(tmp_path: Path) 
     with pyarrow.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:  # fmt: skip
         stream.write_table(table)
     (tmp_path / "state.json").write_text("{}")  # what else lies in such a folder is no text
-    found = list(documents.read(documents.files([tmp_path]), "text", lambda *_: None))
+    found = list(
+        documents.read(documents.files([tmp_path], lambda _: None), "text", lambda *_: None)
+    )
     assert found == [text for text in TEXTS if text.strip()]
     with pytest.raises(UsageError, match="no column 'body'; columns: id, text"):
-        list(documents.read(documents.files([tmp_path]), "body", lambda *_: None))
+        list(documents.read(documents.files([tmp_path], lambda _: None), "body", lambda *_: None))
+
+
+def test_what_a_folder_holds_beside_text_is_told_and_endings_may_be_large(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "A.TXT").write_text("one\n", encoding="utf-8-sig")
+    (tmp_path / "b.JSONL").write_text('{"text": "two"}\n')
+    (tmp_path / "c.csv").write_text("three\n")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden\n")
+    other: list[Path] = []
+    found = documents.files([tmp_path], other.append)
+    assert list(documents.read(found, "text", lambda *_: None)) == ["one\n", "two"]
+    assert other == [tmp_path / "c.csv"]
+    tokenize.main(arguments([tmp_path], tmp_path / "out", vocab_size=300))
+    assert "left out: 1 files of other kinds (.csv), for instance" in capsys.readouterr().err
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(UsageError, match=r"line 2: 'text' holds half of a surrogate pair"):
+        list(documents.read([tmp_path / "bad.jsonl"], "text", lambda *_: None))
 
 
 def test_a_line_without_text_and_a_file_that_is_not_utf8_are_told(tmp_path: Path) -> None:

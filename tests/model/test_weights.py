@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bascule.config.model import ModelConfig
 from bascule.errors import ModelFolderError
-from bascule.model import weights
+from bascule.model import origin, weights
 from bascule.model.transformer import Transformer
 
 TICK = ModelConfig(preset="tick")
@@ -222,3 +222,13 @@ def test_experts_with_gqa_have_no_family(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="'gqa' and ffn 'moe'"):
         weights.save_hf(_model(config), config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", [{"preset": "tick"}, {"depth": 2, "num_nextn_predict_layers": 1}, {"preset": "nano", "attention": "gqa", "ffn": "swiglu"}])  # fmt: skip
+def test_what_we_write_holds_as_many_parameters_as_its_config_means(
+    shape: dict[str, object], tied: bool, tmp_path: Path
+) -> None:
+    config = ModelConfig.model_validate({**shape, "tie_word_embeddings": tied})
+    weights.save_hf(_model(config), config, tmp_path)
+    origin.refuse_torn(tmp_path)

@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bascule.errors import RecipeError
 from bascule.plan.answer import Answer, answer
+from bascule.plan.catalogue import find_chip
 from bascule.plan.page import render_page
-from bascule.plan.render import cli_text, to_json
+from bascule.plan.render import cli_text, to_json, training_text
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,22 @@ def test_the_finish_is_a_date_with_its_spread(asked: Answer) -> None:
     days = datetime.date.fromisoformat(one["value"]) - datetime.date.today()
     assert abs(days.days - asked.trainings[0].days.value) <= 1.5
     assert "begun today: " in cli_text(asked)
+
+
+def test_a_training_of_a_million_years_has_no_date(asked: Answer) -> None:
+    first = asked.trainings[0]
+    days = replace(first.days, high=4e8)
+    assert "more than a thousand years" in training_text(replace(first, days=days))
+    assert "begun today: " in training_text(first)
+
+
+def test_price_and_power_of_the_users_own_chip_say_where_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('["cheap"]\nlike = "H100 SXM"\nprice_usd_h = 1.0\npower_all_in_w = 900\n')
+    found = answer("llama-3.1-8b", train=["64 x cheap, 1T tokens"], chip_file=path)
+    money, energy = found.trainings[0].money, found.trainings[0].energy
+    assert money and "(the chip file's own)" in money.basis
+    assert "900 W a chip all in (the chip file's own figure)" in energy.basis
 
 
 def test_json_holds_plain_values(asked: Answer) -> None:
@@ -186,3 +205,17 @@ def test_a_precision_that_the_chip_lacks_is_said(chip: str, precision: str, take
     assert any(f"no {precision} matrix units; its {taken} rate" in note for note in notes)
     plain = answer("llama-3.1-8b", train=[f"64 x {chip}, 1T tokens, {taken}"]).trainings[0].notes
     assert not any("matrix units" in note for note in plain)
+
+
+def test_a_small_models_parameters_are_counted_in_its_own_size() -> None:
+    assert cli_text(answer("nano", train=["8 x H100, 1B tokens"])).startswith("nano: 457.7 k param")
+
+
+@pytest.mark.parametrize(("asked_for", "said"), [("2T tokens", "2.000 T tokens"), ("1B tokens", "1.000 B tokens"), ("3 tokens", ", 3 tokens,")])  # fmt: skip
+def test_tokens_are_said_in_the_size_they_have(asked_for: str, said: str) -> None:
+    assert said in cli_text(answer("llama-3.1-8b", train=[f"8 x H100, {asked_for}"]))
+
+
+def test_figures_of_a_measured_chip_are_called_so() -> None:
+    chip = replace(find_chip("H100"), basis="measured on this machine")
+    assert chip.figures == "figures measured on this machine"

@@ -73,8 +73,11 @@ def test_a_hugging_face_config_is_read(tmp_path: Path) -> None:
         ({"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": 4096, "vocab_size": 32000}, 7.24, 32, 32),
         ({"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "sliding_window": 131072, "use_sliding_window": False, "vocab_size": 152064}, 7.6, 0, 28),
         ({"model_type": "gpt2", "n_embd": 1600, "n_head": 25, "n_layer": 48, "vocab_size": 50257}, 1.56, 0, 48),
+        ({"model_type": "phi", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 51200}, 1.418, 0, 24),
+        ({"model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "num_kv_heads": 71, "multi_query": True, "new_decoder_architecture": False, "vocab_size": 65024}, 6.92, 0, 32),
+        ({"model_type": "arcee", "hidden_size": 2560, "intermediate_size": 18432, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}, 4.023, 0, 32),
     ],
-    ids=["llama4", "gemma3", "gpt-oss", "mistral", "qwen2", "gpt2"],
+    ids=["llama4", "gemma3", "gpt-oss", "mistral", "qwen2", "gpt2", "phi", "falcon", "arcee"],
 )  # fmt: skip
 def test_families_spell_their_sizes_differently(
     raw: dict[str, object], total_b: float, windowed: int, dense: int
@@ -90,6 +93,45 @@ def test_an_index_that_looks_a_long_context_over_costs_more_than_what_it_selects
     assert sparse.attention_flops(131072) > 2 * replace(sparse, index_width=0).attention_flops(
         131072
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "local", "window"),
+    [
+        ({"full_attention_interval": 4}, 18, 128),
+        ({"attn_type_list": [0, 0, 0, 1] * 6}, 18, 128),
+        ({"sliding_window_pattern": "LLLG", "sliding_window": 4096}, 18, 4096),
+        ({"layer_types": ["full_attention", "linear_attention"] * 12, "full_attention_interval": 4}, 12, 128),
+    ],
+)  # fmt: skip
+def test_layers_that_see_less_are_told_in_every_houses_words(
+    more: dict[str, object], local: int, window: int
+) -> None:
+    shape = from_hugging_face({**PLAIN, **more}, name="one")
+    assert (shape.local_layers, shape.window) == (local, window)
+
+
+PLAIN = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "intermediate_size": 8192, "vocab_size": 32000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"model_type": "jamba", "mamba_d_state": 16}, r"another kind \(mamba_d_state\)"),
+        ({"model_type": "recurrent_gemma", "lru_width": 2560}, "another kind"),
+        ({"layer_types": ["conv", "full_attention"]}, r"another kind \(conv\)"),
+        ({"model_type": "longcat_flash"}, r"another kind \(longcat_flash\)"),
+        ({"model_type": "bert"}, "an encoder"),
+        ({"is_encoder_decoder": True}, "an encoder"),
+        ({"intermediate_size": [8192, 16384]}, r"intermediate_size = \[8192, 16384\], one number"),
+    ],
+)
+def test_a_model_whose_layers_are_not_counted_is_refused(
+    more: dict[str, object], says: str
+) -> None:
+    assert from_hugging_face(PLAIN, name="one").layers == 24
+    with pytest.raises(RecipeError, match=says):
+        from_hugging_face({**PLAIN, **more}, name="one")
 
 
 def test_a_config_without_sizes_says_what_is_missing() -> None:

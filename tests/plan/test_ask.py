@@ -10,7 +10,7 @@ from bascule.errors import RecipeError
 from bascule.plan.answer import answer
 from bascule.plan.ask import parse_serve, parse_train
 from bascule.plan.catalogue import chips, chips_from_toml, find_chip, with_measured
-from bascule.plan.models import model_named
+from bascule.plan.models import model_named, named
 
 
 def test_a_training_is_read() -> None:
@@ -70,6 +70,9 @@ def test_a_service_is_read() -> None:
         ("2048 x H800, 1T tokens, 4096", "'seq 4096', 'batch 4096'"),
         ("2048 x H800, 1T tokens, 1.2.3 USD/h", "not understood"),
         ("2048 x H800, 1T tokens, 2 EUR/h", "in USD/h"),
+        ("2048 x H800, 1T tokens, €2/h", "in USD/h"),
+        ("2048 x H800, 15 trillion", "write '15T tokens'"),
+        ("2048 x H800, 15e12", "write '15000000000000 tokens'"),
         (" , ", "does not start"),
         (
             "2048 x H800, 1T tokens, 2T tokens",
@@ -247,6 +250,18 @@ def test_a_config_json_that_no_model_has_is_refused(text: str, tmp_path: Path) -
     path.write_text(text)
     with pytest.raises(RecipeError, match="holds no object|hidden = -4096"):
         model_named(str(path))
+
+
+def test_the_docs_count_models_and_chips_as_they_are() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"one of {len(named())} public names" in page
+    assert f"**Chips**: {len(chips())} by name" in page
+
+
+@pytest.mark.parametrize("said", ["15T tokens", "15 trillion tokens", "15e12 tokens", "1.5e+13 tokens", "15,000 billion tokens"])  # fmt: skip
+def test_a_number_of_tokens_may_be_written_in_every_usual_way(said: str) -> None:
+    ask = parse_train(f"2048 x H800, {said}, $2/h")
+    assert (ask.tokens, ask.price_usd_h) == (15e12, 2.0)
 
 
 def test_a_million_tokens_may_be_asked_for() -> None:

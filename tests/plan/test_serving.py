@@ -83,6 +83,22 @@ def test_a_replica_of_more_chips_than_serve_together_is_refused_with_the_range()
         price_service(model_named("llama-3.1-8b"), parse_serve("100000 x H100, 50 ms"), pue=1.3)
 
 
+def test_a_limit_that_one_sequence_cannot_keep_is_said_with_its_floor() -> None:
+    shape = model_named("deepseek-v3")
+    floor = price_service(shape, parse_serve("H20, 4k in, 1k out, 0.001 ms"), pue=1.3)
+    assert floor.batch_per_chip == pytest.approx(1 / floor.chips)
+    a_little_below = parse_serve("H20, 4k in, 1k out, 18 ms")  # the physics alone keeps it: 17.4
+    for service in (floor, price_service(shape, a_little_below, pue=1.3)):
+        assert f"its floor is {service.tpot_s[0] * 1e3:.1f} ms" in service.notes[0]
+    kept = price_service(shape, parse_serve("H20, 4k in, 1k out, 50 ms"), pue=1.3)
+    assert not kept.notes and kept.tpot_s[0] <= 0.05
+
+
+def test_the_parts_of_a_decoding_step_add_up_to_its_time() -> None:
+    found = price_service(model_named("deepseek-v3"), parse_serve("H20, 50 ms"), pue=1.3)
+    assert sum(found.parts.values()) == pytest.approx(found.tpot_s[0])
+
+
 def test_the_batch_at_a_limit_keeps_it_to_a_hair() -> None:
     for milliseconds in (30, 60, 120, 400):
         p = replace(LONG, tpot_s=milliseconds / 1e3)

@@ -19,7 +19,7 @@ def written(folder: Path, rewards: list[float], steps: int = 4) -> Path:
     """A run folder whose GRPO earned `rewards` at every second step."""
     folder.mkdir()
     ledger = Ledger(folder / "ledger.jsonl")
-    recipe = {"name": folder.name, "seed": len(rewards), "grpo": {"steps": steps}}
+    recipe = {"name": folder.name, "seed": ord(folder.name), "grpo": {"steps": steps}}
     ledger.append(RecipeResolved(recipe_sha256="ab", recipe=recipe))
     for number, reward in enumerate(rewards):
         ledger.append(
@@ -42,6 +42,13 @@ def test_the_band_lies_between_the_lowest_and_the_highest_seed(tmp_path: Path) -
     assert shares == pytest.approx([0.2, 0.3, 0.6, 0.4], abs=1e-3)
     assert answer.data["seeds"]["grpo"]["pass_at_1"] == [0.4, 0.8, 0.9]
     assert answer.data["seeds"]["grpo"]["lowest"] == 0.4
+    assert "3 seeds after GRPO: pass@1 70.0% in the mean, 40.0% to 90.0%." in answer.text
+
+
+def test_a_seed_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    a = written(tmp_path / "a", [0.2])
+    with pytest.raises(UsageError, match="More than one of the runs has seed 97"):
+        report.main(Namespace(run=str(a), seeds=[str(a)]))
 
 
 def test_an_evaluation_asked_for_later_is_no_point_of_the_seeds() -> None:

@@ -10,12 +10,14 @@ import pytest
 
 from bascule.cli import main
 from bascule.config.load import recipe_from
-from bascule.errors import RecipeError
+from bascule.errors import ModelFolderError, RecipeError
 from bascule.folder import RunFolder
 from bascule.ledger import Ledger, of_kind
 from bascule.records import Warned
 from bascule.stages import material, origin
 from tests.existing import make_llama
+
+SAID = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "4"}]}'
 
 
 def check(**sections: Any) -> None:
@@ -42,6 +44,26 @@ def test_a_task_that_is_not_there_is_refused(task: dict[str, Any], says: str) ->
         check(data={"tasks": [task]})
 
 
+def test_a_file_of_questions_is_found_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "data": {"tasks": [{"name": "jsonl:q.jsonl"}, {"name": "gcd"}]}}  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    resolved = origin.resolve(recipe_from(raw, source="test"))
+    assert [one.name for one in resolved.data.tasks] == [f"jsonl:{tmp_path}/q.jsonl", "gcd"]
+    monkeypatch.chdir("/")
+    material.check(resolved)
+    assert origin.resolve(resolved) == resolved
+
+
+def test_a_task_of_the_users_own_is_found_again_whatever_it_calls_itself() -> None:
+    raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "data": {"tasks": [{"name": "examples.own_task:task"}]}}  # fmt: skip
+    recipe = recipe_from(raw, source="test")
+    material.check(recipe)
+    assert material.lengths(recipe).worked
+
+
 @pytest.mark.parametrize(
     ("accelerator", "says"),
     [
@@ -60,7 +82,17 @@ def test_a_misspelt_accelerator_is_refused_before_another_pool_is_examined(
 
 @pytest.mark.parametrize(
     ("lines", "says"),
-    [(None, "cannot be read"), ([""], "holds no conversation"), (['{"messages": 3}'], "line 1")],
+    [
+        (None, "cannot be read"),
+        ([""], "holds no conversation"),
+        (['{"messages": 3}'], "line 1"),
+        ([SAID.replace("user", "wizard")], "line 1: A message has the role 'wizard'"),
+        ([SAID, SAID.replace("hi", "\u4e16")], "line 2: The text holds '\u4e16'"),
+        ([SAID.replace("4", " ")], "leaves nothing to learn: empty responses, 1"),
+        ([SAID.replace("hi", "x" * 500)], "leaves nothing to learn: responses beyond"),
+        ([SAID.replace('"4"', "null")], "no null"),
+        ([SAID, SAID.replace("hi", "\\ud800")], "line 2 holds half of a surrogate pair"),
+    ],
 )
 def test_conversations_that_are_none_are_refused(
     lines: list[str] | None, says: str, tmp_path: Path
@@ -70,6 +102,23 @@ def test_conversations_that_are_none_are_refused(
         file.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(RecipeError, match=says):
         check(sft={"data": str(file)})
+
+
+def test_a_folder_that_holds_another_model_than_it_says_is_refused(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "m")
+    check(model={"from": str(folder)})
+    config = (folder / "config.json").read_text()
+    for old, new in (('hidden_layers": 2', 'hidden_layers": 3'), ('mediate_size": 96', 'mediate_size": 80')):  # fmt: skip
+        (folder / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(ModelFolderError, match="parameters and its config.json means"):
+            check(model={"from": str(folder)})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match="neither model.safetensors nor"):
+        check(model={"from": str(folder)})
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match="names the weight file 'model-00001"):
+        check(model={"from": str(folder)})
 
 
 def test_lengths_and_switches_that_do_not_fit_the_model_are_refused() -> None:

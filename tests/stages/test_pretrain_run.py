@@ -86,6 +86,8 @@ def test_evaluate_measures_the_text_too_and_alone_where_no_task_was_learnt(
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assert main(["evaluate", str(folder)]) == 0
     assert "pass@1" not in capsys.readouterr().out
+    assert main(["evaluate", str(folder), "--samples", "4"]) == 2
+    assert "--samples is about problems, and this run learnt from text alone" in capsys.readouterr().err  # fmt: skip
 
 
 def test_evaluate_refuses_another_text_than_the_runs(

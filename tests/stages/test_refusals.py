@@ -68,6 +68,27 @@ def test_qualify_refuses_a_slip_before_the_first_chip_is_examined(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--train", "8 x H100, 1T tokens", "--train", "8 x B200, 1T tokens"], "keep one of them"),
+        (["--model", "", "--train", "8 x H100, 1T tokens"], "--model: is blank"),
+    ],
+)
+def test_a_question_that_would_go_unheard_is_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["plan", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_run_folder_that_is_not_there_is_said_to_the_planner(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "runs/tiny.toml", "--chips", "out/nowhere"]) == 2
+    assert "'out/nowhere' is not there" in capsys.readouterr().err
+
+
 def test_a_fault_is_described_in_words_and_knobs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["faults", "bit-rot"]) == 0
     said = capsys.readouterr().out

@@ -21,6 +21,10 @@ class Family:
     family: str
 
     def __post_init__(self) -> None:
+        if self.family == "composite":
+            raise RecipeError(
+                "Task 'gym:composite' mixes other families, which no option of a recipe can name. List them in data.tasks, each with its weight."
+            )
         try:
             gym_datasets.kind(self.family)
         except KeyError:

@@ -6,14 +6,17 @@ them, so each task asks the same problem in a short form of its own.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from bascule import draws
 from bascule.data import chat
-from bascule.data.tasks import gym_datasets, scorer
+from bascule.data.tasks import apart, gym_datasets, scorer
 from bascule.data.tasks.base import Options, Problem
 from bascule.errors import RecipeError, nearest
 
@@ -29,6 +32,10 @@ _SMALL_SEEDS = ("pool_matrix",)
 """Draws with numpy's old generator, which takes no seed from 2^32 on."""
 
 
+_COMMON_DRAWS = ("list_functions",)
+"""Draw some numbers from Python's or numpy's common generator, whatever their seed: an item would be another at every drawing."""
+
+
 def distinct(
     name: str,
     seed: int,
@@ -38,7 +45,7 @@ def distinct(
 ) -> list[Problem]:
     """Draw entries of dataset `name` until `count` problems with distinct keys are found or the family seems used up."""
     found: dict[str, Problem] = {}
-    for entry in _entries(name, seed, _DRAWS_PER_PROBLEM * count + 64, settings):
+    for entry in _entries(name, seed, _DRAWS_PER_PROBLEM * count + 64, count, settings):
         if len(found) >= count:
             break
         problem = convert(entry)
@@ -47,7 +54,9 @@ def distinct(
     return list(found.values())
 
 
-def _entries(name: str, seed: int, size: int, settings: Mapping[str, Any]) -> Iterator[Entry]:
+def _entries(
+    name: str, seed: int, size: int, first: int, settings: Mapping[str, Any]
+) -> Iterator[Entry]:
     # reasoning-gym draws item i from Random(seed + i): neighbouring seeds would share almost all items, hence the hash.
     gym_seed = draws.key(seed, f"gym.{name}") >> (33 if name in _SMALL_SEEDS else 1)
     try:
@@ -56,8 +65,23 @@ def _entries(name: str, seed: int, size: int, settings: Mapping[str, Any]) -> It
         raise RecipeError(
             f"Task '{name}' refuses the options {dict(settings)}: {error}. Change data.tasks.options."
         ) from None
+    if name in apart.FAMILIES:
+        yield from apart.entries(name, gym_seed, size, first, settings)
+        return
     for index in range(size):
-        yield dataset[index]
+        yield seeded(dataset, index, gym_seed) if name in _COMMON_DRAWS else dataset[index]
+
+
+def seeded(dataset: Sequence[Entry], index: int, seed: int) -> Entry:
+    """An item whose draws from the common generator are a function of the seed too; the generator is put back as it was."""
+    before, numpys = random.getstate(), np.random.get_state()
+    random.seed(seed + index)
+    np.random.seed((seed + index) % 2**32)
+    try:
+        return dataset[index]
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpys)
 
 
 def verify(name: str, problem: Problem, completion_text: str) -> float:

@@ -32,6 +32,12 @@ _FINAL = "####"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes to a calculator
 
 
+def absolute(name: str) -> str:
+    """A task's name with the path in it made absolute; other tasks' names as they are."""
+    prefix, _, path = name.partition(":")
+    return f"{PREFIX}:{Path(path).absolute()}" if prefix == PREFIX and path else name
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """The task of one file. `name` is what the recipe writes: `jsonl:PATH`."""
@@ -103,13 +109,25 @@ def _read(path: str, question: str, answer: str) -> tuple[tuple[str, str], ...]:
             continue
         try:
             entry = json.loads(line)
-            found.setdefault(str(entry[question]).strip(), str(entry[answer]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            asked, right = (_text(entry[field], field) for field in (question, answer))
+            found.setdefault(asked.strip(), right)
+        except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(
                 f"Task '{PREFIX}:{path}': line {number} is no object with '{question}' and '{answer}' ({error!r}). Mend it, or "
                 "name the fields in data.tasks.options."
             ) from None
     return tuple(found.items())
+
+
+def _text(value: Any, field: str) -> str:
+    """Text or a number as text. Raises ValueError for what nobody can ask or answer: null, a list, nothing at all."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"'{field}' is {json.dumps(value):.40}, neither text nor a number")
+    if chat.HALF_A_CHARACTER.search(str(value)):
+        raise ValueError(f"'{field}' holds half of a surrogate pair, which is no text")
+    if not str(value).rpartition(_FINAL)[2].strip():
+        raise ValueError(f"'{field}' is empty")
+    return str(value)
 
 
 @functools.cache
@@ -133,7 +151,15 @@ def _same_mathematics(said: str, right: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return text.strip().rstrip(".").replace(",", "").replace("$", "").strip().casefold()
+    return (
+        text.strip()
+        .rstrip(".")
+        .replace(",", "")
+        .replace("$", "")
+        .replace("\u2212", "-")
+        .strip()
+        .casefold()
+    )
 
 
 def _number(text: str) -> Fraction | None:
