@@ -14,6 +14,7 @@ from bascule.plan.serving import (
     MEMORY_USABLE,
     WEIGHT_BYTES,
     Serving,
+    as_run,
     chosen_batch,
     memory_batch,
     step_s,
@@ -97,11 +98,13 @@ def operating_point(shape: Shape, ask: ServeAsk) -> Serving:
     n = ask.chips or max(
         replica_chips(shape, ask.chip, ask.precision), 32 if shape.experts >= 64 else 1
     )
+    precision, weight_bytes = as_run(shape, ask.chip, ask.precision)
     wanted = Serving(
         shape=shape,
         chip=ask.chip,
         chips=n,
-        precision=ask.precision,
+        precision=precision,
+        weight_bytes=weight_bytes,
         phase="decode",
         prompt=ask.prompt,
         completion=ask.completion,
