@@ -150,6 +150,10 @@ def _priced(shape: Shape, ask: ServeAsk, pue: float, model: ServeModel) -> Servi
         notes.append(
             f"the limit of {ask.tpot_s * 1e3:g} ms a token cannot be kept on {n} chips even for one sequence: its floor is {token_s(both, model.constants, 0.01) * 1e3:.0f} ms"
         )
+    if (both.precision, both.element_bytes) != (ask.precision, WEIGHT_BYTES[ask.precision]):
+        notes.append(
+            f"{shape.name} is released with 4-bit weights alone; on {ask.chip.name} they run as {both.precision}, not as {ask.precision} weights"
+        )
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,

@@ -154,3 +154,8 @@ def test_weights_released_at_4_bits_stay_so_and_are_unpacked_where_no_kernel_tak
     assert row["precision"] == "FP8" and (read.precision, read.element_bytes) == ("bf16", 0.5625)
     asked = operating_point(shape, parse_serve("H100, 4k in, 1k out, 50 ms"))
     assert (asked.precision, asked.element_bytes) == ("bf16", 0.5625)
+    said = price_service(shape, parse_serve("H100, 4k in, 1k out, 50 ms"), pue=1.3).notes
+    assert said == (
+        "gpt-oss-120b is released with 4-bit weights alone; on H100 SXM they run as bf16, not as fp8 weights",
+    )
+    assert price_service(llama, parse_serve("H100, 4k in, 1k out, 50 ms"), pue=1.3).notes == ()
