@@ -1,9 +1,9 @@
 """How wrong the planner is, beside what anyone could do without one. Prints the tables of docs/plan.md.
 
-    python benchmarks/plan_score.py [--runs FILE.csv] [--inference FILE.csv] [--verified-only]
+    python benchmarks/plan_score.py [--runs FILE.csv] [--inference FILE.csv] [--refit]
 
 Each row is predicted with its family, its paper or table, its chip, its model, its vendor, or only itself left out, and each
-training row with its family left out but for one anchor run. Baselines see the same rows under the same rule:
+training row with its family, its chip and stack, or its chip left out but for one anchor run. Baselines see the same rows under the same rule:
 fixed 40 % of the bf16 peak, and the median share of peak by (chip, precision, dense or sparse) of the other families. The
 peers' own figures come from their papers or from running them (docs/plan.md says which).
 """
@@ -11,6 +11,7 @@ peers' own figures come from their papers or from running them (docs/plan.md say
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from bascule.plan.forecast import model_from, shipped
 from bascule.plan.memory import GIB
 from bascule.plan.runs_table import Row, job_of, read_rows
 from bascule.plan.score import (
+    Group,
     Scored,
     as_text,
     by_family,
@@ -109,28 +111,43 @@ def published(row: Row) -> float:
     return measured_tokens(row) or 1.0
 
 
-def one_anchor(rows: Sequence[Row], turn: int = 0) -> list[Scored]:
-    """Every family of two or more rows: one row is the anchor (one measured run, trusted as its owner's), the others are scored."""
-    members: dict[str, list[str]] = {}
+def one_anchor(rows: Sequence[Row], turn: int = 0, *, of: Group = by_family) -> list[Scored]:
+    """Every group (`of`) of two or more rows is forgotten but for one row, its anchor (one measured run, trusted as its owner's;
+    published runs of other groups are trusted as ever); the others are scored."""
+    group = {point.name: of(point) for point in shipped().process.points}
+    members: dict[str, list[Row]] = {}
     for row in rows:
-        members.setdefault(row["family"], []).append(row["id"])
-    known = {names[turn] for names in members.values() if len(names) > max(1, turn)}
-    found = score_training(
-        rows, shipped().trusting(known), by=lambda p: p.name if p.name in known else p.family
-    )
-    anchored = {family for family, names in members.items() if known & set(names)}
-    return [one for one in found if one.family in anchored and one.name not in known]
+        members.setdefault(group[row["id"]], []).append(row)
+    return [
+        one
+        for sisters in members.values()
+        if len(sisters) > max(1, turn)
+        for one in beside(sisters[turn], sisters, of)
+    ]
 
 
-def each_anchor(rows: Sequence[Row]) -> list[Scored]:
-    """The same with every row in its turn the anchor of its family, all pooled."""
+def beside(anchor: Row, sisters: Sequence[Row], of: Group) -> list[Scored]:
+    """The other rows of a group as forecast where only its anchor is known."""
+    name = anchor["id"]
+    others = [row for row in sisters if row["id"] != name]
+    model = shipped().trusting({name})
+    return score_training(others, model, by=lambda p: p.name if p.name == name else of(p))
+
+
+def each_anchor(rows: Sequence[Row], *, of: Group = by_family) -> list[Scored]:
+    """The same with every row in its turn the anchor of its group, all pooled."""
     found: list[Scored] = []
     turn = 0
-    while more := one_anchor(rows, turn):
+    while more := one_anchor(rows, turn, of=of):
         found, turn = found + more, turn + 1
     return found
 
 
+ANCHORED: dict[str, Group] = {
+    "family": by_family,
+    "chip and its stack": lambda p: f"{p.words['chip']}, {p.words['stack']}",
+    "chip": lambda p: p.words["chip"],
+}
 LEFT_OUT = {
     "family": by_family,
     "only the row": lambda p: p.name,
@@ -141,14 +158,17 @@ LEFT_OUT = {
 }
 
 
-def refitted(rows: Sequence[Row], folds: int = 8) -> list[Scored]:
-    """The honest check of (a): everything, sizes included, fitted again without each fold of families."""
-    families = sorted({row["family"] for row in rows})
+def refitted(rows: Sequence[Row], folds: int = 8, *, by: str = "family") -> list[Scored]:
+    """The honest check of (a): everything, sizes included, fitted again without each fold of families, or of single rows (`by`
+    their `id`, shuffled by one seed)."""
+    names = sorted({row[by] for row in rows})
+    if by == "id":
+        random.Random(0).shuffle(names)
     result: list[Scored] = []
     for fold in range(folds):
-        held = set(families[fold::folds])
-        model = model_from(fit_training([row for row in rows if row["family"] not in held]))
-        result += score_training([row for row in rows if row["family"] in held], model)
+        held = set(names[fold::folds])
+        model = model_from(fit_training([row for row in rows if row[by] not in held]))
+        result += score_training([row for row in rows if row[by] in held], model)
     return result
 
 
@@ -191,8 +211,9 @@ def main() -> None:
     for name in ("family", "whole paper or table"):
         cases = [row for row in anchors if row["family"].startswith("simumax")]
         show(f"training, SimuMax's B200 cases, {name} left out", score_training(cases, by=LEFT_OUT[name]))  # fmt: skip
-    show("training, family left out but for one anchor run", one_anchor(anchors))
-    show("training, the same, every row in turn the anchor", each_anchor(anchors))
+    for name, of in ANCHORED.items():
+        show(f"training, {name} left out but for one anchor run", one_anchor(anchors, of=of))
+        show("training, the same, every row in turn the anchor", each_anchor(anchors, of=of))
     show("  baseline: 40 % of the bf16 peak", baseline(rows, scored, fixed))
     show(
         "  baseline: median share of peak by chip, precision, dense or sparse",
@@ -203,6 +224,7 @@ def main() -> None:
         show("training, rows marked recall (never used)", score_training(recalled))
     if options.refit:
         show("training, refitted in eight folds", refitted(anchors))
+        show("training, refitted without each random fifth", refitted(anchors, 5, by="id"))
     printed = memory_rows(rows)
     show("memory, as shipped", score_memory(printed))
     held = memory_left_out(printed)

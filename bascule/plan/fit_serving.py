@@ -23,7 +23,7 @@ from bascule.plan.serving_forecast import (
 )
 from bascule.plan.serving_table import serving_of, target_of
 
-START_SIZES = np.array([0.1, 0.1, 0.12, 0.12, 0.08, 0.5, 0.3, 0.12, 0.1, 0.2])
+START_SIZES = np.array([0.1, 0.1, 0.08, 0.3, 0.12, 0.1])
 START_LENGTHS = np.array([5.0, 12.0, 2.0, 10.0, 4.0, 6.0, 1.0, 2.5])
 SETTLED = 1e-4  # a step in every constant's logarithm that changes no figure
 START_NOISE = {"prefill": 0.1, "decode": 0.2, "both": 0.1}

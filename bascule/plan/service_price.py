@@ -14,6 +14,7 @@ from bascule.plan.serving import (
     MEMORY_USABLE,
     WEIGHT_BYTES,
     Serving,
+    as_run,
     chosen_batch,
     memory_batch,
     step_s,
@@ -98,11 +99,13 @@ def operating_point(shape: Shape, ask: ServeAsk) -> Serving:
     n = ask.chips or max(
         replica_chips(shape, ask.chip, ask.precision), 32 if shape.experts >= 64 else 1
     )
+    precision, weight_bytes = as_run(shape, ask.chip, ask.precision)
     wanted = Serving(
         shape=shape,
         chip=ask.chip,
         chips=n,
-        precision=ask.precision,
+        precision=precision,
+        weight_bytes=weight_bytes,
         phase="decode",
         prompt=ask.prompt,
         completion=ask.completion,
@@ -150,6 +153,10 @@ def _priced(shape: Shape, ask: ServeAsk, pue: float, model: ServeModel) -> Servi
         )
     parts = step_s(both, model.constants, batch)
     corrected = tpot * both.accepted / sum(parts.values())
+    if (both.precision, both.element_bytes) != (ask.precision, WEIGHT_BYTES[ask.precision]):
+        notes.append(
+            f"{shape.name} is released with 4-bit weights alone; on {ask.chip.name} they run as {both.precision}, not as {ask.precision} weights"
+        )
     return Service(
         ask=ask, chips=n, batch_per_chip=batch, prefill=prefill, decode=decode,
         tpot_s=(tpot, batch / decode[2], batch / decode[1]), ttft_s=ttft, ttft_kept=ttft <= ask.ttft_s,

@@ -20,6 +20,9 @@ WEIGHT_BYTES = {
     "int8": 1.0,
     "fp4": 0.5625,
 }  # 4-bit formats carry a scale for every 16 or 32 values
+FOUR_BIT_ONLY = (
+    "gpt-oss",
+)  # released with 4-bit weights alone, whatever a table or a question calls them
 MEMORY_USABLE = 0.92  # of a chip's memory, for weights and cache: engines set 0.9 to 0.95 by default or by tuning
 INDEX_READ = 0.1  # of a position's cache, what an index keeps of it and reads each time
 SOFTWARE_TODAY = 2026.4  # year, with its fraction, of software that nobody dates
@@ -143,6 +146,15 @@ class Serving:
         every chip has a head of keys and values."""
         heads = 1 if self.shape.latent else self.shape.kv_heads
         return 1 if self.split else max(1, self.replica // heads)
+
+
+def as_run(shape: Shape, chip: Chip, precision: str) -> tuple[str, float]:
+    """The class in which matrix products and cache run, and the bytes of a weight. A model released at 4 bits alone keeps its weights
+    so; they meet 8-bit activations where the chip multiplies 4-bit numbers, and are unpacked to 16 bits, beside a 16-bit cache,
+    where it does not (engines' defaults on Hopper and MI300: no kernel there takes both)."""
+    if not shape.name.startswith(FOUR_BIT_ONLY) or precision == "bf16":
+        return precision, WEIGHT_BYTES[precision]
+    return ("fp8" if chip.fp4_tflops else "bf16"), WEIGHT_BYTES["fp4"]
 
 
 def measured_share(chip: Chip) -> float:

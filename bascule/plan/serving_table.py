@@ -23,6 +23,7 @@ from bascule.plan.serving import (
     WEIGHT_BYTES,
     ServeConstants,
     Serving,
+    as_run,
     memory_batch,
     rate,
 )
@@ -42,7 +43,7 @@ MOST_CHIPS = 128
 BALANCED = re.compile(r"(perfect|ideal|force|assume)\w*[^;.]{0,20}(balanc|eplb)|balanced experts")
 APART = re.compile(r"disagg|dynamo|\bPDC?\b|llm-d|mooncake", re.IGNORECASE)
 NAMED_SIZE = re.compile(r"(?:EP|TP|DP|NVL)(\d+)")
-TRAINED_AT_4_BIT = ("deepseek-v4", "gpt-oss")  # 4-bit weights, wider products
+TRAINED_AT_4_BIT = ("deepseek-v4",)  # 4-bit weights, wider products
 SOFTWARE = ("disagg sglang", "disagg", "sglang", "vllm", "tensorrt", "cloudmatrix", "deepseek")
 
 
@@ -65,9 +66,7 @@ def serving_of(row: Row) -> Serving:
     """A row as an operating point, from its inputs alone. Raises RecipeError for a chip or a model nobody knows."""
     shape, chip = served_shape(row), chip_like(row["chip"], row["vendor"])
     known = chips_of(row)
-    precision, weight_bytes = precision_of(
-        row, shape, (known or MOST_CHIPS) * (chip.memory_gb or 64.0)
-    )
+    precision, weight_bytes = precision_of(row, shape, chip, known or MOST_CHIPS)
     phase = phase_of(row)
     prompt, completion = _lengths(row)
     fewest = roomy_replica(shape, chip, weight_bytes)
@@ -174,7 +173,7 @@ def phase_of(row: Row) -> str:
     return "prefill" if "prefill" in word else "decode" if "decod" in word else "both"
 
 
-def precision_of(row: Row, shape: Shape, room_gb: float = math.inf) -> tuple[str, float]:
+def precision_of(row: Row, shape: Shape, chip: Chip, chips: int) -> tuple[str, float]:
     """Class of the matrix products and bytes of a weight: 4-bit weights often meet wider activations. A precision nobody
     printed is the widest whose weights leave a quarter of the memory."""
     text = row["precision"].upper()
@@ -182,15 +181,14 @@ def precision_of(row: Row, shape: Shape, room_gb: float = math.inf) -> tuple[str
         fits = (
             name
             for name in ("bf16", "fp8")
-            if shape.parameters * WEIGHT_BYTES[name] < 0.75e9 * room_gb
+            if shape.parameters * WEIGHT_BYTES[name] < 0.75e9 * chips * (chip.memory_gb or 64.0)
         )
         text = next(fits, "fp4").upper()
     if re.search(r"INT4|W4A16|AWQ|GPTQ", text):
         return "bf16", WEIGHT_BYTES["fp4"]
     if "W4A8" in text or ("FP4" in text and shape.name.startswith(TRAINED_AT_4_BIT)):
         return "fp8", WEIGHT_BYTES["fp4"]
-    found = precision_class(text)
-    return found, WEIGHT_BYTES[found]
+    return as_run(shape, chip, precision_class(text))
 
 
 def chips_of(row: Row) -> int | None:

@@ -14,12 +14,13 @@ from bascule.plan.catalogue import find_chip
 from bascule.plan.fit import DATA
 from bascule.plan.models import model_named
 from bascule.plan.runs_table import read_rows
-from bascule.plan.service_price import price_service
+from bascule.plan.service_price import operating_point, price_service
 from bascule.plan.serving import (
     MEMORY_USABLE,
     SOFTWARE_TODAY,
     ServeConstants,
     Serving,
+    as_run,
     chosen_batch,
     decoding_share,
     memory_batch,
@@ -153,3 +154,24 @@ def test_a_request_costs_its_chips_a_time_of_their_own() -> None:
     costs = [1 / rate(one, C) - 1 / rate(one, free) for one in (spread, cut)]
     assert costs[0] == pytest.approx(math.exp(C.request) / 100, rel=1e-6)
     assert costs[1] == pytest.approx(LONG.chips * costs[0], rel=1e-6)
+
+
+def test_weights_released_at_4_bits_stay_so_and_are_unpacked_where_no_kernel_takes_them() -> None:
+    """A table's 'FP8' of gpt-oss means its products. Read as 8-bit weights on Hopper its points were missed by 60 to 90 %."""
+    shape, llama = model_named("gpt-oss-120b"), model_named("llama-3.1-70b")
+    hopper, blackwell = find_chip("H100"), find_chip("B200")
+    for said in ("fp8", "fp4"):
+        assert as_run(shape, hopper, said) == ("bf16", 0.5625)
+        assert as_run(shape, blackwell, said) == ("fp8", 0.5625)
+    assert as_run(shape, hopper, "bf16") == ("bf16", 2.0)
+    assert as_run(llama, hopper, "fp8") == ("fp8", 1.0)
+    row = next(r for r in read_rows(DATA / "inference.csv") if r["id"] == "trt11-gpt-oss-120b-h100-1024-1024")  # fmt: skip
+    read = serving_of(row)
+    assert row["precision"] == "FP8" and (read.precision, read.element_bytes) == ("bf16", 0.5625)
+    asked = operating_point(shape, parse_serve("H100, 4k in, 1k out, 50 ms"))
+    assert (asked.precision, asked.element_bytes) == ("bf16", 0.5625)
+    said = price_service(shape, parse_serve("H100, 4k in, 1k out, 50 ms"), pue=1.3).notes
+    assert said == (
+        "gpt-oss-120b is released with 4-bit weights alone; on H100 SXM they run as bf16, not as fp8 weights",
+    )
+    assert price_service(llama, parse_serve("H100, 4k in, 1k out, 50 ms"), pue=1.3).notes == ()
