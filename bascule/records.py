@@ -118,6 +118,16 @@ class TextOpened(Record):
     heldout_tokens: int
 
 
+class LessonsDrawn(Record):
+    """What SFT and GRPO learn from and are measured on. `sha256` is over every problem's task, key, question, answer and plain
+    metadata, and over the file of conversations, where there is one."""
+
+    kind: Literal["lessons_drawn"] = "lessons_drawn"
+    sha256: str
+    train_problems: int
+    heldout_problems: int
+
+
 class OptionPriced(Record):
     """What the plan expects of one pool. `basis` says what the figures rest on (datasheet, measured, assumed)."""
 
@@ -456,7 +466,7 @@ class Telemetry(Record):
 
 
 AnyRecord = Annotated[
-    RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder | TrainPrecision | StepsRecorded
+    LessonsDrawn | RunStarted | RunResumed | RunFinished | RunStopped | RecipeResolved | DialTurned | OptionPriced | Evidence | Verdict | Placement | RolloutDecoder | TrainPrecision | StepsRecorded
     | StepStats | MemoryPeak | Judgement | Alarm | Incident | SnapshotEvent | PoolCondemned | PoolReadmitted | Migration | Continuation
     | WeightsSynced | Mismatch | Evaluation | Coverage | ProductsChecked | Warned | Telemetry | ModelOrigin | TextEvaluation | TextOpened | Admission | WeightsRenewed,
     Field(discriminator="kind"),

@@ -5,8 +5,11 @@ Shared by the training worker and `bascule evaluate`, so that both measure the s
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bascule.config.model import ModelConfig
 from bascule.config.recipe import Recipe
@@ -15,6 +18,9 @@ from bascule.data.tasks import registry
 from bascule.data.tasks.base import Problem
 from bascule.data.text_tokenizer import sized
 from bascule.data.tokenizer import Tokenizer
+from bascule.errors import UsageError
+from bascule.ledger import Ledger, last
+from bascule.records import LessonsDrawn
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,36 @@ def course(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:
     return Course(
         tokenizer, model, split.train, split.heldout, data.worked_problems, data.verify_solutions
     )
+
+
+def same_lessons(recipe: Recipe, drawn: Course, ledger: Ledger) -> None:
+    """Note what is learnt from at a run's beginning, and compare ever after: a file that was edited, or a task's package of another version,
+    would end in a run of two halves. Raises UsageError."""
+    if not drawn.train:
+        return
+    digest = hashlib.sha256()
+    for problem in (*drawn.train, *drawn.heldout):
+        digest.update(json.dumps(_told_apart_by(problem)).encode())
+    if "sft" in recipe.train.phases and recipe.sft.data:
+        digest.update(Path(recipe.sft.data).read_bytes())
+    began, found = last(ledger.read(), LessonsDrawn), digest.hexdigest()
+    if began is None:
+        sizes = {"train_problems": len(drawn.train), "heldout_problems": len(drawn.heldout)}
+        ledger.append(LessonsDrawn(sha256=found, **sizes))
+    elif began.sha256 != found:
+        names = ", ".join(dict.fromkeys(task.name for task in recipe.data.tasks))
+        raise UsageError(
+            f"The problems of {names} are not those that this run began with (SHA-256 {began.sha256[:12]}…, now {found[:12]}…): a file of them, or "
+            "the package that makes them, has changed. Put the old one back, or begin another run with --name."
+        )
+
+
+def _told_apart_by(problem: Problem) -> list[object]:
+    """Without what a foreign family keeps in lists and objects: it need not be the same in every process."""
+    plain = [
+        (k, v) for k, v in sorted(problem.metadata.items()) if isinstance(v, str | int | float)
+    ]
+    return [problem.task, problem.key, problem.question, problem.answer, plain]
 
 
 def heldout_only(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:

@@ -53,7 +53,7 @@ from bascule.records import (
     StepsRecorded,
     StepStats,
 )
-from bascule.stages.course import Course, course
+from bascule.stages.course import Course, course, same_lessons
 from bascule.stages.launch import ENDING_FILE, STACKS_FILE
 from bascule.stages.material import refuse_too_long
 from bascule.stages.measure import Measure
@@ -148,6 +148,7 @@ class Trainer:
         ):
             self.ledger.warn("optimizer fallback", f"AdamW runs in single operators, one parameter after another: {why}")  # fmt: skip
         self.course: Course = course(self.recipe, open_or_own(folder.tokenizer))
+        same_lessons(self.recipe, self.course, self.ledger)
         self.stepper = Stepper(
             self._new_model(),
             self.accelerator,
