@@ -37,7 +37,7 @@ def test_what_draws_from_the_common_generator_is_a_function_of_the_seed_too() ->
 DRAWN = "from bascule.data.tasks import registry; print([(p.question, p.answer) for p in registry.get('gym:{}').problems(3, 30, {{}})])"
 
 
-@pytest.mark.parametrize("family", ["ransom_note", "codeio"])
+@pytest.mark.parametrize("family", [pytest.param("ransom_note", marks=pytest.mark.slow), "codeio"])
 def test_what_depends_on_the_order_of_sets_is_the_same_in_every_process(family: str) -> None:
     said = [
         subprocess.run([sys.executable, "-c", DRAWN.format(family)], env={**os.environ, "PYTHONHASHSEED": order},
