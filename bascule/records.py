@@ -119,11 +119,12 @@ class TextOpened(Record):
 
 
 class LessonsDrawn(Record):
-    """What SFT and GRPO learn from and are measured on. `sha256` is over every problem's task, key, question, answer and plain
-    metadata, and over the file of conversations, where there is one."""
+    """What SFT and GRPO learn from and are measured on: SHA-256 over every problem's task, key, question, answer and plain metadata, for
+    training also over the file of conversations, where there is one."""
 
     kind: Literal["lessons_drawn"] = "lessons_drawn"
-    sha256: str
+    train_sha256: str
+    heldout_sha256: str
     train_problems: int
     heldout_problems: int
 

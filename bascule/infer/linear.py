@@ -72,14 +72,14 @@ class BlockedLinear(nn.Module):
 class HalfLinear(nn.Module):
     """y = x @ weight^T + bias in bf16 units, in and out in the type of x. The plain weight stays, as above."""
 
-    def __init__(self, plain: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = plain.weight, plain.bias
-        self._half = plain.weight.detach().to(dtype)
-        self._bias = None if plain.bias is None else plain.bias.detach().to(dtype)
+        self._half = plain.weight.detach().bfloat16()
+        self._bias = None if plain.bias is None else plain.bias.detach().bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self._half.dtype), self._half, self._bias).to(x.dtype)
+        return F.linear(x.bfloat16(), self._half, self._bias).to(x.dtype)
 
 
 class HalfExperts(Experts):
@@ -136,7 +136,7 @@ def lay_out(model: Transformer, precision: Precision, *, native: bool = False) -
     if weight.device.type != "cpu":
         if precision != "bf16" or not any(_large(part) for part in model.modules()):
             return model
-        return _with(model, lambda plain: HalfLinear(plain, torch.bfloat16), HalfExperts)
+        return _with(model, HalfLinear, HalfExperts)
     if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
         raise UsageError(
             "precision bf16 was asked for; this CPU has no bf16 unit (AVX512-BF16) and would be slower than in fp32. Use fp32."

@@ -42,7 +42,7 @@ class _Shape:
     hidden_BD: Tensor | None = None
 
 
-class RecordedSteps:
+class RecordedDecoding:
     """Steps of `model` on `pages`. `trouble`: why a recording failed, empty while none did; steps go on without it."""
 
     def __init__(self, model: Transformer, pages: Pages, record: Recorder, *, length: int) -> None:

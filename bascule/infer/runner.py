@@ -27,7 +27,7 @@ from bascule.infer.decoder import Decoder
 from bascule.infer.draft import Drafter
 from bascule.infer.linear import Precision, lay_out
 from bascule.infer.packed import pack, packable
-from bascule.infer.recorded import RecordedSteps
+from bascule.infer.recorded import RecordedDecoding
 from bascule.model.pages import PagedCache, Pages
 from bascule.model.transformer import Output, Transformer
 
@@ -70,9 +70,9 @@ class Runner:
             self.decoder = Decoder(self.reader, self.pages, ahead)
             if self.drafter is not None:
                 self.drafter.decoder = self.decoder
-        self.recorded: RecordedSteps | None = None
+        self.recorded: RecordedDecoding | None = None
         if record is not None and self._packed is None and self.decoder is None:
-            self.recorded = RecordedSteps(self.reader, self.pages, record, length=length)
+            self.recorded = RecordedDecoding(self.reader, self.pages, record, length=length)
         self._tile = 1 if self._packed is None and model.moe_layers() else TILE
 
     def read_together(

@@ -207,6 +207,18 @@ def _talk(connection: socket.socket, questions: queue.Queue[Question]) -> None:
         return  # the client went away; its next try is a new connection
 
 
+def compiled_steps(recipe: Recipe, accelerator: Accelerator, ledger: Ledger) -> bool:
+    """Does an engine of this run decode in compiled steps on this chip? Where it should and has no compiler, the ledger is warned."""
+    wanted = decided(recipe).decoder == "compiled" and accelerator.device.type == "cpu"
+    wanted = wanted and not accelerator.needs_operators("infer")
+    if wanted and compiled() is None:
+        ledger.warn(
+            "decoding goes through torch's operators",
+            f"{why_not()}; it is several times slower, and its last bits are not those of a machine with a compiler",
+        )
+    return wanted
+
+
 def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
     """Read the run's recipe, open the pool's accelerator, build the model (weights arrive with the first request)."""
     folder = RunFolder(run)
@@ -222,21 +234,17 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
         seed=recipe.seed,
         fault_log=folder.ground_truth / f"{pool}-rollout.jsonl",
     )
+    ledger = Ledger(folder.ledger, pool=pool)
     if accelerator.fallback_note:
-        Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
+        ledger.warn("accelerator fallback", accelerator.fallback_note)
     accelerator.prepare(threads or recipe.threads)
     tokenizer = open_or_own(folder.tokenizer)
     config = sized(recipe.model, tokenizer)
-    native = decided(recipe).decoder == "compiled" and accelerator.device.type == "cpu"
-    if native and compiled() is None:
-        Ledger(folder.ledger, pool=pool).warn(
-            "rollouts decode in torch's operators",
-            f"compiled steps were decided, and {why_not()}; a pool whose machine has a compiler would answer in other last bits",
-        )
+    native = compiled_steps(recipe, accelerator, ledger)
     precision = recipe.train.rollout_precision
     if precision != "fp32" and accelerator.device.type == "cpu":
         precision = "fp32"
-        Ledger(folder.ledger, pool=pool).warn(
+        ledger.warn(
             "rollout precision", "train.rollout_precision = bf16 was asked for; a CPU pool samples in fp32"
         )  # fmt: skip
     return Host(
@@ -248,7 +256,7 @@ def open_host(run: Path, pool: str, threads: int | None = None) -> Host:
         heartbeat=heartbeat,
         native=native,
         precision=precision,
-        warn=partial(Ledger(folder.ledger, pool=pool).warn, "steps run operator by operator"),
+        warn=partial(ledger.warn, "steps run operator by operator"),
     )
 
 

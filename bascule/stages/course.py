@@ -83,29 +83,44 @@ def same_lessons(recipe: Recipe, drawn: Course, ledger: Ledger) -> None:
     would end in a run of two halves. Raises UsageError."""
     if not drawn.train:
         return
-    digest = hashlib.sha256()
-    for problem in (*drawn.train, *drawn.heldout):
-        digest.update(json.dumps(_told_apart_by(problem)).encode())
-    if "sft" in recipe.train.phases and recipe.sft.data:
-        digest.update(Path(recipe.sft.data).read_bytes())
-    began, found = last(ledger.read(), LessonsDrawn), digest.hexdigest()
+    talk = Path(recipe.sft.data).read_bytes() if "sft" in recipe.train.phases and recipe.sft.data else b""  # fmt: skip
+    found = LessonsDrawn(
+        train_sha256=_sha256(drawn.train, talk), heldout_sha256=_sha256(drawn.heldout), train_problems=len(drawn.train),
+        heldout_problems=len(drawn.heldout),
+    )  # fmt: skip
+    began = last(ledger.read(), LessonsDrawn)
     if began is None:
-        sizes = {"train_problems": len(drawn.train), "heldout_problems": len(drawn.heldout)}
-        ledger.append(LessonsDrawn(sha256=found, **sizes))
-    elif began.sha256 != found:
-        names = ", ".join(dict.fromkeys(task.name for task in recipe.data.tasks))
-        raise UsageError(
-            f"The problems of {names} are not those that this run began with (SHA-256 {began.sha256[:12]}…, now {found[:12]}…): a file of them, or "
-            "the package that makes them, has changed. Put the old one back, or begin another run with --name."
-        )
+        ledger.append(found)
+        return
+    same_heldout(recipe, drawn.heldout, ledger)
+    if began.train_sha256 != found.train_sha256:
+        raise _others("training problems", recipe, began.train_sha256)
 
 
-def _told_apart_by(problem: Problem) -> list[object]:
+def same_heldout(recipe: Recipe, heldout: Sequence[Problem], ledger: Ledger) -> None:
+    """Raises UsageError when the recipe's held-out problems are not those that the run began with: what it learnt from may be among them."""
+    began = last(ledger.read(), LessonsDrawn)
+    if began and began.heldout_sha256 != _sha256(heldout):
+        raise _others("held-out problems", recipe, began.heldout_sha256)
+
+
+def _others(which: str, recipe: Recipe, sha256: str) -> UsageError:
+    names = ", ".join(dict.fromkeys(task.name for task in recipe.data.tasks))
+    return UsageError(
+        f"The {which} of {names} are not those that this run began with (SHA-256 {sha256[:12]}…): a file of them, or the package that makes "
+        "them, has changed. Put the old one back, or begin another run with --name."
+    )
+
+
+def _sha256(problems: Sequence[Problem], more: bytes = b"") -> str:
     """Without what a foreign family keeps in lists and objects: it need not be the same in every process."""
-    plain = [
-        (k, v) for k, v in sorted(problem.metadata.items()) if isinstance(v, str | int | float)
-    ]
-    return [problem.task, problem.key, problem.question, problem.answer, plain]
+    digest = hashlib.sha256(more)
+    for one in problems:
+        plain = [
+            (k, v) for k, v in sorted(one.metadata.items()) if isinstance(v, str | int | float)
+        ]
+        digest.update(json.dumps([one.task, one.key, one.question, one.answer, plain]).encode())
+    return digest.hexdigest()
 
 
 def heldout_only(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Course:

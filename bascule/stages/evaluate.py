@@ -17,7 +17,7 @@ from bascule.infer.samples import SampleStore
 from bascule.ledger import Ledger, last
 from bascule.records import Evaluation, RunFinished, TextOpened
 from bascule.stages.answer import Answer, duration
-from bascule.stages.course import heldout_only
+from bascule.stages.course import heldout_only, same_heldout
 from bascule.stages.finished import Finished, open_finished
 from bascule.stages.measure import spread, text_evaluation
 from bascule.train.precision import precision_of
@@ -106,9 +106,10 @@ def _tasks(run: Finished, arguments: Namespace) -> Answer:
 def _heldout(run: Finished, data: DataConfig, drawn: list[Problem]) -> list[Problem]:
     """Of the problems drawn those that the run did not learn from: the recipe's own held-out ones, and of more or others what is left.
 
-    Raises UsageError when none is.
+    Raises UsageError when none is, or when the recipe's own have changed since.
     """
     if data == run.recipe.data:
+        same_heldout(run.recipe, drawn, Ledger(run.folder.ledger))
         return drawn
     found = corpus.never_trained_on(drawn, run.recipe.data, run.recipe.seed)
     if not found:

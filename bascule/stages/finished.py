@@ -13,11 +13,10 @@ from bascule.data.text_tokenizer import open_tokenizer
 from bascule.data.tokenizer import Tokenizer
 from bascule.errors import UsageError
 from bascule.folder import RunFolder
-from bascule.infer.compiled import compiled, why_not
 from bascule.infer.engine import Engine
 from bascule.ledger import Ledger
 from bascule.model.weights import load_hf
-from bascule.place.rollout_decoder import decided
+from bascule.place.rollout import compiled_steps
 from bascule.stages.placed import infer_choice
 
 
@@ -45,15 +44,10 @@ def open_finished(run: str, on: str | None) -> Finished:
     name, pool = infer_choice(folder, recipe, on)
     accelerator = open_accelerator(name, seed=recipe.seed)
     accelerator.prepare(recipe.threads)
+    ledger = Ledger(folder.ledger, pool=pool)
     if accelerator.fallback_note:
-        Ledger(folder.ledger, pool=pool).warn("accelerator fallback", accelerator.fallback_note)
-    native = (
-        decided(recipe).decoder == "compiled"
-        and accelerator.device.type == "cpu"
-        and not accelerator.needs_operators("infer")
-    )
-    if native and compiled() is None:
-        Ledger(folder.ledger, pool=pool).warn("decoding goes through torch's operators", f"{why_not()}; it is several times slower")  # fmt: skip
+        ledger.warn("accelerator fallback", accelerator.fallback_note)
+    native = compiled_steps(recipe, accelerator, ledger)
     tokenizer = open_tokenizer(folder.model)
     model, _ = load_hf(folder.model)
     engine = Engine(

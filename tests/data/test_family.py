@@ -9,7 +9,7 @@ import pytest
 from reasoning_gym.factory import DATASETS
 
 from bascule.data import chat
-from bascule.data.tasks import apart, registry, scorer
+from bascule.data.tasks import gym_apart, registry, scorer
 from bascule.errors import RecipeError
 
 
@@ -48,10 +48,10 @@ def test_what_depends_on_the_order_of_sets_is_the_same_in_every_process(family: 
 
 
 def test_entries_drawn_apart_are_the_familys_in_batches() -> None:
-    whole = list(apart.entries("ransom_note", 7, 40, 40, {}))
-    assert list(apart.entries("ransom_note", 7, 40, 5, {})) == whole and len(whole) == 40
+    whole = list(gym_apart.entries("ransom_note", 7, 40, 40, {}))
+    assert list(gym_apart.entries("ransom_note", 7, 40, 5, {})) == whole and len(whole) == 40
     with pytest.raises(RuntimeError, match="could not be drawn in a process apart"):
-        list(apart.entries("ransom_note", 7, 2, 2, {"no_such_setting": 1}))
+        list(gym_apart.entries("ransom_note", 7, 2, 2, {"no_such_setting": 1}))
 
 
 def test_settings_are_the_familys_own_and_wrong_names_are_refused() -> None:

@@ -98,7 +98,7 @@ def test_what_other_chips_compute_in_bf16_is_what_a_judge_on_the_cpu_computes(mo
     """On a CPU here; on a foreign device: tests/standin/on_npu.py."""
     monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
     model = model_of(attention="mla", ffn="moe")
-    there = linear._with(model, lambda plain: linear.HalfLinear(plain, torch.bfloat16), linear.HalfExperts)  # fmt: skip
+    there = linear._with(model, linear.HalfLinear, linear.HalfExperts)
     assert sum(isinstance(part, linear.HalfExperts) for part in there.modules()) == len(model.moe_layers()) > 0  # fmt: skip
     exact, found = model(TOKENS).logits_BTV, there(TOKENS).logits_BTV
     judge = linear.as_laid_out(model, torch.bfloat16, experts=True)(TOKENS).logits_BTV

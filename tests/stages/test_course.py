@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from bascule.config.recipe import Recipe
 from bascule.errors import UsageError
 from bascule.ledger import Ledger, of_kind
 from bascule.records import LessonsDrawn
-from bascule.stages.course import course, same_lessons
+from bascule.stages.course import course, heldout_only, same_heldout, same_lessons
 
 
 def recipe(**sections: object) -> Recipe:
@@ -44,7 +45,7 @@ def test_lessons_of_every_family_are_the_same_in_another_process(tmp_path: Path)
     (tmp_path / "recipe.json").write_text(json.dumps(asked.model_dump(mode="json", by_alias=True)))
     again = (
         "import json, sys; from pathlib import Path; from bascule.config.load import recipe_from; from bascule.ledger import Ledger; "
-        "from bascule.stages.course import course, same_lessons; folder = Path(sys.argv[1]); "
+        "from bascule.stages.course import course, heldout_only, same_heldout, same_lessons; folder = Path(sys.argv[1]); "
         "asked = recipe_from(json.loads((folder / 'recipe.json').read_text()), source='test'); "
         "same_lessons(asked, course(asked), Ledger(folder / 'ledger.jsonl'))"
     )
@@ -61,6 +62,25 @@ def test_one_changed_answer_in_a_file_is_refused(tmp_path: Path) -> None:
     changed = recipe(data={**questions(tmp_path / "other" / "own.jsonl", 9)})
     with pytest.raises(UsageError, match=r"not those that this run began with .* --name"):
         same_lessons(changed, course(changed), ledger)
+
+
+@pytest.mark.parametrize("line", range(2))
+def test_an_examination_on_changed_heldout_problems_is_refused_and_on_the_same_ones_not(line: int, tmp_path: Path) -> None:  # fmt: skip
+    path, ledger = tmp_path / "own.jsonl", Ledger(tmp_path / "ledger.jsonl")
+    asked = recipe(data=questions(path, 8))
+    drawn = course(asked)
+    same_lessons(asked, drawn, ledger)
+    same_heldout(asked, heldout_only(asked).heldout, ledger)
+    sides = (drawn.heldout, drawn.train)
+    one = replace(sides[line][0], answer="0")
+    other = replace(drawn, **{("heldout", "train")[line]: [one, *sides[line][1:]]})
+    with pytest.raises(UsageError, match=("held-out", "training")[line]):
+        same_lessons(asked, other, ledger)
+    if line == 0:
+        with pytest.raises(UsageError, match="held-out"):
+            same_heldout(asked, other.heldout, ledger)
+    else:
+        same_heldout(asked, other.heldout, ledger)
 
 
 def test_changed_conversations_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from bascule.config.load import recipe_from
 from bascule.data import corpus
 from bascule.errors import UsageError
+from bascule.folder import RunFolder
 from bascule.stages import evaluate
 
 TASK = {"name": "chain_sum", "options": {"min_terms": 2, "max_terms": 2}}
@@ -19,7 +21,8 @@ def small_family(train_problems: int) -> Any:
     """200 sums, 16 of them held out, and a run that learns from most of the rest."""
     data = {"tasks": [TASK], "train_problems": train_problems, "eval_problems": 16}
     raw = {"name": "t", "pools": {"here": {"accelerator": "cpu"}}, "data": data}
-    return SimpleNamespace(recipe=recipe_from(raw, source="test"))
+    folder = RunFolder(Path("no such run"))  # and so no ledger: of before lessons were noted
+    return SimpleNamespace(recipe=recipe_from(raw, source="test"), folder=folder)
 
 
 @pytest.mark.parametrize("changes", [{"eval_problems": 100}, {"eval_seed": 5}])

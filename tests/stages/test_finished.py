@@ -9,7 +9,7 @@ import pytest
 from bascule.infer.compiled import compiled
 from bascule.infer.sampling import Sampling
 from bascule.ledger import Ledger
-from bascule.stages import finished
+from bascule.place import rollout
 from bascule.stages.finished import open_finished
 from tests.serve.conftest import make_run
 
@@ -50,8 +50,8 @@ def test_both_ways_say_the_same_tokens(tmp_path: Path) -> None:
 def test_a_machine_without_a_compiler_is_told_why_it_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finished, "compiled", lambda: None)
-    monkeypatch.setattr(finished, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(rollout, "compiled", lambda: None)
+    monkeypatch.setattr(rollout, "why_not", lambda: "no compiler")
     folder, _ = make_run(tmp_path / "run", {"main": "cpu"})
     open_finished(str(folder.root), None)
     told = [one for one in Ledger(folder.ledger).read() if one.kind == "warning"]

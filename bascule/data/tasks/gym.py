@@ -16,7 +16,7 @@ import numpy as np
 
 from bascule import draws
 from bascule.data import chat
-from bascule.data.tasks import apart, gym_datasets, scorer
+from bascule.data.tasks import gym_apart, gym_datasets, scorer
 from bascule.data.tasks.base import Options, Problem
 from bascule.errors import RecipeError, nearest
 
@@ -65,8 +65,8 @@ def _entries(
         raise RecipeError(
             f"Task '{name}' refuses the options {dict(settings)}: {error}. Change data.tasks.options."
         ) from None
-    if name in apart.FAMILIES:
-        yield from apart.entries(name, gym_seed, size, first, settings)
+    if name in gym_apart.FAMILIES:
+        yield from gym_apart.entries(name, gym_seed, size, first, settings)
         return
     for index in range(size):
         yield seeded(dataset, index, gym_seed) if name in _COMMON_DRAWS else dataset[index]
