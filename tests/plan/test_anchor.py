@@ -141,7 +141,8 @@ def test_a_measured_service_is_an_anchor_of_services() -> None:
     assert one.decode[0] == pytest.approx(1400, rel=0.05)
     assert one.prefill[0] == pytest.approx(5000, rel=0.05)
     after, before = (math.log(side.decode[2] / side.decode[1]) for side in (one, plain))
-    assert after < 0.75 * before  # what is left is the noise between two services of one kind
+    # What is left is the noise between two services of one kind: 1.64 from 2.01 wide; 1.51 from 3.85 before levels of single chips went.
+    assert after < 0.75 * before and math.exp(after) < 1.7
     assert one.without_own == (plain.decode, plain.prefill)
     assert "published points alone say" in cli_text(found) and [
         a.of for a in found.anchors
